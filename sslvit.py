@@ -47,7 +47,7 @@ class Config:
     freeze_patch: str = "auto"   # auto|yes|no: a random patch embedding steadies MoCo, stops MIM; auto: if λ = 1
     decoder_depth: int = 0       # Transformer blocks before the pixel head (figure 11); SimMIM has none
     temperature: float = 0.2     # τ of InfoNCE: smaller looks harder at the nearest negatives
-    momentum: float = 0.99       # of the key encoder's average at the start; rises to 1
+    momentum: float = 0.97       # of the key encoder's average at the start, rising to 1; 0.99 in MoCo v3
     proj_hidden: int = 512       # hidden width of projector and predictor; 4096 in MoCo v3
     crop_min: float = 0.4        # smallest contrastive crop as a share of the image; 0.08 on ImageNet
     hue: float = 0.5             # hue jitter; 0.5 is the whole circle: colour must not identify a stimulus
@@ -58,7 +58,7 @@ class Config:
     steps: int = 1500            # optimiser steps
     batch_size: int = 64         # images per optimiser step, over all ranks and accumulated parts
     accum: int = 0               # parts per step; 0: as few as keep a rank's part at 128 images or fewer
-    lr: float = 8e-3             # base learning rate: the peak is lr x batch_size / 256
+    lr: float = 12e-3            # base learning rate: the peak is lr x batch_size / 256
     weight_decay: float = 0.05   # AdamW's, decoupled from the gradient
     warmup: float = 0.1          # share of the steps in which the learning rate rises
     clip: float = 5.0            # largest gradient norm; 0: no clipping
@@ -77,11 +77,12 @@ class Config:
 
 PRESETS = {  # what a recipe changes: for every objective, then for one
     "micro": {},
-    "small32": dict(model="tiny", proj_hidden=1024, crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=256,
-                    lr=1e-3),
+    "micro-moco": dict(steps=800, batch_size=128, lr=4e-3),
+    "micro-simmim": dict(steps=4000),
+    "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, crop_min=0.08,
                      hue=0.1, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
-                     warmup=40 / 300),
+                     warmup=40 / 300, momentum=0.99),
     "imagenet-moco": dict(clip=0.0),
     "imagenet-simmim": dict(epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1,
                             positions="relative"),
@@ -428,25 +429,24 @@ def find_data(cfg):
     whole = ImageFolder(cfg.data)
     return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
 
-def crop_box(width, height, smallest, rng=None):
-    """RandomResizedCrop's (x0, y0, x1, y1): a share `smallest` to 1 of the area, aspect 3/4 to 4/3; without `rng`,
-    or if none fits, the largest centred square."""
-    for _ in range(10 if rng else 0):
-        area = rng.uniform(smallest, 1) * width * height
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if w <= width and h <= height:
-            x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return x, y, x + w, y + h
-    x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
-    return x, y, width - x, height - y
+def crop_box(width, height, smallest, rng):
+    """RandomResizedCrop's (x0, y0, x1, y1): a share `smallest` to 1 of the area, aspect 3/4 to 4/3, the first of ten
+    tries that fits, else a square."""
+    area, ratio = width * height * rng.uniform(smallest, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10)
+    w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+    fits = (w <= width) & (h <= height)
+    w, h = (w[fits][0], h[fits][0]) if fits.any() else (min(width, height),) * 2
+    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return x, y, x + w, y + h
 
-def cut(image, size, smallest, rng=None):
-    """Decodes an opened image once, cuts a crop_box for each share in `smallest` -> uint8 (crops, 3, size, size).
-    Upright (EXIF) and RGB whatever the mode: 16 bits become 8, transparency is laid on white. A JPEG whose crops
-    are all far larger than `size` is decoded at 1/2, 1/4 or 1/8."""
+def cut(image, size, smallest=(), rng=None):
+    """Decodes an opened image once -> uint8 (crops, 3, size, size): a crop_box for each share in `smallest`, without
+    any the largest centred square. Upright (EXIF), RGB whatever the mode: 16 bits become 8, transparency is laid on
+    white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or 1/8."""
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
-    boxes = np.array([crop_box(width, height, share, rng) for share in smallest])  # in upright pixels
+    x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
+    boxes = [crop_box(width, height, share, rng) for share in smallest] or [(x, y, width - x, height - y)]
+    boxes = np.array(boxes)                                  # in upright pixels
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
     image = ImageOps.exif_transpose(image)
@@ -466,26 +466,23 @@ class Views(Dataset):
     epoch None only the largest centred square and the labels, for tests."""
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
+        self.smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)           # [S]: 0.67 to 1
 
     def __getitem__(self, key):
-        cfg, (epoch, wanted), size = self.cfg, key, len(self.source)
-        smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)    # [S] takes 0.67 to 1
-        for index in range(wanted, wanted + size):           # a broken file is replaced by the next
-            rng = np.random.default_rng([cfg.seed, 0, epoch, index % size]) if epoch is not None else None
+        cfg, (epoch, wanted), total = self.cfg, key, len(self.source)
+        for index in range(wanted, wanted + total):          # a broken file is replaced by the next
+            rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index % total])
             with contextlib.suppress(Exception):             # Pillow raises almost anything
-                image, labels = self.source.load(index % size)
-                with image:
-                    crops = cut(image, cfg.image_size, smallest if rng else [1], rng)
+                image, labels = self.source.load(index % total)
+                crops = cut(image, cfg.image_size, () if epoch is None else self.smallest, rng)
                 break
         else:
             raise UserError("not one image of the folder can be read")
-        sample = dict(crops=crops, labels=np.array(labels), broken=wanted if index > wanted else -1)
-        if rng:
-            unit = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            mask = random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, unit)[0]
-            colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
-            sample |= dict(mask=mask, colours=colours, flip=rng.random() < 0.5)
-        return sample
+        unit = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        mask = random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, unit)[0]
+        colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
+        return dict(crops=crops, mask=mask, colours=colours, flip=rng.random() < 0.5, labels=np.array(labels),
+                    broken=wanted if index > wanted else -1)
 
     def draw_colours(self, rng, view):
         """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their factors,
@@ -575,31 +572,34 @@ def make_optimizer(model, cfg):
 @torch.no_grad()
 def knn_scores(encoder, data, cfg, autocast, k=20):
     """{'knn_<label set>': accuracy in [0, 1], 'layer_<label set>': where}: the majority label of the k training
-    images nearest to a test image, by cosine of centred CLS states, after the layer where this works best.
-    Nothing is trained, so there is nothing to tune. Empty without labels or a test set."""
+    images nearest to a test image, by cosine of CLS or of mean token, after the layer where this works best.
+    Whitened, so that no loud direction (colour, brightness) decides alone. {} without labels or a test set."""
     if not (cfg.knn_images and data[1] and data[0].label_names):
         return {}
-    sets, states, own = [], [], torch.Generator()           # a loader draws a seed: not from the run's random stream
-    hooks = [b.register_forward_hook(lambda _, __, x: states.append(x[:, 0].float().cpu())) for b in encoder.blocks]
+    sets, states, own = [], [], torch.Generator()           # a loader draws a seed: not from the run's own stream
+    hooks = [block.register_forward_hook(lambda _, __, x: states.extend(
+        (x[:, 0].float().cpu(), x[:, 1:].float().mean(dim=1).cpu()))) for block in encoder.blocks]
     for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
-        indices = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()  # evenly spread
-        loader, parts = DataLoader(Views(source, cfg), 256, False, [(None, i) for i in indices],
+        spread = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
+        loader, parts = DataLoader(Views(source, cfg), 256, False, [(None, i) for i in spread],
                                    num_workers=cfg.workers, generator=own), []
         for batch in loader:
             with autocast():
                 encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device))
             parts.append((torch.stack(states), batch["labels"]))
             states.clear()
-        sets += [torch.cat([states for states, _ in parts], dim=1), torch.cat([labels for _, labels in parts])]
+        sets += [torch.cat([x for x, _ in parts], dim=1), torch.cat([y for _, y in parts])]
     for hook in hooks:
         hook.remove()
-    bank, known, queries, truth = sets              # (L, n, D), (n, label sets), (L, m, D), (m, label sets)
+    bank, known, queries, truth = sets              # (2L, n, D), (n, label sets), (2L, m, D), (m, label sets)
     mean = bank.mean(dim=1, keepdim=True)
-    similarity = F.normalize(queries - mean, dim=2) @ F.normalize(bank - mean, dim=2).mT        # (L, m, n)
-    votes = known[similarity.topk(min(k, len(known))).indices].mode(dim=2).values               # (L, m, label sets)
-    best = (votes == truth).float().mean(dim=1).max(dim=0)                      # over layers, for each label set
+    variance, axes = torch.linalg.eigh((bank - mean).mT @ (bank - mean) / len(known))
+    white = axes * (variance + 1e-3 * variance.mean(dim=1, keepdim=True) + 1e-12).rsqrt()[:, None]     # (2L, D, D)
+    similarity = F.normalize((queries - mean) @ white, dim=2) @ F.normalize((bank - mean) @ white, dim=2).mT
+    votes = known[similarity.topk(min(k, len(known))).indices].mode(dim=2).values               # (2L, m, label sets)
+    best = (votes == truth).float().mean(dim=1).max(dim=0)                      # over 2L, for each label set
     named = list(zip(data[0].label_names, best.values.tolist(), best.indices.tolist()))
-    return {f"knn_{n}": round(v, 4) for n, v, _ in named} | {f"layer_{n}": i + 1 for n, _, i in named}
+    return {f"knn_{n}": round(v, 4) for n, v, _ in named} | {f"layer_{n}": i // 2 + 1 for n, _, i in named}
 
 def save_checkpoint(path, state):
     """Writes beside the target and renames: whatever happens, `path` is the old or the new checkpoint, whole."""
@@ -634,31 +634,31 @@ def train(cfg, state, rank, ranks):
     optimizer = make_optimizer(model, cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, rows, broken, stop = 0, [], set(), []
     if state:
         first, rows = state["step"], state["log"]
         torch.set_rng_state(state["rng"])
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
+        for name, module in parts.items():
+            module.load_state_dict(state[name])
     elif rank == 0:
         rows = [{"step": 0, **knn_scores(model.encoder, data, cfg, autocast)}]
-    net = model
+    net, on_gpu = model, device.type == "cuda"
     if ranks > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if device.type == "cuda" else net
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if on_gpu else net
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     net = torch.compile(net) if cfg.compile else net
-    order, pin = batches(cfg, len(data[0]), range(first, steps), rank, ranks), device.type == "cuda"
-    stream = iter(DataLoader(Views(data[0], cfg), batch_sampler=order, num_workers=cfg.workers, pin_memory=pin,
-                             generator=torch.Generator()))
+    stream = iter(DataLoader(Views(data[0], cfg), num_workers=cfg.workers, pin_memory=on_gpu, generator=torch.Generator(),
+                             batch_sampler=batches(cfg, len(data[0]), range(first, steps), rank, ranks)))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
     bad, waited, since, began = torch.zeros((), device=device), 0.0, first, time.perf_counter()
 
-    for step in range(first, steps):
+    for done in range(first + 1, steps + 1):        # steps done when this one is
         # schedules
-        done, halt = step + 1, bool(stop)
+        lr, momentum = lr_at(done, steps, warmup, peak), momentum_at(done, steps, cfg.momentum)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(done, steps, warmup, peak)
+            group["lr"] = lr
         for piece in range(cfg.accum):
             # batch
             clock = time.perf_counter()
@@ -677,48 +677,42 @@ def train(cfg, state, rank, ranks):
                     losses = net(*views)
                 loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
                 scaler.scale(loss / cfg.accum).backward()
-        # clip, step
+        # clip, step, average
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # average
-        model.update_average(momentum_at(done, steps, cfg.momentum))
+        model.update_average(momentum)
         # log; the first bad number is remembered on the device, where it makes nobody wait
         finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
         bad = torch.where((bad == 0) & ~finite, done, bad)
         logging = done % cfg.log_every == 0 or done == steps
-        if ranks > 1:                               # all ranks must stop at the same step: they ask at a log line
-            votes = torch.tensor(float(halt), device=device)
-            halt = logging and (dist.all_reduce(votes), votes.item() > 0)[1]
+        halt = bool(stop) and (ranks == 1 or logging)    # ranks must stop at the same step
         saving = done % cfg.save_every == 0 or done == steps or halt
         if logging or saving:
             if bad > 0:
-                print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go back to {out}/ckpt.pt "
-                      "with --resume --dtype fp32, or start with a lower --lr", file=sys.stderr)
+                print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go back to "
+                      f"{out}/ckpt.pt with --resume --dtype fp32, or start with a lower --lr", file=sys.stderr)
                 return 1
             seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
             speed = (done - since) * cfg.batch_size / seconds
-            row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
-            row |= {"lr": lr_at(done, steps, warmup, peak), "momentum": momentum_at(done, steps, cfg.momentum)}
-            row |= {"images/s": round(speed, 1), "stall": round(waited / seconds, 3), "broken": len(broken)}
-            if saving and rank == 0:
-                row |= knn_scores(model.encoder, data, cfg, autocast)
-            rows.append(row)
-            say(*(f"{name} {value:.4g}" for name, value in row.items()),
+            rows.append({"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()} | {
+                "lr": lr, "momentum": momentum, "images/s": round(speed, 1), "stall": round(waited / seconds, 3),
+                "broken": len(broken), **(knn_scores(model.encoder, data, cfg, autocast) if saving and rank == 0 else {})})
+            say(*(f"{name} {value:.4g}" for name, value in rows[-1].items()),
                 f"left {(steps - done) * cfg.batch_size / speed / 60:.1f} min", flush=True)
             waited, since, began = 0.0, done, time.perf_counter()
         elif done == first + 3:
             say(f"about {(time.perf_counter() - began) / 3 * (steps - done) / 60:.1f} min to go", flush=True)
         # save
         if saving and rank == 0:
-            state = dict(config=asdict(cfg), step=done, log=rows, model=model.state_dict(), rng=torch.get_rng_state())
-            save_checkpoint(out / "ckpt.pt", state | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+            save_checkpoint(out / "ckpt.pt", dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state(), **{
+                name: module.state_dict() for name, module in parts.items()}))
             (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if halt:
             say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
-            return 128 + (stop or [signal.SIGTERM])[0]
+            return 128 + stop[0]
     if rank == 0:
         finish(cfg, rows, data)
     return 0
@@ -751,11 +745,11 @@ def parse(argv):
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    lines = re.findall(r"^    (\w+): (\w+) = (.*?) +# (.*)$", inspect.getsource(Config), re.M)
-    for name, kind, default, text in lines:
+    lines = re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", inspect.getsource(Config), re.M)
+    for name, kind, text in lines:
         choices, how = text.split(":")[0].split("|"), dict(type=dict(str=str, int=int, float=float).get(kind))
         how |= dict(choices=choices) if len(choices) > 1 else {}
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{text} [{default}]".replace("%", "%%"),
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{text} [{getattr(Config, name)}]".replace("%", "%%"),
                             default=argparse.SUPPRESS, **(dict(action="store_true") if kind == "bool" else how))
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
