@@ -13,7 +13,9 @@ A Vision Transformer (ViT) can learn from images without labels in two ways. Con
 [M] MoCo v3, 2104.02057  [S] SimMIM, 2111.09886  [B] BYOL, 2006.07733.  Letters: B batch, N patch tokens (1+N
 with CLS), D width, H heads, d = D/H, L layers, p patch size in px, C width of the contrastive embedding.
 """
-# fmt: off  (laid out by hand, to be read and projected)
+
+# fmt: off
+# (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, ctypes, inspect, json, math, os, re, signal, sys, time
 from collections import namedtuple
 from copy import deepcopy
@@ -40,11 +42,11 @@ class Config:
     lam: float = 0.2             # λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
     data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
     preset: str = "micro"        # micro|small32|imagenet: stimuli; 32-px photographs; default with --data
-    model: str = "micro"         # micro|tiny|small|base|large|huge: small has MoCo v3's 12 heads, not timm's 6
+    model: str = "micro"        # micro|tiny|small|base|large|huge: small has MoCo v3's 12 heads, not timm's 6
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases with LayerScale
-    freeze_patch: str = "auto"   # auto|yes|no: a random patch embedding steadies MoCo, stops MIM; auto: if λ = 1
+    positions: str = "sincos"   # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases with LayerScale
+    freeze_patch: str = "auto"  # auto|yes|no: fixed patch embedding, steadies MoCo, stops MIM; auto: if λ = 1
     decoder_depth: int = 0       # Transformer blocks before the pixel head (figure 11); SimMIM has none
     temperature: float = 0.2     # τ of InfoNCE: smaller looks harder at the nearest negatives
     momentum: float = 0.97       # of the key encoder's average at the start, rising to 1; 0.99 in MoCo v3
@@ -80,9 +82,9 @@ PRESETS = {  # what a recipe changes: for every objective, then for one
     "micro-moco": dict(steps=800, batch_size=128, lr=4e-3),
     "micro-simmim": dict(steps=4000),
     "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
-    "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, crop_min=0.08,
-                     hue=0.1, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
-                     warmup=40 / 300, momentum=0.99),
+    "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096,
+                     crop_min=0.08, hue=0.1, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4,
+                     weight_decay=0.1, warmup=40 / 300, momentum=0.99),
     "imagenet-moco": dict(clip=0.0),
     "imagenet-simmim": dict(epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1,
                             positions="relative"),
@@ -94,23 +96,22 @@ SIZES = {
 }
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
-# One block's inner life, for analyze.py: attention weights (B, H, 1+N, 1+N), whose rows sum to 1; what each head
-# gathered, attn @ v (B, H, 1+N, d); and the state after the attention and after the MLP sub-layer (B, 1+N, D).
+# What analyze.py sees of a block: attention weights (B, H, 1+N, 1+N), rows sum to 1; what each head gathered,
+# attn @ v (B, H, 1+N, d); the state after the attention and after the MLP sub-layer, (B, 1+N, D) each.
 Record = namedtuple("Record", "attn heads mid out")
 
 def sincos_positions(width, rows, cols):
-    """Fixed positions ([M] section 4): a quarter of the width each for sin x, cos x, sin y, cos y, and zeros for
+    """Fixed positions ([M] section 4): a quarter of the width each for sin x, cos x, sin y, cos y; zeros for
     CLS, which stands nowhere. Returns (1, 1+N, width)."""
-    frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))  # (D/4,)
-    n = torch.arange(rows * cols)[:, None]  # patches are numbered row by row
-    x, y = n % cols * frequency, n // cols * frequency  # (N, D/4)
+    frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))                           # (D/4,)
+    n = torch.arange(rows * cols)[:, None]                  # patches are numbered row by row
+    x, y = n % cols * frequency, n // cols * frequency      # (N, D/4)
     return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0))[None]
 
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    if grid.shape[:2] == (rows, cols):
-        return grid
-    return F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
+    resized = F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
+    return grid if grid.shape[:2] == (rows, cols) else resized
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then each thinks for itself."""
@@ -121,9 +122,9 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
         gammas = [{"gamma": torch.full((width,), layer_scale)} if layer_scale else {} for _ in "12"]
-        self.ls1, self.ls2 = map(nn.ParameterDict, gammas)  # LayerScale: sub-layers start as small corrections
-        # MoCo v3's start: Xavier-uniform. qkv holds three matrices and starts as three: as one (3D, D) matrix it
-        # would be √2 smaller, and attention would stay uniform for long
+        self.ls1, self.ls2 = map(nn.ParameterDict, gammas)  # LayerScale: each sub-layer starts small
+        # Xavier-uniform ([M]). qkv holds three matrices and starts as three: as one (3D, D) matrix it would
+        # be √2 smaller, and attention would stay uniform for long
         for name, linear in (*self.attn.items(), *self.mlp.items()):
             nn.init.zeros_(linear.bias)
             for weight in linear.weight.data.chunk(3 if name == "qkv" else 1):
@@ -131,15 +132,14 @@ class Block(nn.Module):
 
     def forward(self, x, bias=None, record=False):
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = None if bias is None else bias.to(q.dtype)
-        # q, k, v are (B, H, 1+N, d). On a CPU in bf16 the plain sum is 2 to 7 times as fast as PyTorch's fused one
-        if record or q.dtype == torch.bfloat16 and not q.is_cuda:
-            logits = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1+N, 1+N)
+        bias = None if bias is None else bias.to(q.dtype)   # q, k, v: (B, H, 1+N, d)
+        if record or q.dtype == torch.bfloat16 and not q.is_cuda:  # on a CPU in bf16: 2 to 7 times as fast
+            logits = q @ k.mT * q.shape[-1] ** -0.5         # (B, H, 1+N, 1+N)
             attn = (logits if bias is None else logits + bias).softmax(dim=-1)
-            heads = attn @ v  # (B, H, 1+N, d)
-        else:  # one kernel, which never writes the attention matrix to memory
+            heads = attn @ v                                # (B, H, 1+N, d)
+        else:                                           # one kernel, which never writes the weights to memory
             heads = F.scaled_dot_product_attention(q, k, v, bias)
-        y = self.attn["proj"](heads.transpose(1, 2).flatten(2))  # heads side by side: (B, 1+N, D)
+        y = self.attn["proj"](heads.transpose(1, 2).flatten(2))     # heads side by side: (B, 1+N, D)
         mid = x + (y * self.ls1["gamma"] if self.ls1 else y)
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(mid))))
         out = mid + (y * self.ls2["gamma"] if self.ls2 else y)
@@ -148,23 +148,24 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer [V], pre-norm; its state dict and timm's VisionTransformer's are interchangeable.
 
-    image_size, patch_size: px. positions: 'sincos' (fixed), 'learned' or 'none'. rel_pos_bias: SimMIM's shared
-    table. layer_scale: LayerScale's initial value. num_classes > 0 adds a linear `head` for the caller to use.
-    Raises ValueError where the patch does not divide the image, or the heads the width.
+    image_size, patch_size: px. positions: 'sincos' (fixed), 'learned' or 'none'. rel_pos_bias: SimMIM's
+    table, shared by all blocks. layer_scale: its initial value. num_classes > 0 adds a linear `head`, for the
+    caller. ValueError where the patch does not divide the image, or the heads (or 4) the width.
     """
     def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
                  rel_pos_bias=False, layer_scale=None):
         super().__init__()
         if image_size % patch_size or width % heads or width % 4:
-            raise ValueError(f"patch {patch_size} must divide {image_size} px; {heads} heads and 4 width {width}")
+            raise ValueError(f"patch {patch_size} must divide {image_size} px, {heads} and 4 width {width}")
         self.patch_size, self.grid, self.checkpointing = patch_size, image_size // patch_size, False
         self.cls_token, self.pos_embed = nn.Parameter(1e-6 * torch.randn(1, 1, width)), None
         if positions != "none":
             learned, start = positions == "learned", sincos_positions(width, self.grid, self.grid)
             self.pos_embed = nn.Parameter(0.02 * torch.randn_like(start) if learned else start, learned)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})  # a linear map
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))  # of each patch, stride = kernel
-        nn.init.zeros_(self.patch_embed["proj"].bias)
+        project = nn.Conv2d(3, width, patch_size, patch_size)  # stride = kernel: one linear map of patches
+        nn.init.xavier_uniform_(project.weight.data.flatten(1))
+        nn.init.zeros_(project.bias)
+        self.patch_embed = nn.ModuleDict({"proj": project})
         # rows: (2·grid - 1)² offsets, then CLS to patch, patch to CLS, CLS to CLS
         table = {"relative_position_bias_table": torch.zeros((2 * self.grid - 1) ** 2 + 3, heads)}
         self.rel_pos_bias = nn.ParameterDict(table if rel_pos_bias else {})
@@ -173,13 +174,13 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
     def position_bias(self, rows, cols):
-        """SimMIM's positions: a learned number per head and offset (Δy, Δx) for the logits -> (H, 1+N, 1+N)."""
+        """SimMIM's positions: a number per head and offset (Δy, Δx), added to the logits -> (H, 1+N, 1+N)."""
         table, side = self.rel_pos_bias["relative_position_bias_table"], 2 * self.grid - 1
         offsets = resize_grid(table[:-3].unflatten(0, (side, side)), 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
         x, y = n % cols, n // cols
-        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]  # query minus key: (N, N, H)
-        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))  # (1+N, 1+N, H)
+        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]    # query minus key: (N, N, H)
+        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))              # (1+N, 1+N, H)
         bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3], table[-2], table[-1]
         return bias.permute(2, 0, 1)
 
@@ -190,10 +191,10 @@ class ViT(nn.Module):
         record: also return a list of L Records, from the same weights by an explicit softmax.
         """
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        x = self.patch_embed["proj"](x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
-        if mask is not None:  # the pixels under the mask end here; their tokens go on through all layers
+        x = self.patch_embed["proj"](x).flatten(2).mT       # (B, D, rows, cols) -> (B, N, D)
+        if mask is not None:                          # the pixels under the mask end here, their tokens go on
             x = torch.where(mask[..., None], 0.0 if mask_token is None else mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1+N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)    # (B, 1+N, D)
         if self.pos_embed is not None:
             grid = resize_grid(self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid)), rows, cols)
             x = x + torch.cat([self.pos_embed[0, :1], grid.flatten(0, 1)])
@@ -209,8 +210,9 @@ class ViT(nn.Module):
 
 # ==== 3. Contrastive learning: are these two views the same image?   (MoCo v3) =============================
 def mlp_head(*widths):
-    """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible. The
-    last BN has no affine part, which could only undo that ([M]'s code; its linear layers have no bias)."""
+    """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible.
+    The last BN has no affine part, which could only undo that ([M]'s code; its linear layers have no
+    bias)."""
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
@@ -219,17 +221,17 @@ def mlp_head(*widths):
 def contrastive_loss(q, k, temperature):
     """InfoNCE, one direction ([M] equation 1): each query must find its own key among all images' keys.
 
-    q, k: (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar: about 2τ·log(batch) for
-    random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes.
+    q, k: (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar, about 2τ·log(batch)
+    for random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes.
     """
-    with torch.autocast(q.device.type, enabled=False):  # bf16 has 3 digits: too few for a softmax over a batch
+    with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
         q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
         labels = torch.arange(len(q), device=q.device)
-        if dist.is_initialized():
+        if dist.is_initialized():                           # keys carry no gradient, so gathering needs none
             labels = labels + len(q) * dist.get_rank()
             keys = [torch.empty_like(k) for _ in range(dist.get_world_size())]
-            dist.all_gather(keys, k.contiguous())  # keys carry no gradient, so gathering needs none
-            k = torch.cat(keys)  # (ranks·B, C)
+            dist.all_gather(keys, k.contiguous())
+            k = torch.cat(keys)                             # (ranks·B, C)
         return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)
 
 def cosine(start, end, progress):
@@ -242,63 +244,60 @@ def momentum_at(step, total, base):
 
 # ==== 4. Masked image modelling: what was under the mask?   (SimMIM) =======================================
 def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
-    """Masks units of `unit` px, large enough that the next pixel does not tell ([S] section 3.2).
-
-    Sizes in px: the patch must divide the unit and the unit the image, or ValueError. Returns bool (B, N), True =
-    masked, with ceil(ratio × units) units masked in each image.
-    """
+    """Masks units of `unit` px, large enough that the next pixel does not tell ([S] section 3.2) -> bool (B,
+    N), True = masked, with ceil(ratio × units) units masked in each image. Sizes in px; ValueError unless the
+    patch divides the unit and the unit the image."""
     if unit % patch_size or image_size % unit:
         raise ValueError(f"patch {patch_size} must divide mask unit {unit}, and that the {image_size} px")
     side, patches = image_size // unit, unit // patch_size
-    masked = math.ceil(ratio * side * side - 1e-9)  # 1e-9: 0.28 × 25 is 7, not 7.000000000000001
+    masked = math.ceil(ratio * side * side - 1e-9)          # 1e-9: 0.28 × 25 is 7, not 7.000000000000001
     order = torch.rand(batch, side * side, generator=generator).argsort(dim=1).argsort(dim=1)
-    mask = (order < masked).unflatten(1, (side, side))  # units
-    return mask.repeat_interleave(patches, 1).repeat_interleave(patches, 2).flatten(1)  # patches
+    mask = (order < masked).unflatten(1, (side, side))      # units, then patches
+    return mask.repeat_interleave(patches, 1).repeat_interleave(patches, 2).flatten(1)
 
 def patchify(images, patch_size):
-    """(B, 3, h, w) -> (B, N, 3p²), the pixels of each patch. F.fold(x.mT, (h, w), p, stride=p) is the way back."""
+    """(B, 3, h, w) -> (B, N, 3p²), each patch's pixels. The way back: F.fold(x.mT, (h, w), p, stride=p)."""
     return F.unfold(images, patch_size, stride=patch_size).mT
 
 def masked_l1(pred, target, mask):
-    """Mean |pred - target| over masked pixels and channels only ([S] equation 1). pred, target: (B, N, 3p²); mask:
-    bool (B, N) with some True. Returns a scalar in the target's unit."""
-    error = (pred.float() - target.float()).abs().mean(dim=-1)  # (B, N)
+    """Mean |pred - target| over masked pixels and channels only ([S] equation 1), in the target's unit.
+    pred, target: (B, N, 3p²); mask: bool (B, N) with some True."""
+    error = (pred.float() - target.float()).abs().mean(dim=-1)      # (B, N)
     return (error * mask).sum() / mask.sum()
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
 class SSL(nn.Module):
-    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5). λ = 0 builds no contrastive part and is SimMIM; λ = 1 builds no
-    mask token and no decoder and is MoCo v3. A whole step is one forward(): DDP and compile see one module."""
+    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5). λ = 0 has no contrastive part and is SimMIM; λ = 1 has no
+    mask token and no decoder and is MoCo v3. A step is one forward(), so that DDP and compile see one
+    module."""
     def __init__(self, cfg):
         super().__init__()
         self.lam, self.patch_size, self.temperature = cfg.lam, cfg.patch_size, cfg.temperature
         size, width = SIZES[cfg.model], SIZES[cfg.model]["width"]
-        simmim_vit = dict(positions="none", rel_pos_bias=True, layer_scale=0.1)
-        look = simmim_vit if cfg.positions == "relative" else dict(positions=cfg.positions)
+        look = dict(positions="none", rel_pos_bias=True, layer_scale=0.1)       # SimMIM's ViT
+        look = look if cfg.positions == "relative" else dict(positions=cfg.positions)
         self.encoder = ViT(cfg.image_size, cfg.patch_size, **size, **look)
         self.encoder.checkpointing = cfg.checkpointing
         if cfg.freeze_patch == "yes" or cfg.freeze_patch == "auto" and cfg.lam == 1:
             self.encoder.patch_embed.requires_grad_(False)  # [M] section 5: gradient spikes begin here
         if self.lam > 0:
             self.projector = mlp_head(width, cfg.proj_hidden, cfg.proj_hidden, 256)
-            self.predictor = mlp_head(256, cfg.proj_hidden, 256)  # C = 256
+            self.predictor = mlp_head(256, cfg.proj_hidden, 256)                # C = 256
             self.key_encoder = deepcopy(self.encoder).requires_grad_(False)
             self.key_projector = deepcopy(self.projector).requires_grad_(False)
-        if self.lam < 1:
-            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-            # [S] decodes with one linear layer, which makes the encoder's last layers decode; blocks take that
-            # over from them ([P] figure 11)
+        if self.lam < 1:          # a linear decoder ([S]) makes the encoder's last layers decode; blocks take
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))  # that from them ([P] figure 11)
             blocks = [Block(width, size["heads"]) for _ in range(cfg.decoder_depth)]
-            norm = nn.LayerNorm(width, eps=1e-6) if blocks else nn.Identity()
-            self.decoder = nn.Sequential(*blocks, norm, nn.Linear(width, 3 * cfg.patch_size**2))
+            blocks += [nn.LayerNorm(width, eps=1e-6)] if blocks else []
+            self.decoder = nn.Sequential(*blocks, nn.Linear(width, 3 * cfg.patch_size**2))
 
     def contrast(self, view1, view2):
         """MoCo v3's algorithm 1 in its seven steps -> loss, one view's queries (B, C)."""
-        views = torch.cat([view1, view2])  # 1. two views of each image, from section 6: (2B, 3, h, w)
-        z = self.encoder(views)[:, 0]  # 2. CLS tokens (2B, D), both views in one pass
+        views = torch.cat([view1, view2])                   # 1. two views of each image: (2B, 3, h, w)
+        z = self.encoder(views)[:, 0]                       # 2. CLS tokens (2B, D), both views in one pass
         # 3. queries (B, C), each view apart: BatchNorm would leak one view's statistics into the other
         q1, q2 = (self.predictor(self.projector(half)) for half in z.chunk(2))
-        with torch.no_grad():  # 4. keys from the average of the past encoders, see update_average()
+        with torch.no_grad():                               # 4. keys, from the average (see update_average)
             k1, k2 = (self.key_projector(half) for half in self.key_encoder(views)[:, 0].chunk(2))
         # 5. to 7. similarities, softmax and cross-entropy, in both directions
         return contrastive_loss(q1, k2, self.temperature) + contrastive_loss(q2, k1, self.temperature), q1
@@ -311,13 +310,14 @@ class SSL(nn.Module):
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> scalars {'cl': L_CL, 'mim': L_MIM, 'std': feature spread}.
 
-        A branch that λ switches off is not computed and gives 0; its views may be None. 'std' is the standard
-        deviation over the batch of unit-length features, times √width: near 1 = spread, 0 = all alike (collapse).
+        A branch that λ switches off is not computed and gives 0; its views may be None. 'std': the standard
+        deviation over the batch of unit-length features, × √width: near 1 spread out, 0 all alike (collapse).
         """
         cl = mim = torch.zeros((), device=mask.device)
         if self.lam < 1:
             tokens, pixels = self.reconstruct(view_mim, mask)
-            mim, features = masked_l1(pixels, patchify(view_mim, self.patch_size), mask), tokens[:, 1:].mean(1)
+            mim = masked_l1(pixels, patchify(view_mim, self.patch_size), mask)
+            features = tokens[:, 1:].mean(dim=1)
         if self.lam > 0:
             cl, features = self.contrast(view1, view2)
         unit = F.normalize(features.detach().float(), dim=-1)
@@ -325,25 +325,24 @@ class SSL(nn.Module):
 
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query. [M] does this between a step's query and key pass; at the end of the step
-        before, with this step's momentum, it gives every key pass the same average."""
+        """key ← m·key + (1 - m)·query. [M] does this between a step's query and key pass; done at the end of
+        the step before, with this step's momentum, it gives every key pass the same average."""
         if self.lam > 0:
             keys = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
             queries = [*self.encoder.parameters(), *self.projector.parameters()]
             torch._foreach_lerp_(keys, queries, 1 - momentum)
 
 # ==== 6. Data: what does the network get to see?   (each choice is a function of seed, epoch and index) ====
-SHAPES = {  # level sets of radius 1, negative inside; polar angle a = 0 points up
+SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 points up
     "circle": lambda x, y, r, a: r - 0.9,
     "square": lambda x, y, r, a: np.maximum(abs(x), abs(y)) - 0.75,
     "triangle": lambda x, y, r, a: r * np.cos(a % (2 * np.pi / 3) - np.pi / 3) - 0.5,
     "star": lambda x, y, r, a: r - 0.65 - 0.35 * np.cos(5 * a),
-    "cross": lambda x, y, r, a: np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.maximum(abs(x), abs(y)) - 0.95),
+    "cross": lambda x, y, r, a: np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.fmax(abs(x), abs(y)) - 0.95),
     "ring": lambda x, y, r, a: abs(r - 0.7) - 0.25,
     "bar": lambda x, y, r, a: np.maximum(abs(x) - 0.4, abs(y) - 0.95),
-    "crescent": lambda x, y, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y)),
-}
-TEXTURES = {  # in [-1, 1] over u, v in radians; regular, so that what a mask hides follows from what is around it
+    "crescent": lambda x, y, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y))}
+TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must follow from its surroundings
     "plain": lambda u, v: np.ones_like(u),
     "horizontal": lambda u, v: np.sin(v),
     "vertical": lambda u, v: np.sin(u),
@@ -351,15 +350,14 @@ TEXTURES = {  # in [-1, 1] over u, v in radians; regular, so that what a mask hi
     "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
     "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
-    "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1,
-}
+    "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
 
 class Stimuli:
     """Procedural images: one object, 8 shapes × 8 textures drawn independently, on a smooth grey background.
 
-    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of the object: a function of
-    (seed, split, i). Pose, colour and brightness tell neither label. render(i, shape, texture) is scene i with
-    another shape or texture. split: 'train' or 'test', which have no image in common.
+    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of the object: a function
+    of (seed, split, i). Pose, colour and brightness tell neither label. render(i, shape, texture) is scene i
+    with another shape or texture. split: 'train' or 'test', which have no image in common.
     """
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
 
@@ -375,8 +373,7 @@ class Stimuli:
         return image, shape, texture, mask
 
     def load(self, index):
-        image, shape, texture, _ = self[index]
-        return Image.fromarray(image), [shape, texture]
+        return Image.fromarray(self[index][0]), list(self[index][1:3])
 
     def render(self, index, shape, texture):
         rng = np.random.default_rng([*self.key, index, 1])
@@ -384,16 +381,16 @@ class Stimuli:
         cx, cy, slope_x, slope_y = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
         frequency, phase = 2 * np.pi / rng.uniform(0.36, 0.46), rng.uniform(0, 2 * np.pi, 2)
         grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1  # pixel centres in [-1, 1]
+        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1   # pixel centres in [-1, 1]
         x, y = axis[None, :], axis[:, None]
-        u = np.cos(tilt) * (x - cx) + np.sin(tilt) * (y - cy)  # the object's own axes, (S, S)
+        u = np.cos(tilt) * (x - cx) + np.sin(tilt) * (y - cy)                  # the object's own axes, (S, S)
         v = np.cos(tilt) * (y - cy) - np.sin(tilt) * (x - cx)
         outline, surface = [*SHAPES.values()][shape], [*TEXTURES.values()][texture]
         level = outline(u / radius, v / radius, np.hypot(u, v) / radius, np.arctan2(u, -v))
-        inside = np.clip(0.5 - level * radius * self.size / 2, 0, 1)  # an edge one pixel wide
+        inside = np.clip(0.5 - level * radius * self.size / 2, 0, 1)            # an edge one pixel wide
         wave = np.clip(1.5 * surface(u * frequency + phase[0], v * frequency + phase[1]), -1, 1)
-        circle = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)  # the colour circle, RGB
-        light = bright * (fade + (1 - fade) * circle) * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
+        circle = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)   # the colour circle, RGB
+        light = bright * (fade + (1 - fade) * circle) * (0.65 + 0.35 * wave[..., None])     # (S, S, 3)
         ground = (grey + slope_x * x + slope_y * y)[..., None]
         image = ground + inside[..., None] * (light - ground)
         return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
@@ -403,16 +400,15 @@ class ImageFolder(list):
     held: None for all, False for nine images in ten, True for the tenth. UserError if there is no image."""
     def __init__(self, root, held=None):
         kinds = tuple(kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN)
-        found = sorted(os.path.join(d, name) for d, _, names in os.walk(root) for name in names
+        paths = sorted(os.path.join(d, name) for d, _, names in os.walk(root) for name in names
                        if name.lower().endswith(kinds))
-        if not found:
+        if not paths:
             raise UserError(f"--data {root}: no image that can be read (JPEG, PNG, WebP, TIFF ...)")
-        tops = [os.path.relpath(path, root).split(os.sep)[:-1][:1] for path in found]  # [class] or []
-        classes = sorted({name for top in tops for name in top})
-        self.label_names, self.classes = (("class",), (classes,)) if len(classes) > 1 else ((), ())
-        number = {name: i for i, name in enumerate(classes)}
-        super().__init__((path, [number[name] for name in top] or [0]) for i, (path, top)
-                         in enumerate(zip(found, tops)) if held is None or (i % 10 == 9) == held)
+        tops = [os.path.relpath(path, root).split(os.sep)[:-1][:1] for path in paths]   # [class] or []
+        classes = {name: i for i, name in enumerate(sorted({name for top in tops for name in top}))}
+        self.label_names, self.classes = (("class",), (list(classes),)) if len(classes) > 1 else ((), ())
+        super().__init__((path, [classes[name] for name in top] or [0]) for i, (path, top)
+                         in enumerate(zip(paths, tops)) if held is None or (i % 10 == 9) == held)
 
     def load(self, index):
         return Image.open(self[index][0]), self[index][1]
@@ -420,9 +416,9 @@ class ImageFolder(list):
 def find_data(cfg):
     """(training set, test set or None) in --data, or the built-in stimuli."""
     if not cfg.data:
-        return [Stimuli(n, cfg.image_size, cfg.seed, split) for n, split in ((20000, "train"), (5000, "test"))]
+        return [Stimuli(n, cfg.image_size, cfg.seed, name) for n, name in ((20000, "train"), (5000, "test"))]
     if not os.path.isdir(cfg.data):
-        raise UserError(f"--data {cfg.data}: not a folder" if os.path.exists(cfg.data) else f"--data {cfg.data}: no such folder")
+        raise UserError(f"--data {cfg.data}: {'not a' if os.path.exists(cfg.data) else 'no such'} folder")
     train, *tests = (os.path.join(cfg.data, name) for name in ("train", "val", "test"))
     if os.path.isdir(train):
         return ImageFolder(train), next((ImageFolder(path) for path in tests if os.path.isdir(path)), None)
@@ -430,8 +426,8 @@ def find_data(cfg):
     return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
 
 def crop_box(width, height, smallest, rng):
-    """RandomResizedCrop's (x0, y0, x1, y1): a share `smallest` to 1 of the area, aspect 3/4 to 4/3, the first of ten
-    tries that fits, else a square."""
+    """RandomResizedCrop's (x0, y0, x1, y1): a share `smallest` to 1 of the area, aspect 3/4 to 4/3; the first
+    of ten tries that fits, else a square."""
     area, ratio = width * height * rng.uniform(smallest, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10)
     w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
     fits = (w <= width) & (h <= height)
@@ -440,39 +436,40 @@ def crop_box(width, height, smallest, rng):
     return x, y, x + w, y + h
 
 def cut(image, size, smallest=(), rng=None):
-    """Decodes an opened image once -> uint8 (crops, 3, size, size): a crop_box for each share in `smallest`, without
-    any the largest centred square. Upright (EXIF), RGB whatever the mode: 16 bits become 8, transparency is laid on
-    white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or 1/8."""
+    """Decodes an opened image once -> uint8 (crops, 3, size, size): a crop_box for each share in `smallest`,
+    the largest centred square if that is empty. Upright (EXIF) and RGB in every mode: 16 bits become 8,
+    transparency is laid on white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or
+    1/8."""
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
     x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
     boxes = [crop_box(width, height, share, rng) for share in smallest] or [(x, y, width - x, height - y)]
-    boxes = np.array(boxes)                                  # in upright pixels
+    boxes = np.array(boxes)                                 # in upright pixels
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                                # 16-bit grey, floating point
+    if image.mode[0] in "IF":                               # 16-bit grey, floating point
         values = np.asarray(image, dtype=np.float32)
         values = values / (257 if image.mode[0] == "I" else max(values.max(), 1e-9) / 255)
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.mode != "RGB":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()  # rounding may step over the edge
+    boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()    # rounding may pass the edge
     crops = [image.resize((size, size), Image.BILINEAR, box) for box in boxes]
     return np.stack([np.asarray(crop) for crop in crops]).transpose(0, 3, 1, 2)
 
 class Views(Dataset):
-    """(epoch, index) -> one training sample: all crops of one decoded file and every random choice for it. With
-    epoch None only the largest centred square and the labels, for tests."""
+    """(epoch, index) -> one training sample: all crops of one decoded file and every random choice for it.
+    With epoch None the largest centred square, for tests."""
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
-        self.smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)           # [S]: 0.67 to 1
+        self.smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)   # [S]: 0.67 to 1
 
     def __getitem__(self, key):
         cfg, (epoch, wanted), total = self.cfg, key, len(self.source)
-        for index in range(wanted, wanted + total):          # a broken file is replaced by the next
+        for index in range(wanted, wanted + total):         # a broken file is replaced by the next
             rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index % total])
-            with contextlib.suppress(Exception):             # Pillow raises almost anything
+            with contextlib.suppress(Exception):            # Pillow raises almost anything
                 image, labels = self.source.load(index % total)
                 crops = cut(image, cfg.image_size, () if epoch is None else self.smallest, rng)
                 break
@@ -485,25 +482,25 @@ class Views(Dataset):
                     broken=wanted if index > wanted else -1)
 
     def draw_colours(self, rng, view):
-        """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their factors,
-        then grey, blur σ, solarise, flip."""
+        """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their
+        factors, then grey, blur σ, solarise, flip."""
         order = rng.permutation(4) if rng.random() < 0.8 else np.full(4, -1)
-        reach = np.array([0.4, 0.4, 0.2, self.cfg.hue])      # of brightness, contrast, saturation, hue
+        reach = np.array([0.4, 0.4, 0.2, self.cfg.hue])     # of brightness, contrast, saturation, hue
         grey, blur, solarise, flip = rng.random(4) < (0.2, (1.0, 0.1)[view], (0.0, 0.2)[view], 0.5)
         blur = blur * rng.uniform(min(0.1, self.cfg.blur), self.cfg.blur)
         return np.float32([*order, *rng.uniform(-reach, reach) + (1, 1, 1, 0), grey, blur, solarise, flip])
 
 def batches(cfg, length, steps, rank, ranks):
-    """Lists of (epoch, index), one per part of a step: each epoch in an order of its own, without end. The place
-    in this stream follows from the step alone, so that a run resumes by starting it there."""
-    order = lru_cache(2)(lambda epoch: np.random.default_rng([cfg.seed, 1, epoch]).permutation(length).tolist())
+    """Lists of (epoch, index), one per part of a step: each epoch in its own order, without end. The place in
+    this stream follows from the step alone, so that a run resumes by starting it there."""
+    order = lru_cache(2)(lambda e: np.random.default_rng([cfg.seed, 1, e]).permutation(length).tolist())
     part = cfg.batch_size // (ranks * cfg.accum)
     for piece in range(steps.start * cfg.accum, steps.stop * cfg.accum):
         places = range((piece * ranks + rank) * part, (piece * ranks + rank + 1) * part)
         yield [(place // length, order(place // length)[place % length]) for place in places]
 
 # The rest runs batched on the training device, on images (B, 3, h, w) in [0, 1] with parameters (B, 1, 1, 1).
-MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
+MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 def greyscale(x):
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)    # (B, 1, h, w)
@@ -517,13 +514,13 @@ def adjust_hue(x, turn):
     return value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(x, sigma):
-    """Blur by σ px, mirrored at the border. Along an axis that is a product with an (n, n) matrix, whose row i
+    """Blur by σ px, mirrored at the border. Along an axis that is a product with an (n, n) matrix whose row i
     holds the Gaussian around pixel i and its two mirror images: two products blur the whole batch."""
     def matrix(n):
         i, j = torch.arange(n, device=x.device)[:, None], torch.arange(n, device=x.device)
         mirrored = torch.where(j > 0, i + j, 1e4), torch.where(j < n - 1, 2 * n - 2 - i - j, 1e4)
         weight = sum(torch.exp(-0.5 * (distance / sigma) ** 2) for distance in (i - j, *mirrored))
-        return weight / weight.sum(dim=-1, keepdim=True)     # (B, 1, n, n)
+        return weight / weight.sum(dim=-1, keepdim=True)    # (B, 1, n, n)
     return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
 
 OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey, blur, solarise, flip
@@ -534,8 +531,8 @@ OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey
     lambda x, _: torch.where(x >= 0.5, 1 - x, x), lambda x, _: x.flip(-1))
 
 def photometric(x, colours):
-    """Applies colours (B, 12) of draw_colours: the jitters in each image's own order, then the rest. They come on
-    the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
+    """Applies colours (B, 12) of draw_colours: the jitters in each image's own order, then the rest. They
+    come on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
     value = colours.to(x.device, non_blocking=True)[..., None, None, None]      # (B, 12, 1, 1, 1)
     todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]
     for chosen, n in todo + [(colours[:, 4 + n] > 0, n) for n in range(4, 8)]:
@@ -545,7 +542,8 @@ def photometric(x, colours):
     return x
 
 def augment(batch, cfg, device):
-    """A loader's batch -> view1, view2, view_mim (B, 3, h, w), normalised, None if λ needs none; mask (B, N)."""
+    """A loader's batch -> view1, view2, view_mim (B, 3, h, w), normalised, None if λ needs none; mask (B,
+    N)."""
     crops = batch["crops"].to(device, non_blocking=True).float() / 255          # (B, crops, 3, h, w)
     mean, std, view1, view2, view_mim = MEAN.to(device), STD.to(device), None, None, None
     if cfg.lam > 0:
@@ -558,8 +556,9 @@ def augment(batch, cfg, device):
 
 # ==== 7. Optimiser and schedules: how fast, and when? ======================================================
 def lr_at(step, total, warmup, peak):
-    """Linear to `peak` in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at `total`."""
-    return peak * step / warmup if step < warmup else cosine(peak, 0, (step - warmup) / max(total - warmup, 1))
+    """Linear to `peak` in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at
+    `total`."""
+    return peak * step / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup or 1))
 
 def make_optimizer(model, cfg):
     """AdamW. Decay is for matrices, not for biases, norms and tokens; MoCo v3 (λ = 1) decays everything."""
@@ -571,19 +570,19 @@ def make_optimizer(model, cfg):
 # ==== 8. Training loop =====================================================================================
 @torch.no_grad()
 def knn_scores(encoder, data, cfg, autocast, k=20):
-    """{'knn_<label set>': accuracy in [0, 1], 'layer_<label set>': where}: the majority label of the k training
-    images nearest to a test image, by cosine of CLS or of mean token, after the layer where this works best.
-    Whitened, so that no loud direction (colour, brightness) decides alone. {} without labels or a test set."""
+    """{'knn_<label set>': accuracy in [0, 1], 'layer_<label set>': where}: the majority label of the k
+    training images nearest to a test image, by cosine of CLS or of mean token, after the layer where this
+    works best. Whitened, so that no loud direction (colour, brightness) decides alone. {} without labels or a
+    test set."""
     if not (cfg.knn_images and data[1] and data[0].label_names):
         return {}
-    sets, states, own = [], [], torch.Generator()           # a loader draws a seed: not from the run's own stream
+    sets, states, own = [], [], torch.Generator()  # loaders draw a seed, which the run's stream must not feel
     hooks = [block.register_forward_hook(lambda _, __, x: states.extend(
         (x[:, 0].float().cpu(), x[:, 1:].float().mean(dim=1).cpu()))) for block in encoder.blocks]
     for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
-        spread = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
-        loader, parts = DataLoader(Views(source, cfg), 256, False, [(None, i) for i in spread],
-                                   num_workers=cfg.workers, generator=own), []
-        for batch in loader:
+        spread, parts = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist(), []
+        keys = [(None, i) for i in spread]
+        for batch in DataLoader(Views(source, cfg), 256, False, keys, num_workers=cfg.workers, generator=own):
             with autocast():
                 encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device))
             parts.append((torch.stack(states), batch["labels"]))
@@ -594,15 +593,15 @@ def knn_scores(encoder, data, cfg, autocast, k=20):
     bank, known, queries, truth = sets              # (2L, n, D), (n, label sets), (2L, m, D), (m, label sets)
     mean = bank.mean(dim=1, keepdim=True)
     variance, axes = torch.linalg.eigh((bank - mean).mT @ (bank - mean) / len(known))
-    white = axes * (variance + 1e-3 * variance.mean(dim=1, keepdim=True) + 1e-12).rsqrt()[:, None]     # (2L, D, D)
+    white = axes * (variance + 1e-3 * variance.mean(dim=1, keepdim=True) + 1e-12).rsqrt()[:, None]
     similarity = F.normalize((queries - mean) @ white, dim=2) @ F.normalize((bank - mean) @ white, dim=2).mT
-    votes = known[similarity.topk(min(k, len(known))).indices].mode(dim=2).values               # (2L, m, label sets)
-    best = (votes == truth).float().mean(dim=1).max(dim=0)                      # over 2L, for each label set
+    votes = known[similarity.topk(min(k, len(known))).indices].mode(dim=2).values       # (2L, m, label sets)
+    best = (votes == truth).float().mean(dim=1).max(dim=0)  # over 2L, for each label set
     named = list(zip(data[0].label_names, best.values.tolist(), best.indices.tolist()))
     return {f"knn_{n}": round(v, 4) for n, v, _ in named} | {f"layer_{n}": i // 2 + 1 for n, _, i in named}
 
 def save_checkpoint(path, state):
-    """Writes beside the target and renames: whatever happens, `path` is the old or the new checkpoint, whole."""
+    """Writes beside the target and renames: whatever happens, `path` is the old or the new one, and whole."""
     with open(f"{path}.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -625,22 +624,21 @@ def train(cfg, state, rank, ranks):
     torch.manual_seed(cfg.seed)
     data = find_data(cfg)
     steps = max(1, round(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.epochs else cfg.steps
-    warmup, peak, part = cfg.warmup * steps, cfg.lr * cfg.batch_size / 256, cfg.batch_size // ranks // cfg.accum
+    warmup, peak = cfg.warmup * steps, cfg.lr * cfg.batch_size / 256
     say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
-        f"{len(data[0])} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x {part}"
-        f" images, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = {peak:.2g}, {cfg.dtype} on {cfg.device}, "
-        f"into {out}", flush=True)
+        f"{len(data[0])} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
+        f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = "
+        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}", flush=True)
     model = SSL(cfg).to(device)
-    optimizer = make_optimizer(model, cfg)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, trained = make_optimizer(model, cfg), [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, rows, broken, stop = 0, [], set(), []
     if state:
         first, rows = state["step"], state["log"]
         torch.set_rng_state(state["rng"])
-        for name, module in parts.items():
-            module.load_state_dict(state[name])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     elif rank == 0:
         rows = [{"step": 0, **knn_scores(model.encoder, data, cfg, autocast)}]
     net, on_gpu = model, device.type == "cuda"
@@ -648,13 +646,14 @@ def train(cfg, state, rank, ranks):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if on_gpu else net
         net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     net = torch.compile(net) if cfg.compile else net
-    stream = iter(DataLoader(Views(data[0], cfg), num_workers=cfg.workers, pin_memory=on_gpu, generator=torch.Generator(),
-                             batch_sampler=batches(cfg, len(data[0]), range(first, steps), rank, ranks)))
+    stream = iter(DataLoader(
+        Views(data[0], cfg), batch_sampler=batches(cfg, len(data[0]), range(first, steps), rank, ranks),
+        num_workers=cfg.workers, pin_memory=on_gpu, generator=torch.Generator()))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
     bad, waited, since, began = torch.zeros((), device=device), 0.0, first, time.perf_counter()
 
-    for done in range(first + 1, steps + 1):        # steps done when this one is
+    for done in range(first + 1, steps + 1):                # the number of steps when this one is done
         # schedules
         lr, momentum = lr_at(done, steps, warmup, peak), momentum_at(done, steps, cfg.momentum)
         for group in optimizer.param_groups:
@@ -668,7 +667,7 @@ def train(cfg, state, rank, ranks):
                 broken.add(index)
                 print(f"unreadable, the next file takes its place: {data[0][index][0]!r}", file=sys.stderr)
             if len(broken) > max(1, len(data[0]) / 100):
-                raise UserError(f"{len(broken)} of {len(data[0])} images cannot be read: mend the folder first")
+                raise UserError(f"{len(broken)} of {len(data[0])} images unreadable: mend the folder first")
             # losses, backward; ranks exchange gradients with the last piece only
             quiet = ranks > 1 and piece < cfg.accum - 1
             with net.no_sync() if quiet else contextlib.nullcontext():
@@ -688,27 +687,31 @@ def train(cfg, state, rank, ranks):
         finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
         bad = torch.where((bad == 0) & ~finite, done, bad)
         logging = done % cfg.log_every == 0 or done == steps
-        halt = bool(stop) and (ranks == 1 or logging)    # ranks must stop at the same step
+        halt = bool(stop) and (ranks == 1 or logging)       # ranks must stop at the same step
         saving = done % cfg.save_every == 0 or done == steps or halt
         if logging or saving:
             if bad > 0:
-                print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go back to "
-                      f"{out}/ckpt.pt with --resume --dtype fp32, or start with a lower --lr", file=sys.stderr)
+                print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go on "
+                      f"from {out}/ckpt.pt with --resume, or start with a lower --lr", file=sys.stderr)
                 return 1
             seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
             speed = (done - since) * cfg.batch_size / seconds
-            rows.append({"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()} | {
-                "lr": lr, "momentum": momentum, "images/s": round(speed, 1), "stall": round(waited / seconds, 3),
-                "broken": len(broken), **(knn_scores(model.encoder, data, cfg, autocast) if saving and rank == 0 else {})})
-            say(*(f"{name} {value:.4g}" for name, value in rows[-1].items()),
+            row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
+            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken)}
+            row |= {"stall": round(waited / seconds, 3)}    # share of time spent waiting for images
+            if saving and rank == 0:
+                row |= knn_scores(model.encoder, data, cfg, autocast)
+            rows.append(row)
+            say(*(f"{name} {value:.4g}" for name, value in row.items()),
                 f"left {(steps - done) * cfg.batch_size / speed / 60:.1f} min", flush=True)
             waited, since, began = 0.0, done, time.perf_counter()
         elif done == first + 3:
             say(f"about {(time.perf_counter() - began) / 3 * (steps - done) / 60:.1f} min to go", flush=True)
         # save
         if saving and rank == 0:
-            save_checkpoint(out / "ckpt.pt", dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state(), **{
-                name: module.state_dict() for name, module in parts.items()}))
+            state = dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state())
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(out / "ckpt.pt", state)
             (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if halt:
             say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
@@ -728,29 +731,31 @@ def finish(cfg, rows, data):
     fig.savefig(Path(cfg.out) / "loss.png", dpi=150)
     for name, classes in zip(data[0].label_names, data[0].classes):
         if f"knn_{name}" in rows[-1]:
-            now, start = (f"{row[f'knn_{name}']:.3f} (layer {row[f'layer_{name}']})" for row in (rows[-1], rows[0]))
-            print(f"k-NN accuracy, {name}: {now}, untrained network {start}, chance {1 / len(classes):.3f}")
+            ends = rows[0], rows[-1]
+            start, end = (f"{row['knn_' + name]:.3f} (layer {row['layer_' + name]})" for row in ends)
+            print(f"k-NN accuracy, {name}: {end}, untrained network {start}, chance {1 / len(classes):.3f}")
     print(f"checkpoint, log and loss curve are in {cfg.out}; next: python analyze.py {cfg.out}/ckpt.pt")
 
 # ==== 9. Command line ======================================================================================
-LIMITS = dict(lam=(0, 1), mask_ratio=(0.01, 1), momentum=(0, 1), warmup=(0, 1), crop_min=(0.01, 1), hue=(0, 0.5),
-              temperature=(0.001, 100), workers=(-1, 256), decoder_depth=(0, 100), accum=(0, 10**6),
-              seed=(0, 2**31), knn_images=(0, 10**6), blur=(0, 100))
+LIMITS = dict(
+    lam=(0, 1), mask_ratio=(0.01, 1), momentum=(0, 1), warmup=(0, 1), crop_min=(0.01, 1), hue=(0, 0.5),
+    blur=(0, 100), temperature=(0.001, 100), workers=(-1, 256), decoder_depth=(0, 100), accum=(0, 10**6),
+    seed=(0, 2**31), knn_images=(0, 10**6))
 FREE = {"device", "workers", "compile", "checkpointing", "save_every", "log_every", "resume", "out", "data"}
 
 def parse(argv):
-    """Command line -> (Config with its recipe, {name: value} of the flags given); UserError for what it cannot be."""
+    """Command line -> (Config with its recipe, {name: value} of the flags given), or UserError."""
     def fail(message):
         raise UserError(f"{message}; --help lists all flags")
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    lines = re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", inspect.getsource(Config), re.M)
-    for name, kind, text in lines:
-        choices, how = text.split(":")[0].split("|"), dict(type=dict(str=str, int=int, float=float).get(kind))
+    for name, kind, text in re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", inspect.getsource(Config), re.M):
+        choices, types = text.split(":")[0].split("|"), dict(str=str, int=int, float=float)
+        how = dict(action="store_true") if kind == "bool" else dict(type=types[kind])
         how |= dict(choices=choices) if len(choices) > 1 else {}
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{text} [{getattr(Config, name)}]".replace("%", "%%"),
-                            default=argparse.SUPPRESS, **(dict(action="store_true") if kind == "bool" else how))
+        text = f"{text} [{getattr(Config, name)}]".replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
     objective = given.get("objective", "hybrid")
@@ -769,32 +774,31 @@ def parse(argv):
     return cfg, given
 
 def prepare(cfg, given, ranks):
-    """Settles each 'auto' and loads the run to resume -> (Config, checkpoint or None). UserError before anything is
-    touched."""
+    """Settles each 'auto', loads the run to resume -> (Config, checkpoint or None), or UserError."""
     path, state = Path(cfg.out) / "ckpt.pt", None
     if cfg.resume and not cfg.overwrite:
         state = load_checkpoint(path)
         saved = asdict(Config()) | state["config"]
         for name in [name for name in given if name not in FREE and given[name] != saved.get(name)]:
-            raise UserError(f"--{name}: the run in {cfg.out} has {saved.get(name)}, which cannot change at --resume")
+            raise UserError(f"--{name}: {cfg.out} has {saved.get(name)}, which cannot change at --resume")
         cfg = Config(**saved | dict(device="auto", workers=-1, out=cfg.out) | given)
     elif path.exists() and not cfg.overwrite:
         raise UserError(f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
     cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
     cfg.device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
-    on_gpu = cfg.device.startswith("cuda")
+    on_gpu, image, patch, unit = cfg.device.startswith("cuda"), cfg.image_size, cfg.patch_size, cfg.mask_unit
     bf16 = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16", cpu.read_text())
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16
     cfg.dtype = cfg.dtype if cfg.dtype != "auto" else "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
     cfg.workers = cfg.workers if cfg.workers >= 0 else min(8, (os.cpu_count() or 1) // ranks) if on_gpu else 0
-    (image, patch, unit), (part, rest) = (cfg.image_size, cfg.patch_size, cfg.mask_unit), divmod(cfg.batch_size, ranks * cfg.accum)
+    part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
     for wrong, message in (
             (on_gpu and not cuda, f"--device {cfg.device}: there is no CUDA device here"),
             (image % patch, f"--patch-size {patch} does not divide --image-size {image}"),
-            (unit % patch or image % unit, f"--mask-unit {unit} must be a multiple of {patch} that divides {image}"),
+            (unit % patch or image % unit, f"--mask-unit {unit} must be n x {patch} and divide {image}"),
             (rest, f"--batch-size {cfg.batch_size} does not divide into {ranks} ranks x {cfg.accum} parts"),
-            (part < 2 and cfg.lam > 0, "the contrastive loss needs two images or more in each part of a batch")):
+            (part < 2 and cfg.lam > 0, "the contrastive loss needs two images or more in a part of a step")):
         if wrong:
             raise UserError(message)
     os.makedirs(cfg.out, exist_ok=True)
@@ -802,16 +806,17 @@ def prepare(cfg, given, ranks):
     return cfg, state
 
 def main(argv=None):
-    """Runs a command line -> exit status: 0, 1 (a number was not finite), 2 (bad input), 130 or 143 (signal)."""
-    with contextlib.suppress(OSError, AttributeError):      # glibc: keep large blocks, do not return them each step
-        for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):      # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    """Runs a command line -> exit status: 0, 1 (number not finite), 2 (bad input), 130 or 143 (signal)."""
+    with contextlib.suppress(OSError, AttributeError):      # glibc: keep large blocks, do not return them
+        for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, number)
     try:
-        rank, ranks, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cfg, state = prepare(*parse(argv), ranks)
         if ranks > 1:                                       # started by torchrun
-            cfg.device = f"cuda:{local}" if cfg.device.startswith("cuda") else cfg.device
-            dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+            on_gpu = cfg.device.startswith("cuda")
+            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+            dist.init_process_group("nccl" if on_gpu else "gloo")
         return train(cfg, state, rank, ranks)
     except (UserError, OSError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)

@@ -32,7 +32,9 @@ def make(model, objective, form, device):
     net = sslvit.SSL(cfg).to(device)
     plain, batch = form == "plain", BATCH[model] * (8 if device != "cpu" else 1)
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=False) if plain else sslvit.make_optimizer(net, cfg)
+    optimizer = (
+        torch.optim.AdamW(trained, lr=1e-4, foreach=False) if plain else sslvit.make_optimizer(net, cfg)
+    )
     views = [torch.randn(batch, 3, cfg.image_size, cfg.image_size, device=device) for _ in range(3)]
     mask = sslvit.random_mask(batch, cfg.image_size, cfg.patch_size, cfg.mask_unit, 0.6).to(device)
 
@@ -69,7 +71,9 @@ def make(model, objective, form, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["micro", "base"], choices=BATCH)
@@ -81,8 +85,12 @@ def main():
         used = torch.cuda.max_memory_allocated() if args.device != "cpu" else 0
         print(used / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, median of {args.rounds} rounds")
-    print(f"{'model':6} {'objective':9} {'batch':>5} {'ours img/s':>10} {'plain img/s':>11} {'ratio':>6} {'ours MiB':>9} {'plain MiB':>9}")
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, median of {args.rounds} rounds"
+    )
+    print(
+        f"{'model':6} {'objective':9} {'batch':>5} {'ours img/s':>10} {'plain img/s':>11} {'ratio':>6} {'ours MiB':>9} {'plain MiB':>9}"
+    )
     for model in args.models:
         for objective in ("moco", "simmim", "hybrid"):
             steps = {form: make(model, objective, form, args.device) for form in ("ours", "plain")}
@@ -95,8 +103,19 @@ def main():
                         speeds[form].append(images / (time.perf_counter() - began))
             memory = {}
             for form in steps:
-                command = [sys.executable, __file__, "--device", args.device, "--memory-of", model, objective, form]
-                memory[form] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--device",
+                    args.device,
+                    "--memory-of",
+                    model,
+                    objective,
+                    form,
+                ]
+                memory[form] = float(
+                    subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                )
             ratio = median(a / b for a, b in zip(speeds["ours"], speeds["plain"]))
             print(f"{model:6} {objective:9} {images:5} {median(speeds['ours']):10.2f} {median(speeds['plain']):11.2f} "
                   f"{ratio:6.2f} {memory['ours']:9.0f} {memory['plain']:9.0f}", flush=True)  # fmt: skip

@@ -34,7 +34,9 @@ def small_and_alone(monkeypatch):
 
 
 def config(**changes):
-    return Config(**{**dict(image_size=16, proj_hidden=16, batch_size=8, accum=1, device="cpu", workers=0), **changes})
+    return Config(
+        **{**dict(image_size=16, proj_hidden=16, batch_size=8, accum=1, device="cpu", workers=0), **changes}
+    )
 
 
 # ---- 2. ViT ----
@@ -47,10 +49,18 @@ def test_tokens_records_and_shapes():
     torch.testing.assert_close(tokens, vit(x))  # the fused and the explicit attention are one function
     assert tokens.shape == (2, 17, 24) and len(records) == 2
     r = records[1]
-    assert r.attn.shape == (2, 3, 17, 17) and r.heads.shape == (2, 3, 17, 8) and r.mid.shape == r.out.shape == (2, 17, 24)
+    assert (
+        r.attn.shape == (2, 3, 17, 17)
+        and r.heads.shape == (2, 3, 17, 8)
+        and r.mid.shape == r.out.shape == (2, 17, 24)
+    )
     torch.testing.assert_close(r.attn.sum(-1), torch.ones(2, 3, 17))
     torch.testing.assert_close(vit.norm(r.out), tokens)
-    assert vit(torch.randn(1, 3, 24, 8)).shape == (1, 13, 24)  # another, oblong size: positions are interpolated
+    assert vit(torch.randn(1, 3, 24, 8)).shape == (
+        1,
+        13,
+        24,
+    )  # another, oblong size: positions are interpolated
     with pytest.raises(ValueError):
         ViT(30, 4, **TINY)
 
@@ -61,7 +71,14 @@ def test_timm_parity(variant):
     scale = 0.1 if variant == "layer_scale" else None
     positions, embed = ("none", "none") if variant == "no_positions" else ("learned", "learn")
     theirs = timm.models.vision_transformer.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5, init_values=scale, pos_embed=embed
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+        init_values=scale,
+        pos_embed=embed,
     ).eval()
     ours = ViT(32, 8, **TINY, positions=positions, num_classes=5, layer_scale=scale).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -74,12 +91,16 @@ def test_sincos_positions_by_hand():
     p = sslvit.sincos_positions(8, 2, 3)[0]  # frequencies 1 and 1/100
     assert p.shape == (7, 8) and p[0].abs().max() == 0  # CLS
     x, y = 2, 1  # the last of 2 × 3 patches
-    hand = [f(v * w) for v, f in ((x, math.sin), (x, math.cos), (y, math.sin), (y, math.cos)) for w in (1, 0.01)]
+    hand = [
+        f(v * w) for v, f in ((x, math.sin), (x, math.cos), (y, math.sin), (y, math.cos)) for w in (1, 0.01)
+    ]
     torch.testing.assert_close(p[6], torch.tensor(hand))
 
 
 def test_relative_position_bias_by_hand():
-    vit = ViT(8, 4, 24, 1, 3, positions="none", rel_pos_bias=True)  # 2 × 2 patches: offsets -1, 0, 1 in y and x
+    vit = ViT(
+        8, 4, 24, 1, 3, positions="none", rel_pos_bias=True
+    )  # 2 × 2 patches: offsets -1, 0, 1 in y and x
     table = vit.rel_pos_bias["relative_position_bias_table"]
     assert table.shape == (9 + 3, 3) and vit.pos_embed is None
     table.data = torch.arange(12.0)[:, None].repeat(1, 3)
@@ -135,7 +156,9 @@ def test_contrastive_loss_by_hand():
 
 def test_schedules_by_hand():
     assert sslvit.lr_at(5, 110, 10, 2.0) == 1.0 and sslvit.lr_at(10, 110, 10, 2.0) == 2.0
-    assert sslvit.lr_at(60, 110, 10, 2.0) == pytest.approx(1.0) and sslvit.lr_at(110, 110, 10, 2.0) == pytest.approx(0)
+    assert sslvit.lr_at(60, 110, 10, 2.0) == pytest.approx(1.0) and sslvit.lr_at(
+        110, 110, 10, 2.0
+    ) == pytest.approx(0)
     assert sslvit.lr_at(1, 1, 1, 2.0) == 2.0 and sslvit.lr_at(1, 1, 0.1, 2.0) == pytest.approx(0, abs=2)
     assert sslvit.momentum_at(0, 8, 0.99) == pytest.approx(0.99) and sslvit.momentum_at(8, 8, 0.99) == 1
     assert sslvit.momentum_at(4, 8, 0.99) == pytest.approx(0.995)
@@ -153,7 +176,11 @@ def test_heads_end_in_a_batchnorm_without_affine():
     head = sslvit.mlp_head(8, 16, 16, 4)
     kinds = [type(m).__name__ for m in head]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
-    assert not head[-1].affine and head[1].affine and all(m.bias is None for m in head if isinstance(m, nn.Linear))
+    assert (
+        not head[-1].affine
+        and head[1].affine
+        and all(m.bias is None for m in head if isinstance(m, nn.Linear))
+    )
     y = head(torch.randn(32, 8))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
 
@@ -161,11 +188,15 @@ def test_heads_end_in_a_batchnorm_without_affine():
 # ---- 4. masked image modelling ----
 
 
-@pytest.mark.parametrize("size,patch,unit,ratio,masked", [(224, 16, 32, 0.6, 120), (32, 4, 4, 0.6, 39), (40, 4, 8, 0.28, 28)])
+@pytest.mark.parametrize(
+    "size,patch,unit,ratio,masked", [(224, 16, 32, 0.6, 120), (32, 4, 4, 0.6, 39), (40, 4, 8, 0.28, 28)]
+)
 def test_mask_counts(size, patch, unit, ratio, masked):
     mask = sslvit.random_mask(5, size, patch, unit, ratio, torch.Generator().manual_seed(1))
     assert mask.dtype == torch.bool and mask.shape == (5, (size // patch) ** 2)
-    assert mask.sum(1).tolist() == [masked] * 5  # 30 of 49 units × 4, 39 of 64 × 1, 7 of 25 (0.28 × 25 = 7.0…01) × 4
+    assert (
+        mask.sum(1).tolist() == [masked] * 5
+    )  # 30 of 49 units × 4, 39 of 64 × 1, 7 of 25 (0.28 × 25 = 7.0…01) × 4
     side, k = size // unit, unit // patch
     units = mask.reshape(5, side, k, side, k)
     assert torch.equal(units.any(4).any(2), units.all(4).all(2))  # a unit is masked as a whole
@@ -182,14 +213,18 @@ def test_mask_units_must_fit():
 
 def test_masked_l1_by_hand():
     pred, target = torch.zeros(1, 3, 2), torch.tensor([[[1.0, 3.0], [5.0, -7.0], [100.0, 100.0]]])
-    assert sslvit.masked_l1(pred, target, torch.tensor([[True, True, False]])).item() == 4.0  # (1 + 3 + 5 + 7) / 4
+    assert (
+        sslvit.masked_l1(pred, target, torch.tensor([[True, True, False]])).item() == 4.0
+    )  # (1 + 3 + 5 + 7) / 4
 
 
 def test_patchify_takes_each_patch_once_and_back():
     image = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     patches = sslvit.patchify(image, 2)
     assert patches.shape == (2, 6, 12)
-    assert sorted(patches[1, 4].tolist()) == sorted(image[1, :, 2:4, 2:4].flatten().tolist())  # row 1, column 1
+    assert sorted(patches[1, 4].tolist()) == sorted(
+        image[1, :, 2:4, 2:4].flatten().tolist()
+    )  # row 1, column 1
     assert torch.equal(F.fold(patches.mT, (4, 6), 2, stride=2), image)
 
 
@@ -213,7 +248,9 @@ def test_simmim_is_the_paper_spelt_out():
     out = model(None, None, x, mask)
     pixels = model.decoder(model.encoder(x, mask, mask_token=model.mask_token))[:, 1:]
     recon = F.fold(pixels.mT, (16, 16), 4, stride=4)
-    pixel_mask = mask.reshape(8, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand(-1, 3, -1, -1)
+    pixel_mask = (
+        mask.reshape(8, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand(-1, 3, -1, -1)
+    )
     assert out["mim"].item() == pytest.approx((recon - x).abs()[pixel_mask].mean().item(), rel=1e-5)
     assert out["cl"] == 0 and 0 < out["std"] < 2
 
@@ -269,7 +306,9 @@ def test_hybrid_trains_the_patch_embedding_unless_told_otherwise():
 def test_decoder_depth_and_simmim_positions():
     model, batch = SSL(config(decoder_depth=2, positions="relative")), inputs()
     assert [type(m).__name__ for m in model.decoder] == ["Block", "Block", "LayerNorm", "Linear"]
-    assert model.encoder.pos_embed is None and model.encoder.blocks[0].ls1["gamma"][0].item() == pytest.approx(0.1)
+    assert model.encoder.pos_embed is None and model.encoder.blocks[0].ls1["gamma"][
+        0
+    ].item() == pytest.approx(0.1)
     out = model(*batch)
     (out["mim"] + out["cl"]).backward()
     assert model.encoder.rel_pos_bias["relative_position_bias_table"].grad.abs().sum() > 0
@@ -300,12 +339,19 @@ def test_decay_spares_vectors_and_tokens_except_in_moco():
 def test_stimuli_are_a_function_of_seed_split_and_index():
     train, again, test = Stimuli(50, 32, 0), Stimuli(50, 32, 0), Stimuli(50, 32, 0, "test")
     image, shape, texture, mask = train[7]
-    assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and mask.shape == (32, 32) and mask.dtype == bool
+    assert (
+        image.shape == (32, 32, 3)
+        and image.dtype == np.uint8
+        and mask.shape == (32, 32)
+        and mask.dtype == bool
+    )
     assert np.array_equal(image, again[7][0]) and not np.array_equal(image, Stimuli(50, 32, 1)[7][0])
     seen = {train[i][0].tobytes() for i in range(50)}
     assert len(seen) == 50 and not seen & {test[i][0].tobytes() for i in range(50)}
     assert np.array_equal(train.render(7, shape, texture)[0], image)
-    assert np.array_equal(train.render(7, shape, (texture + 1) % 8)[1], mask)  # the outline does not tell the texture
+    assert np.array_equal(
+        train.render(7, shape, (texture + 1) % 8)[1], mask
+    )  # the outline does not tell the texture
     assert 0.05 < np.mean([train[i][3].mean() for i in range(50)]) < 0.7
 
 
@@ -344,7 +390,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     if mode in ("P", "CMYK"):
         assert abs(red - ramp).mean() < 12
     if mode == "RGBA":
-        assert (out[0, :, :, :7] == 255).all() and abs(red[:, 9:] - ramp[:, 9:]).max() < 3  # transparent is white
+        assert (out[0, :, :, :7] == 255).all() and abs(
+            red[:, 9:] - ramp[:, 9:]
+        ).max() < 3  # transparent is white
 
 
 def test_exif_orientation_one_pixel_and_large_jpegs(tmp_path):
@@ -359,7 +407,9 @@ def test_exif_orientation_one_pixel_and_large_jpegs(tmp_path):
     out = sslvit.cut(Image.open(tmp_path / "dot.png"), 8, [0.08, 1.0], np.random.default_rng(0))
     assert out.shape == (2, 3, 8, 8) and (out[:, 0] == 9).all()
     y, x = np.mgrid[:800, :1200]
-    photo = Image.fromarray(np.stack([x % 256, y % 256, (x + y) // 8], -1).astype(np.uint8)).resize((1200, 800))
+    photo = Image.fromarray(np.stack([x % 256, y % 256, (x + y) // 8], -1).astype(np.uint8)).resize(
+        (1200, 800)
+    )
     photo = photo.reduce(4).resize((1200, 800), Image.BICUBIC)
     photo.save(tmp_path / "large.jpg", quality=95)
     fast = sslvit.cut(Image.open(tmp_path / "large.jpg"), 32, [0.5], np.random.default_rng(3))
@@ -372,7 +422,9 @@ def test_crop_boxes():
     boxes = np.array([sslvit.crop_box(50, 40, 0.2, rng) for _ in range(2000)])
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 50 and boxes[:, 3].max() <= 40
-    assert (w * h / 2000).min() >= 0.2 - 1e-9 and (w / h).min() >= 0.75 - 1e-9 and (w / h).max() <= 4 / 3 + 1e-9
+    assert (
+        (w * h / 2000).min() >= 0.2 - 1e-9 and (w / h).min() >= 0.75 - 1e-9 and (w / h).max() <= 4 / 3 + 1e-9
+    )
     assert 0.5 < (w * h / 2000).mean() < 0.62  # uniform in 0.2 … 1, less what does not fit
     wide = sslvit.crop_box(400, 4, 1.0, rng)  # no crop of this share has an allowed aspect: a square instead
     assert wide[2] - wide[0] == wide[3] - wide[1] == 4
@@ -389,7 +441,9 @@ def test_folder_layouts(tmp_path, layout):
     (tmp_path / "readme.txt").write_text("not an image")
     train, test = sslvit.find_data(config(data=str(tmp_path)))
     if layout.startswith("train"):
-        assert len(train) == len(test) == 40 and train.classes == (["cat", "dog"],) and test.load(39)[1] == [1]
+        assert (
+            len(train) == len(test) == 40 and train.classes == (["cat", "dog"],) and test.load(39)[1] == [1]
+        )
     if layout == "classes":
         assert len(train) == 36 and len(test) == 4 and not {p for p, _ in train} & {p for p, _ in test}
     if layout == "flat":
@@ -440,7 +494,9 @@ def test_colour_operations_by_hand():
     dot = torch.zeros(1, 1, 21, 21)
     dot[..., 10, 10] = 1
     blurred = sslvit.gaussian_blur(dot, torch.full((1, 1, 1, 1), 1.5))
-    assert blurred[0, 0, 10, 13] / blurred[0, 0, 10, 10] == pytest.approx(math.exp(-2), rel=1e-4)  # 3 px = 2 σ
+    assert blurred[0, 0, 10, 13] / blurred[0, 0, 10, 10] == pytest.approx(
+        math.exp(-2), rel=1e-4
+    )  # 3 px = 2 σ
     colours = np.zeros((3, 12), np.float32)
     colours[:, :4] = -1
     colours[0, 10], colours[1, 11], colours[2, 8] = 1, 1, 1  # solarise, flip, grey
@@ -456,13 +512,19 @@ def test_operations_match_torchvision():
     theirs = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for ours, function in zip(sslvit.OPERATIONS, theirs):
         expected = torch.stack([function(image, f) for image, f in zip(x, factors)])
-        torch.testing.assert_close(ours(x, torch.tensor(factors).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            ours(x, torch.tensor(factors).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0
+        )
     turns = [-0.5, -0.1, 0.07, 0.4]
     expected = torch.stack([tv.adjust_hue(image, f) for image, f in zip(x, turns)])
-    torch.testing.assert_close(sslvit.adjust_hue(x, torch.tensor(turns).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        sslvit.adjust_hue(x, torch.tensor(turns).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0
+    )
     sigmas = [0.1, 0.5, 1.2, 2.0]
     expected = torch.stack([tv.gaussian_blur(image, [29, 29], [s, s]) for image, s in zip(x, sigmas)])
-    torch.testing.assert_close(sslvit.gaussian_blur(x, torch.tensor(sigmas).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        sslvit.gaussian_blur(x, torch.tensor(sigmas).view(4, 1, 1, 1)), expected, atol=1e-3, rtol=0
+    )
     torch.testing.assert_close(sslvit.greyscale(x), tv.rgb_to_grayscale(x), atol=1e-3, rtol=0)
     torch.testing.assert_close(sslvit.OPERATIONS[6](x, None), tv.solarize(x, 0.5), atol=1e-3, rtol=0)
 
@@ -508,7 +570,13 @@ def test_knn_on_separable_and_on_meaningless_labels(monkeypatch):
 
 def flat(state, prefix=""):
     """{path: tensor or number} of a nested checkpoint."""
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else None
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, (list, tuple))
+        else None
+    )
     if items is None:
         return {prefix: state}
     return {k: v for name, part in items for k, v in flat(part, f"{prefix}/{name}").items()}
@@ -517,12 +585,18 @@ def flat(state, prefix=""):
 def same(a, b, skip=("images/s", "stall", "/config")):
     a, b = ({k: v for k, v in flat(c).items() if not any(s in k for s in skip)} for c in (a, b))
     assert a.keys() == b.keys()
-    return [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] or a[k] != a[k])]
+    return [
+        k
+        for k in a
+        if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] or a[k] != a[k])
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("objective", ["moco", "simmim", "hybrid"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, objective, workers, monkeypatch, capfd):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path, objective, workers, monkeypatch, capfd
+):
     if workers and objective != "hybrid":
         pytest.skip("workers are the same for all objectives")
     argv = [*QUICK, "--objective", objective, "--steps", "5", "--save-every", "3", "--workers", str(workers)]
@@ -577,7 +651,9 @@ sslvit.main(sys.argv[1:])"""
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):  # which main() prints as one line
         sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
     assert sslvit.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
@@ -649,7 +725,9 @@ def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
 
 
 def test_two_ranks_train_save_and_resume_from_the_command_line(tmp_path):
-    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(21000 + os.getpid() % 20000), WORLD_SIZE="2", LOCAL_RANK="0")
+    where = dict(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(21000 + os.getpid() % 20000), WORLD_SIZE="2", LOCAL_RANK="0"
+    )
     argv = [*QUICK, "--steps", "2", "--out", str(tmp_path)]
     ranks = [run_python("sys.exit(sslvit.main(sys.argv[1:]))", *argv, RANK=str(r), **where) for r in (0, 1)]
     outputs = [process.communicate(timeout=100) for process in ranks]
@@ -669,12 +747,35 @@ def test_cuda(tmp_path, objective):
 
 
 def test_the_loss_falls_and_everything_is_written(tmp_path, capfd):
-    argv = [*QUICK, "--objective", "simmim", "--steps", "40", "--lr", "0.1", "--log-every", "20", "--out", str(tmp_path)]
+    argv = [
+        *QUICK,
+        "--objective",
+        "simmim",
+        "--steps",
+        "40",
+        "--lr",
+        "0.1",
+        "--log-every",
+        "20",
+        "--out",
+        str(tmp_path),
+    ]
     assert sslvit.main(argv) == 0
     out = capfd.readouterr().out
-    assert "simmim (λ = 0): ViT-micro, 16 px" in out.splitlines()[0] and "min to go" in out and "chance 0.125" in out
+    assert (
+        "simmim (λ = 0): ViT-micro, 16 px" in out.splitlines()[0]
+        and "min to go" in out
+        and "chance 0.125" in out
+    )
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["mim"] < 0.9 * rows[1]["mim"] and {"lr", "momentum", "norm", "std", "images/s", "stall"} <= set(rows[-1])
+    assert rows[-1]["mim"] < 0.9 * rows[1]["mim"] and {
+        "lr",
+        "momentum",
+        "norm",
+        "std",
+        "images/s",
+        "stall",
+    } <= set(rows[-1])
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert {"config", "model", "optimizer", "scaler", "step", "rng", "log"} <= set(state)
 
@@ -736,15 +837,29 @@ def test_help_tells_every_flag_and_default(capfd):
     assert sslvit.main(["--help"]) == 0
     out = capfd.readouterr().out
     for name, value in vars(Config()).items():
-        assert "--" + name.replace("_", "-") in out and f"[{value}]" in out.replace("\n", " ").replace("  ", "")
+        assert "--" + name.replace("_", "-") in out and f"[{value}]" in out.replace("\n", " ").replace(
+            "  ", ""
+        )
 
 
 def test_presets_are_the_papers_recipes():
     moco = sslvit.parse(["--data", "x", "--objective", "moco"])[0]
-    assert (moco.preset, moco.model, moco.image_size, moco.patch_size, moco.batch_size) == ("imagenet", "base", 224, 16, 4096)
+    assert (moco.preset, moco.model, moco.image_size, moco.patch_size, moco.batch_size) == (
+        "imagenet",
+        "base",
+        224,
+        16,
+        4096,
+    )
     assert (moco.lr, moco.weight_decay, moco.epochs, moco.temperature) == (1.5e-4, 0.1, 300, 0.2)
-    assert moco.warmup * moco.epochs == pytest.approx(40) and (moco.crop_min, moco.hue, moco.blur) == (0.08, 0.1, 2.0)
+    assert moco.warmup * moco.epochs == pytest.approx(40) and (moco.crop_min, moco.hue, moco.blur) == (
+        0.08,
+        0.1,
+        2.0,
+    )
     simmim = sslvit.parse(["--data", "x", "--objective", "simmim"])[0]
-    assert simmim.lr * 512 / 256 == 1e-4 and simmim.weight_decay == 0.05 and simmim.warmup * simmim.epochs == 10
+    assert (
+        simmim.lr * 512 / 256 == 1e-4 and simmim.weight_decay == 0.05 and simmim.warmup * simmim.epochs == 10
+    )
     assert (simmim.positions, simmim.clip, simmim.mask_unit, simmim.mask_ratio) == ("relative", 5.0, 32, 0.6)
     assert sslvit.SIZES["small"]["heads"] == 12
