@@ -506,7 +506,7 @@ def test_colour_operations_by_hand():
 
 
 def test_operations_match_torchvision():
-    tv = pytest.importorskip("torchvision").transforms.v2.functional
+    tv = pytest.importorskip("torchvision.transforms.v2.functional")
     x = torch.rand(4, 3, 40, 30)
     factors = [0.6, 0.9, 1.3, 1.4]
     theirs = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
@@ -592,13 +592,10 @@ def same(a, b, skip=("images/s", "stall", "/config")):
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("objective", ["moco", "simmim", "hybrid"])
+@pytest.mark.parametrize("objective,workers", [("moco", 0), ("simmim", 0), ("hybrid", 0), ("hybrid", 2)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     tmp_path, objective, workers, monkeypatch, capfd
 ):
-    if workers and objective != "hybrid":
-        pytest.skip("workers are the same for all objectives")
     argv = [*QUICK, "--objective", objective, "--steps", "5", "--save-every", "3", "--workers", str(workers)]
     assert sslvit.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     save = sslvit.save_checkpoint
