@@ -15,7 +15,6 @@ with CLS), D width, H heads, d = D/H, L layers, p patch size in px, C width of t
 """
 
 # fmt: off
-# (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, ctypes, inspect, json, math, os, re, signal, sys, time
 from collections import namedtuple
 from copy import deepcopy
@@ -23,10 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -78,22 +74,17 @@ class Config:
     knn_images: int = 4000       # labelled images in the k-NN bank, a quarter as many are tested; 0: no k-NN
 
 PRESETS = {  # what a recipe changes: for every objective, then for one
-    "micro": {},
-    "micro-moco": dict(steps=800, batch_size=128, lr=4e-3),
-    "micro-simmim": dict(steps=4000),
+    "micro": {}, "micro-moco": dict(steps=800, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
     "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096,
                      crop_min=0.08, hue=0.1, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4,
                      weight_decay=0.1, warmup=40 / 300, momentum=0.99),
     "imagenet-moco": dict(clip=0.0),
     "imagenet-simmim": dict(epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1,
-                            positions="relative"),
-}
-SIZES = {
-    "micro": dict(width=96, depth=6, heads=3), "tiny": dict(width=192, depth=12, heads=3),
-    "small": dict(width=384, depth=12, heads=12), "base": dict(width=768, depth=12, heads=12),
-    "large": dict(width=1024, depth=24, heads=16), "huge": dict(width=1280, depth=32, heads=16),
-}
+                            positions="relative")}
+SIZES = {name: dict(width=width, depth=depth, heads=heads) for name, width, depth, heads in (
+    ("micro", 96, 6, 3), ("tiny", 192, 12, 3), ("small", 384, 12, 12),
+    ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
 # What analyze.py sees of a block: attention weights (B, H, 1+N, 1+N), rows sum to 1; what each head gathered,
@@ -101,8 +92,7 @@ SIZES = {
 Record = namedtuple("Record", "attn heads mid out")
 
 def sincos_positions(width, rows, cols):
-    """Fixed positions ([M] section 4): a quarter of the width each for sin x, cos x, sin y, cos y; zeros for
-    CLS, which stands nowhere. Returns (1, 1+N, width)."""
+    """Fixed positions ([M] section 4): D/4 each for sin x, cos x, sin y, cos y; CLS: zeros -> (1, 1+N, D)."""
     frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))                           # (D/4,)
     n = torch.arange(rows * cols)[:, None]                  # patches are numbered row by row
     x, y = n % cols * frequency, n // cols * frequency      # (N, D/4)
@@ -110,8 +100,9 @@ def sincos_positions(width, rows, cols):
 
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    resized = F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
-    return grid if grid.shape[:2] == (rows, cols) else resized
+    if grid.shape[:2] == (rows, cols):
+        return grid
+    return F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then each thinks for itself."""
@@ -123,13 +114,11 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
         gammas = [{"gamma": torch.full((width,), layer_scale)} if layer_scale else {} for _ in "12"]
         self.ls1, self.ls2 = map(nn.ParameterDict, gammas)  # LayerScale: each sub-layer starts small
-        # Xavier-uniform ([M]). qkv holds three matrices and starts as three: as one (3D, D) matrix it would
-        # be √2 smaller, and attention would stay uniform for long
+        # Xavier ([M]). qkv starts as the three matrices it holds; as one (√2 smaller) attention stays uniform
         for name, linear in (*self.attn.items(), *self.mlp.items()):
             nn.init.zeros_(linear.bias)
             for weight in linear.weight.data.chunk(3 if name == "qkv" else 1):
                 nn.init.xavier_uniform_(weight)
-
     def forward(self, x, bias=None, record=False):
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = None if bias is None else bias.to(q.dtype)   # q, k, v: (B, H, 1+N, d)
@@ -147,11 +136,9 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """Vision Transformer [V], pre-norm; its state dict and timm's VisionTransformer's are interchangeable.
-
-    image_size, patch_size: px. positions: 'sincos' (fixed), 'learned' or 'none'. rel_pos_bias: SimMIM's
-    table, shared by all blocks. layer_scale: its initial value. num_classes > 0 adds a linear `head`, for the
-    caller. ValueError where the patch does not divide the image, or the heads (or 4) the width.
-    """
+    Sizes in px. positions: 'sincos' (fixed), 'learned' or 'none'. rel_pos_bias: SimMIM's table, shared by all
+    blocks. layer_scale: its initial value. num_classes > 0 adds a linear `head`, for the caller. ValueError
+    where the patch does not divide the image, or the heads (or 4) the width."""
     def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
                  rel_pos_bias=False, layer_scale=None):
         super().__init__()
@@ -162,10 +149,9 @@ class ViT(nn.Module):
         if positions != "none":
             learned, start = positions == "learned", sincos_positions(width, self.grid, self.grid)
             self.pos_embed = nn.Parameter(0.02 * torch.randn_like(start) if learned else start, learned)
-        project = nn.Conv2d(3, width, patch_size, patch_size)  # stride = kernel: one linear map of patches
-        nn.init.xavier_uniform_(project.weight.data.flatten(1))
-        nn.init.zeros_(project.bias)
-        self.patch_embed = nn.ModuleDict({"proj": project})
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # one linear map of patches
+        nn.init.zeros_(self.patch_embed["proj"].bias)
         # rows: (2·grid - 1)² offsets, then CLS to patch, patch to CLS, CLS to CLS
         table = {"relative_position_bias_table": torch.zeros((2 * self.grid - 1) ** 2 + 3, heads)}
         self.rel_pos_bias = nn.ParameterDict(table if rel_pos_bias else {})
@@ -185,11 +171,8 @@ class ViT(nn.Module):
         return bias.permute(2, 0, 1)
 
     def forward(self, x, mask=None, record=False, mask_token=None):
-        """x (B, 3, h, w), of any size that the patch divides -> tokens (B, 1+N, D) after the last norm.
-
-        mask: bool (B, N), True = this patch's embedding becomes mask_token (1, 1, D; None: zeros).
-        record: also return a list of L Records, from the same weights by an explicit softmax.
-        """
+        """x (B, 3, h, w), any size the patch divides -> tokens (B, 1+N, D) after the last norm. mask: bool
+        (B, N), True = embedded as mask_token (1, 1, D; None: zeros). record: also return L Records."""
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.patch_embed["proj"](x).flatten(2).mT       # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:                          # the pixels under the mask end here, their tokens go on
@@ -210,20 +193,17 @@ class ViT(nn.Module):
 
 # ==== 3. Contrastive learning: are these two views the same image?   (MoCo v3) =============================
 def mlp_head(*widths):
-    """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible.
-    The last BN has no affine part, which could only undo that ([M]'s code; its linear layers have no
-    bias)."""
+    """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible. No
+    bias, and no affine part in the last BN, which could only undo that ([M]'s code)."""
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
     return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
 
 def contrastive_loss(q, k, temperature):
-    """InfoNCE, one direction ([M] equation 1): each query must find its own key among all images' keys.
-
-    q, k: (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar, about 2τ·log(batch)
-    for random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes.
-    """
+    """InfoNCE, one direction ([M] equation 1): each query must find its own key among all images' keys. q, k:
+    (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar, about 2τ·log(batch) for
+    random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes."""
     with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
         q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
         labels = torch.arange(len(q), device=q.device)
@@ -244,9 +224,8 @@ def momentum_at(step, total, base):
 
 # ==== 4. Masked image modelling: what was under the mask?   (SimMIM) =======================================
 def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
-    """Masks units of `unit` px, large enough that the next pixel does not tell ([S] section 3.2) -> bool (B,
-    N), True = masked, with ceil(ratio × units) units masked in each image. Sizes in px; ValueError unless the
-    patch divides the unit and the unit the image."""
+    """-> bool (B, N), True = masked: ceil(ratio × units) units of `unit` px in each image, large enough that
+    the next pixel does not tell ([S] section 3.2). ValueError where patch, unit and image do not divide."""
     if unit % patch_size or image_size % unit:
         raise ValueError(f"patch {patch_size} must divide mask unit {unit}, and that the {image_size} px")
     side, patches = image_size // unit, unit // patch_size
@@ -267,9 +246,8 @@ def masked_l1(pred, target, mask):
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
 class SSL(nn.Module):
-    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5). λ = 0 has no contrastive part and is SimMIM; λ = 1 has no
-    mask token and no decoder and is MoCo v3. A step is one forward(), so that DDP and compile see one
-    module."""
+    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5). λ = 0: no contrastive part, SimMIM; λ = 1: no mask token
+    and no decoder, MoCo v3. A step is one forward(), so that DDP and compile see one module."""
     def __init__(self, cfg):
         super().__init__()
         self.lam, self.patch_size, self.temperature = cfg.lam, cfg.patch_size, cfg.temperature
@@ -309,10 +287,8 @@ class SSL(nn.Module):
 
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> scalars {'cl': L_CL, 'mim': L_MIM, 'std': feature spread}.
-
-        A branch that λ switches off is not computed and gives 0; its views may be None. 'std': the standard
-        deviation over the batch of unit-length features, × √width: near 1 spread out, 0 all alike (collapse).
-        """
+        A branch that λ switches off is not computed and gives 0; its views may be None. 'std': of unit-length
+        features over the batch, × √width: near 1 spread out, 0 all alike (collapse)."""
         cl = mim = torch.zeros((), device=mask.device)
         if self.lam < 1:
             tokens, pixels = self.reconstruct(view_mim, mask)
@@ -334,8 +310,7 @@ class SSL(nn.Module):
 
 # ==== 6. Data: what does the network get to see?   (each choice is a function of seed, epoch and index) ====
 SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 points up
-    "circle": lambda x, y, r, a: r - 0.9,
-    "square": lambda x, y, r, a: np.maximum(abs(x), abs(y)) - 0.75,
+    "circle": lambda x, y, r, a: r - 0.9, "square": lambda x, y, r, a: np.maximum(abs(x), abs(y)) - 0.75,
     "triangle": lambda x, y, r, a: r * np.cos(a % (2 * np.pi / 3) - np.pi / 3) - 0.5,
     "star": lambda x, y, r, a: r - 0.65 - 0.35 * np.cos(5 * a),
     "cross": lambda x, y, r, a: np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.fmax(abs(x), abs(y)) - 0.95),
@@ -344,37 +319,28 @@ SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 poi
     "crescent": lambda x, y, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y))}
 TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must follow from its surroundings
     "plain": lambda u, v: np.ones_like(u),
-    "horizontal": lambda u, v: np.sin(v),
-    "vertical": lambda u, v: np.sin(u),
-    "diagonal": lambda u, v: np.sin((u + v) / 2**0.5),
-    "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
+    "horizontal": lambda u, v: np.sin(v), "vertical": lambda u, v: np.sin(u),
+    "diagonal": lambda u, v: np.sin((u + v) / 2**0.5), "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
     "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
     "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
 
 class Stimuli:
     """Procedural images: one object, 8 shapes × 8 textures drawn independently, on a smooth grey background.
-
     stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of the object: a function
     of (seed, split, i). Pose, colour and brightness tell neither label. render(i, shape, texture) is scene i
-    with another shape or texture. split: 'train' or 'test', which have no image in common.
-    """
+    with another shape or texture. The splits 'train' and 'test' have no image in common."""
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
-
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length, self.size, self.key = length, image_size, (seed, ("train", "test").index(split))
-
     def __len__(self):
         return self.length
-
     def __getitem__(self, index):
         shape, texture = np.random.default_rng([*self.key, index, 0]).integers(8, size=2).tolist()
         image, mask = self.render(index, shape, texture)
         return image, shape, texture, mask
-
     def load(self, index):
         return Image.fromarray(self[index][0]), list(self[index][1:3])
-
     def render(self, index, shape, texture):
         rng = np.random.default_rng([*self.key, index, 1])
         tilt, radius = np.radians(rng.uniform(-18, 18)), rng.uniform(0.75, 1.0)
@@ -409,7 +375,6 @@ class ImageFolder(list):
         self.label_names, self.classes = (("class",), (list(classes),)) if len(classes) > 1 else ((), ())
         super().__init__((path, [classes[name] for name in top] or [0]) for i, (path, top)
                          in enumerate(zip(paths, tops)) if held is None or (i % 10 == 9) == held)
-
     def load(self, index):
         return Image.open(self[index][0]), self[index][1]
 
@@ -426,8 +391,7 @@ def find_data(cfg):
     return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
 
 def crop_box(width, height, smallest, rng):
-    """RandomResizedCrop's (x0, y0, x1, y1): a share `smallest` to 1 of the area, aspect 3/4 to 4/3; the first
-    of ten tries that fits, else a square."""
+    """RandomResizedCrop's (x0, y0, x1, y1): `smallest` to 1 of the area, aspect 3/4 to 4/3; else a square."""
     area, ratio = width * height * rng.uniform(smallest, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10)
     w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
     fits = (w <= width) & (h <= height)
@@ -437,13 +401,12 @@ def crop_box(width, height, smallest, rng):
 
 def cut(image, size, smallest=(), rng=None):
     """Decodes an opened image once -> uint8 (crops, 3, size, size): a crop_box for each share in `smallest`,
-    the largest centred square if that is empty. Upright (EXIF) and RGB in every mode: 16 bits become 8,
-    transparency is laid on white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or
-    1/8."""
+    or the largest centred square. Upright (EXIF) and RGB in every mode: 16 bits become 8, transparency is
+    laid on white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or 1/8."""
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
     x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
-    boxes = [crop_box(width, height, share, rng) for share in smallest] or [(x, y, width - x, height - y)]
-    boxes = np.array(boxes)                                 # in upright pixels
+    boxes = [crop_box(width, height, share, rng) for share in smallest]
+    boxes = np.array(boxes or [(x, y, width - x, height - y)])      # in upright pixels
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
     image = ImageOps.exif_transpose(image)
@@ -455,16 +418,13 @@ def cut(image, size, smallest=(), rng=None):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()    # rounding may pass the edge
-    crops = [image.resize((size, size), Image.BILINEAR, box) for box in boxes]
-    return np.stack([np.asarray(crop) for crop in crops]).transpose(0, 3, 1, 2)
+    return np.stack([image.resize((size, size), Image.BILINEAR, box) for box in boxes]).transpose(0, 3, 1, 2)
 
 class Views(Dataset):
-    """(epoch, index) -> one training sample: all crops of one decoded file and every random choice for it.
-    With epoch None the largest centred square, for tests."""
+    """(epoch, index) -> all crops of a file, every random choice for it; epoch None: centre, for tests."""
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
         self.smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)   # [S]: 0.67 to 1
-
     def __getitem__(self, key):
         cfg, (epoch, wanted), total = self.cfg, key, len(self.source)
         for index in range(wanted, wanted + total):         # a broken file is replaced by the next
@@ -480,7 +440,6 @@ class Views(Dataset):
         colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
         return dict(crops=crops, mask=mask, colours=colours, flip=rng.random() < 0.5, labels=np.array(labels),
                     broken=wanted if index > wanted else -1)
-
     def draw_colours(self, rng, view):
         """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their
         factors, then grey, blur σ, solarise, flip."""
@@ -514,9 +473,8 @@ def adjust_hue(x, turn):
     return value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(x, sigma):
-    """Blur by σ px, mirrored at the border. Along an axis that is a product with an (n, n) matrix whose row i
-    holds the Gaussian around pixel i and its two mirror images: two products blur the whole batch."""
-    def matrix(n):
+    """Blur by σ px, mirrored at the border: two matrix products, one an axis, blur the whole batch."""
+    def matrix(n):              # row i: the Gaussian around pixel i and its two mirror images
         i, j = torch.arange(n, device=x.device)[:, None], torch.arange(n, device=x.device)
         mirrored = torch.where(j > 0, i + j, 1e4), torch.where(j < n - 1, 2 * n - 2 - i - j, 1e4)
         weight = sum(torch.exp(-0.5 * (distance / sigma) ** 2) for distance in (i - j, *mirrored))
@@ -532,9 +490,9 @@ OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey
 
 def photometric(x, colours):
     """Applies colours (B, 12) of draw_colours: the jitters in each image's own order, then the rest. They
-    come on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
+    stay on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
     value = colours.to(x.device, non_blocking=True)[..., None, None, None]      # (B, 12, 1, 1, 1)
-    todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]
+    todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]   # in each image's own order
     for chosen, n in todo + [(colours[:, 4 + n] > 0, n) for n in range(4, 8)]:
         i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
         if len(i):
@@ -542,8 +500,7 @@ def photometric(x, colours):
     return x
 
 def augment(batch, cfg, device):
-    """A loader's batch -> view1, view2, view_mim (B, 3, h, w), normalised, None if λ needs none; mask (B,
-    N)."""
+    """A loader's batch -> normalised view1, view2, view_mim (B, 3, h, w) or None; mask (B, N)."""
     crops = batch["crops"].to(device, non_blocking=True).float() / 255          # (B, crops, 3, h, w)
     mean, std, view1, view2, view_mim = MEAN.to(device), STD.to(device), None, None, None
     if cfg.lam > 0:
@@ -556,8 +513,7 @@ def augment(batch, cfg, device):
 
 # ==== 7. Optimiser and schedules: how fast, and when? ======================================================
 def lr_at(step, total, warmup, peak):
-    """Linear to `peak` in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at
-    `total`."""
+    """Linear to peak in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at total."""
     return peak * step / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup or 1))
 
 def make_optimizer(model, cfg):
@@ -571,17 +527,15 @@ def make_optimizer(model, cfg):
 @torch.no_grad()
 def knn_scores(encoder, data, cfg, autocast, k=20):
     """{'knn_<label set>': accuracy in [0, 1], 'layer_<label set>': where}: the majority label of the k
-    training images nearest to a test image, by cosine of CLS or of mean token, after the layer where this
-    works best. Whitened, so that no loud direction (colour, brightness) decides alone. {} without labels or a
-    test set."""
+    training images nearest to a test image, by cosine of CLS or of mean token, after the layer where this is
+    best. Whitened: no loud direction (colour, brightness) decides alone. {} without labels or a test set."""
     if not (cfg.knn_images and data[1] and data[0].label_names):
         return {}
     sets, states, own = [], [], torch.Generator()  # loaders draw a seed, which the run's stream must not feel
     hooks = [block.register_forward_hook(lambda _, __, x: states.extend(
         (x[:, 0].float().cpu(), x[:, 1:].float().mean(dim=1).cpu()))) for block in encoder.blocks]
     for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
-        spread, parts = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist(), []
-        keys = [(None, i) for i in spread]
+        keys, parts = [(None, int(i)) for i in np.linspace(0, len(source) - 1, min(size, len(source)))], []
         for batch in DataLoader(Views(source, cfg), 256, False, keys, num_workers=cfg.workers, generator=own):
             with autocast():
                 encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device))
@@ -630,12 +584,11 @@ def train(cfg, state, rank, ranks):
         f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = "
         f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}", flush=True)
     model = SSL(cfg).to(device)
-    optimizer, trained = make_optimizer(model, cfg), [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first, rows, broken, stop = 0, [], set(), []
+    parts, broken, stop = dict(model=model, optimizer=optimizer, scaler=scaler), set(), []
+    first, rows = (state["step"], state["log"]) if state else (0, [])
     if state:
-        first, rows = state["step"], state["log"]
         torch.set_rng_state(state["rng"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -669,8 +622,7 @@ def train(cfg, state, rank, ranks):
             if len(broken) > max(1, len(data[0]) / 100):
                 raise UserError(f"{len(broken)} of {len(data[0])} images unreadable: mend the folder first")
             # losses, backward; ranks exchange gradients with the last piece only
-            quiet = ranks > 1 and piece < cfg.accum - 1
-            with net.no_sync() if quiet else contextlib.nullcontext():
+            with net.no_sync() if ranks > 1 and piece < cfg.accum - 1 else contextlib.nullcontext():
                 views = augment(batch, cfg, device)
                 with autocast():
                     losses = net(*views)
@@ -678,7 +630,7 @@ def train(cfg, state, rank, ranks):
                 scaler.scale(loss / cfg.accum).backward()
         # clip, step, average
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -730,9 +682,8 @@ def finish(cfg, rows, data):
     axis.legend()
     fig.savefig(Path(cfg.out) / "loss.png", dpi=150)
     for name, classes in zip(data[0].label_names, data[0].classes):
-        if f"knn_{name}" in rows[-1]:
-            ends = rows[0], rows[-1]
-            start, end = (f"{row['knn_' + name]:.3f} (layer {row['layer_' + name]})" for row in ends)
+        if f"knn_{name}" in rows[0].keys() & rows[-1].keys():
+            start, end = (f"{r['knn_' + name]:.3f} (layer {r['layer_' + name]})" for r in (rows[0], rows[-1]))
             print(f"k-NN accuracy, {name}: {end}, untrained network {start}, chance {1 / len(classes):.3f}")
     print(f"checkpoint, log and loss curve are in {cfg.out}; next: python analyze.py {cfg.out}/ckpt.pt")
 
@@ -778,10 +729,15 @@ def prepare(cfg, given, ranks):
     path, state = Path(cfg.out) / "ckpt.pt", None
     if cfg.resume and not cfg.overwrite:
         state = load_checkpoint(path)
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise UserError(f"{path}: not a run of this program")
         saved = asdict(Config()) | state["config"]
-        for name in [name for name in given if name not in FREE and given[name] != saved.get(name)]:
-            raise UserError(f"--{name}: {cfg.out} has {saved.get(name)}, which cannot change at --resume")
-        cfg = Config(**saved | dict(device="auto", workers=-1, out=cfg.out) | given)
+        for name in set(given) - FREE:
+            if given[name] not in (saved.get(name), "auto"):
+                raise UserError(f"--{name.replace('_', '-')} {given[name]}: {cfg.out} has {saved.get(name)}, "
+                                "which cannot change at --resume")
+        anew = dict(device="auto", workers=-1, out=cfg.out)
+        cfg = Config(**saved | anew | given | dict(dtype=saved["dtype"]))
     elif path.exists() and not cfg.overwrite:
         raise UserError(f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
     cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
@@ -802,7 +758,7 @@ def prepare(cfg, given, ranks):
         if wrong:
             raise UserError(message)
     os.makedirs(cfg.out, exist_ok=True)
-    (Path(cfg.out) / "log.jsonl").open("a").close()
+    (Path(cfg.out) / "log.jsonl").open("a").close()         # a folder without write permission shows here
     return cfg, state
 
 def main(argv=None):

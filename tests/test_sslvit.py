@@ -785,6 +785,11 @@ def test_nothing_is_overwritten(tmp_path, capfd):
     assert "--overwrite" in capfd.readouterr().err
     assert sslvit.main([*argv, "--resume", "--model", "tiny"]) == 2
     assert "cannot change at --resume" in capfd.readouterr().err
+    sslvit.save_checkpoint(tmp_path / "foreign.pt", {"weights": 1})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "foreign.pt").rename(tmp_path / "other" / "ckpt.pt")
+    assert sslvit.main([*QUICK, "--resume", "--out", str(tmp_path / "other")]) == 2
+    assert "not a run of this program" in capfd.readouterr().err
     assert sslvit.main([*argv, "--overwrite"]) == 0
 
 
