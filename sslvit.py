@@ -205,7 +205,8 @@ def contrastive_loss(q, k, temperature):
     (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar, about 2τ·log(batch) for
     random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes."""
     with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
-        q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = F.normalize(q.to(dtype), dim=-1), F.normalize(k.to(dtype), dim=-1)
         labels = torch.arange(len(q), device=q.device)
         if dist.is_initialized():                           # keys carry no gradient, so gathering needs none
             labels = labels + len(q) * dist.get_rank()
@@ -241,7 +242,7 @@ def patchify(images, patch_size):
 def masked_l1(pred, target, mask):
     """Mean |pred - target| over masked pixels and channels only ([S] equation 1), in the target's unit.
     pred, target: (B, N, 3p²); mask: bool (B, N) with some True."""
-    error = (pred.float() - target.float()).abs().mean(dim=-1)      # (B, N)
+    error = (pred - target).abs().mean(dim=-1)      # (B, N)
     return (error * mask).sum() / mask.sum()
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================

@@ -70,6 +70,19 @@ def make(model, objective, form, device):
     return step
 
 
+def peak_mib(device):
+    """Peak memory of this process alone; ru_maxrss would include what its parent had at the fork."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    high = (
+        [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line]
+        if status.exists()
+        else []
+    )
+    return int(high[0] if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,8 +95,7 @@ def main():
     if args.memory_of:
         step = make(*args.memory_of, args.device)
         step(), step()
-        used = torch.cuda.max_memory_allocated() if args.device != "cpu" else 0
-        print(used / 2**20 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mib(args.device))
         return
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, median of {args.rounds} rounds"
