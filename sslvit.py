@@ -69,7 +69,7 @@ class Config:
     out: str = ""                # run folder; empty: runs/<preset>-<objective>
     resume: bool = False         # go on with the run in --out
     overwrite: bool = False      # start anew although --out holds a run
-    save_every: int = 250        # steps between checkpoints and k-NN tests
+    save_every: int = 500        # steps between checkpoints and k-NN tests
     log_every: int = 25          # steps between console lines
     knn_images: int = 4000       # labelled images in the k-NN bank, a quarter as many are tested; 0: no k-NN
 
