@@ -777,6 +777,8 @@ def test_the_loss_falls_and_everything_is_written(tmp_path, capfd):
         "images/s",
         "stall",
     } <= set(rows[-1])
+    half = 0.1 * 8 / 256 * 0.5 * (1 + math.cos(math.pi * 16 / 36))  # 16 of the 36 steps after a warm-up of 4
+    assert [row["lr"] for row in rows[1:]] == pytest.approx([half, 0])
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert {"config", "model", "optimizer", "scaler", "step", "rng", "log"} <= set(state)
 
