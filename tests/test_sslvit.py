@@ -703,6 +703,8 @@ net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 out = net(*(x[half] for x in batch))
 (0.5 * out['mim'] + 0.5 * out['cl']).backward()
 torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f'{folder}/grad{rank}.pt')
+dist.barrier()
+dist.destroy_process_group()  # else gloo's threads may abort the interpreter at its end
 """
 
 
