@@ -6,12 +6,12 @@ A Vision Transformer (ViT) can learn from images without labels in two ways. Con
 
   python sslvit.py                                        hybrid on built-in stimuli, minutes on two cores
   python sslvit.py --objective moco      (or simmim)      λ = 1: MoCo v3   (λ = 0: SimMIM)
-  python sslvit.py --objective hybrid --data /imagenet    ViT-B/16, 224 px, the papers' recipe; on many GPUs
-  torchrun --nproc_per_node 8 sslvit.py --data /imagenet  the same. README.md has times and accuracies.
+  torchrun --nproc_per_node 8 sslvit.py --data /imagenet  ViT-B/16, 224 px, the papers' recipe, on 8 GPUs
 
-[P] Park et al., What Do Self-Supervised Vision Transformers Learn?, ICLR 2023  [V] ViT, arXiv 2010.11929
-[M] MoCo v3, 2104.02057  [S] SimMIM, 2111.09886  [B] BYOL, 2006.07733.  Letters: B batch, N patch tokens (1+N
-with CLS), D width, H heads, d = D/H, L layers, p patch size in px, C width of the contrastive embedding.
+README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
+d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers: [P] Park et al., What Do
+Self-Supervised Vision Transformers Learn?, ICLR 2023; arXiv [V] ViT 2010.11929, [M] MoCo v3 2104.02057,
+[S] SimMIM 2111.09886, [B] BYOL 2006.07733.
 """
 
 # fmt: off
@@ -27,68 +27,73 @@ from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend: main() prints it as one line and returns exit status 2."""
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 # ==== 1. Config: which knobs are there, and why do they stand where they stand? ============================
 @dataclass
 class Config:
-    """One run's hyper-parameters. Field `crop_min` is the flag --crop-min; its comment is the help text."""
+    """Field `crop_min` is the flag --crop-min. Its comment is the help text, and begins with the choices or
+    limits if there are any; other numbers are 1 or more, other floats 0 or more."""
     objective: str = "hybrid"    # moco|simmim|hybrid: contrastive (λ = 1), masked (λ = 0), or both
-    lam: float = 0.2             # λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
+    lam: float = 0.2             # 0..1: λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
     data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
     preset: str = "micro"        # micro|small32|imagenet: stimuli; 32-px photographs; default with --data
-    model: str = "micro"        # micro|tiny|small|base|large|huge: small has MoCo v3's 12 heads, not timm's 6
+    model: str = "micro"         # micro|tiny|small|base|large|huge: small has MoCo v3's 12 heads, timm's 6
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    positions: str = "sincos"   # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases with LayerScale
-    freeze_patch: str = "auto"  # auto|yes|no: fixed patch embedding, steadies MoCo, stops MIM; auto: if λ = 1
-    decoder_depth: int = 0       # Transformer blocks before the pixel head (figure 11); SimMIM has none
-    temperature: float = 0.2     # τ of InfoNCE: smaller looks harder at the nearest negatives
-    momentum: float = 0.97       # of the key encoder's average at the start, rising to 1; 0.99 in MoCo v3
+    positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
+    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: steadies MoCo, stops MIM; auto: λ = 1
+    decoder_depth: int = 0       # 0..99: Transformer blocks before the pixel head (figure 11); SimMIM: none
+    temperature: float = 0.2     # 0.001..99: τ of InfoNCE: smaller looks harder at the nearest negatives
+    momentum: float = 0.97       # 0..1: of the key encoder's average, rises from here to 1; 0.99 in MoCo v3
     proj_hidden: int = 512       # hidden width of projector and predictor; 4096 in MoCo v3
-    crop_min: float = 0.4        # smallest contrastive crop as a share of the image; 0.08 on ImageNet
-    hue: float = 0.5             # hue jitter; 0.5 is the whole circle: colour must not identify a stimulus
-    blur: float = 1.0            # largest blur σ in px: always in view 1, with probability 0.1 in view 2
+    crop_min: float = 0.4        # 0.01..1: smallest contrastive crop as a share of the image; ImageNet: 0.08
+    hue: float = 0.5             # 0..0.5: hue jitter; 0.5 is the whole circle: colour must not tell the image
+    blur: float = 1.0            # 0..99: largest blur σ in px: always in view 1, one time in ten in view 2
     mask_unit: int = 4           # px, side of what is masked at once: 1/8 of the image, in SimMIM 1/7
-    mask_ratio: float = 0.6      # masked share: high, so that copying the neighbour is not enough
+    mask_ratio: float = 0.6      # 0.01..1: masked share: high, as copying the neighbour should not be enough
     epochs: float = 0.0          # passes over the training set; 0: --steps counts
     steps: int = 1500            # optimiser steps
     batch_size: int = 64         # images per optimiser step, over all ranks and accumulated parts
-    accum: int = 0               # parts per step; 0: as few as keep a rank's part at 128 images or fewer
+    accum: int = 0               # 0..9999: parts per step; 0: as few as keep a rank's part at 128 images
     lr: float = 12e-3            # base learning rate: the peak is lr x batch_size / 256
     weight_decay: float = 0.05   # AdamW's, decoupled from the gradient
-    warmup: float = 0.1          # share of the steps in which the learning rate rises
+    warmup: float = 0.1          # 0..1: share of the steps in which the learning rate rises
     clip: float = 5.0            # largest gradient norm; 0: no clipping
     device: str = "auto"         # cpu, cuda, cuda:1, mps; auto: CUDA where there is one
     dtype: str = "auto"          # auto|bf16|fp16|fp32: auto takes bf16 where there are units for it
-    workers: int = -1            # image-loading processes per rank; -1: none on a CPU, up to 8 beside a GPU
+    workers: int = -1            # -1..256: loading processes per rank; -1: none on a CPU, up to 8 with a GPU
     compile: bool = False        # torch.compile: a slow start, then faster steps
     checkpointing: bool = False  # recompute activations in the backward pass: large models in less memory
-    seed: int = 0                # of the weights, the stimuli, the order and every crop
+    seed: int = 0                # 0..999999999: of the weights, the stimuli, the order and every crop
     out: str = ""                # run folder; empty: runs/<preset>-<objective>
     resume: bool = False         # go on with the run in --out
     overwrite: bool = False      # start anew although --out holds a run
     save_every: int = 500        # steps between checkpoints and k-NN tests
     log_every: int = 25          # steps between console lines
-    knn_images: int = 4000       # labelled images in the k-NN bank, a quarter as many are tested; 0: no k-NN
+    knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
 
 PRESETS = {  # what a recipe changes: for every objective, then for one
     "micro": {}, "micro-moco": dict(steps=800, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
     "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
-    "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096,
-                     crop_min=0.08, hue=0.1, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4,
-                     weight_decay=0.1, warmup=40 / 300, momentum=0.99),
+    "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
+                     crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
+                     warmup=40 / 300, momentum=0.99),
     "imagenet-moco": dict(clip=0.0),
-    "imagenet-simmim": dict(epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1,
-                            positions="relative")}
+    "imagenet-simmim": dict(
+        epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1, positions="relative")}
 SIZES = {name: dict(width=width, depth=depth, heads=heads) for name, width, depth, heads in (
     ("micro", 96, 6, 3), ("tiny", 192, 12, 3), ("small", 384, 12, 12),
     ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
-# What analyze.py sees of a block: attention weights (B, H, 1+N, 1+N), rows sum to 1; what each head gathered,
-# attn @ v (B, H, 1+N, d); the state after the attention and after the MLP sub-layer, (B, 1+N, D) each.
+# What a block did: weights (B, H, 1+N, 1+N) of rows that sum to 1, what each head gathered with them
+# (B, H, 1+N, d), and the state after the attention and after the MLP sub-layer, (B, 1+N, D) each.
 Record = namedtuple("Record", "attn heads mid out")
 
 def sincos_positions(width, rows, cols):
@@ -100,9 +105,9 @@ def sincos_positions(width, rows, cols):
 
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    if grid.shape[:2] == (rows, cols):
-        return grid
-    return F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
+    if grid.shape[:2] != (rows, cols):
+        grid = F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
+    return grid
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then each thinks for itself."""
@@ -119,9 +124,10 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
             for weight in linear.weight.data.chunk(3 if name == "qkv" else 1):
                 nn.init.xavier_uniform_(weight)
-    def forward(self, x, bias=None, record=False):
+    def forward(self, x, bias=None, record=False, first=None):
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = None if bias is None else bias.to(q.dtype)   # q, k, v: (B, H, 1+N, d)
+        x, q = x[:, :first], q[:, :, :first]                # q, k, v: (B, H, 1+N, d)
+        bias = None if bias is None else bias[:, :first].to(q.dtype)
         if record or q.dtype == torch.bfloat16 and not q.is_cuda:  # on a CPU in bf16: 2 to 7 times as fast
             logits = q @ k.mT * q.shape[-1] ** -0.5         # (B, H, 1+N, 1+N)
             attn = (logits if bias is None else logits + bias).softmax(dim=-1)
@@ -135,15 +141,14 @@ class Block(nn.Module):
         return (out, Record(attn, heads, mid, out)) if record else out
 
 class ViT(nn.Module):
-    """Vision Transformer [V], pre-norm; its state dict and timm's VisionTransformer's are interchangeable.
-    Sizes in px. positions: 'sincos' (fixed), 'learned' or 'none'. rel_pos_bias: SimMIM's table, shared by all
-    blocks. layer_scale: its initial value. num_classes > 0 adds a linear `head`, for the caller. ValueError
-    where the patch does not divide the image, or the heads (or 4) the width."""
+    """Vision Transformer [V], pre-norm. Sizes in px. positions: 'sincos' (fixed), 'learned' or 'none';
+    rel_pos_bias: SimMIM's table, shared by all blocks; layer_scale: its initial value; num_classes > 0 adds a
+    linear `head` for the caller. ValueError where the patch does not divide the image, or heads the width."""
     def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
                  rel_pos_bias=False, layer_scale=None):
         super().__init__()
-        if image_size % patch_size or width % heads or width % 4:
-            raise ValueError(f"patch {patch_size} must divide {image_size} px, {heads} and 4 width {width}")
+        require(not (image_size % patch_size or width % heads or width % 4),
+                f"patch {patch_size} must divide {image_size} px, {heads} and 4 width {width}")
         self.patch_size, self.grid, self.checkpointing = patch_size, image_size // patch_size, False
         self.cls_token, self.pos_embed = nn.Parameter(1e-6 * torch.randn(1, 1, width)), None
         if positions != "none":
@@ -158,7 +163,6 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-
     def position_bias(self, rows, cols):
         """SimMIM's positions: a number per head and offset (Δy, Δx), added to the logits -> (H, 1+N, 1+N)."""
         table, side = self.rel_pos_bias["relative_position_bias_table"], 2 * self.grid - 1
@@ -169,10 +173,10 @@ class ViT(nn.Module):
         bias = F.pad(bias, (0, 0, 1, 0, 1, 0))              # (1+N, 1+N, H)
         bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3], table[-2], table[-1]
         return bias.permute(2, 0, 1)
-
-    def forward(self, x, mask=None, record=False, mask_token=None):
+    def forward(self, x, mask=None, record=False, mask_token=None, first=None):
         """x (B, 3, h, w), any size the patch divides -> tokens (B, 1+N, D) after the last norm. mask: bool
-        (B, N), True = embedded as mask_token (1, 1, D; None: zeros). record: also return L Records."""
+        (B, N), True = embedded as mask_token (1, 1, D; None: zeros). record: also return L Records. first:
+        the last block computes only that many tokens."""
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.patch_embed["proj"](x).flatten(2).mT       # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:                          # the pixels under the mask end here, their tokens go on
@@ -183,9 +187,9 @@ class ViT(nn.Module):
             x = x + torch.cat([self.pos_embed[0, :1], grid.flatten(0, 1)])
         bias, records = self.position_bias(rows, cols) if self.rel_pos_bias else None, []
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, bias, record)
+            last, save = block is self.blocks[-1], self.checkpointing and self.training
+            run = partial(checkpoint, block, use_reentrant=False) if save else block
+            x = run(x, bias, record, first if last else None)
             if record:
                 x, inner = x
                 records.append(inner)
@@ -195,18 +199,17 @@ class ViT(nn.Module):
 def mlp_head(*widths):
     """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible. No
     bias, and no affine part in the last BN, which could only undo that ([M]'s code)."""
-    layers = []
+    norm, layers = partial(nn.BatchNorm1d, track_running_stats=False), []       # heads are never evaluated
     for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-    return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
+        layers += [nn.Linear(a, b, bias=False), norm(b), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], norm(widths[-1], affine=False))
 
 def contrastive_loss(q, k, temperature):
     """InfoNCE, one direction ([M] equation 1): each query must find its own key among all images' keys. q, k:
-    (B, C), normalised here; the keys of all ranks are gathered. Returns a scalar, about 2τ·log(batch) for
-    random embeddings. The factor 2τ is [M]'s: gradients stay comparable when τ changes."""
+    (B, C), normalised here; all ranks' keys are gathered. -> scalar, 2τ·log(batch) for random embeddings. The
+    factor 2τ is [M]'s: gradients stay comparable when τ changes."""
     with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k = F.normalize(q.to(dtype), dim=-1), F.normalize(k.to(dtype), dim=-1)
+        q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (q, k))
         labels = torch.arange(len(q), device=q.device)
         if dist.is_initialized():                           # keys carry no gradient, so gathering needs none
             labels = labels + len(q) * dist.get_rank()
@@ -227,8 +230,8 @@ def momentum_at(step, total, base):
 def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
     """-> bool (B, N), True = masked: ceil(ratio × units) units of `unit` px in each image, large enough that
     the next pixel does not tell ([S] section 3.2). ValueError where patch, unit and image do not divide."""
-    if unit % patch_size or image_size % unit:
-        raise ValueError(f"patch {patch_size} must divide mask unit {unit}, and that the {image_size} px")
+    require(unit % patch_size == image_size % unit == 0,
+            f"patch size {patch_size} must divide mask unit {unit}, and that image size {image_size}")
     side, patches = image_size // unit, unit // patch_size
     masked = math.ceil(ratio * side * side - 1e-9)          # 1e-9: 0.28 × 25 is 7, not 7.000000000000001
     order = torch.rand(batch, side * side, generator=generator).argsort(dim=1).argsort(dim=1)
@@ -242,8 +245,7 @@ def patchify(images, patch_size):
 def masked_l1(pred, target, mask):
     """Mean |pred - target| over masked pixels and channels only ([S] equation 1), in the target's unit.
     pred, target: (B, N, 3p²); mask: bool (B, N) with some True."""
-    error = (pred - target).abs().mean(dim=-1)      # (B, N)
-    return (error * mask).sum() / mask.sum()
+    return ((pred - target).abs().mean(dim=-1) * mask).sum() / mask.sum()       # (B, N) -> scalar
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
 class SSL(nn.Module):
@@ -269,23 +271,21 @@ class SSL(nn.Module):
             blocks = [Block(width, size["heads"]) for _ in range(cfg.decoder_depth)]
             blocks += [nn.LayerNorm(width, eps=1e-6)] if blocks else []
             self.decoder = nn.Sequential(*blocks, nn.Linear(width, 3 * cfg.patch_size**2))
-
     def contrast(self, view1, view2):
         """MoCo v3's algorithm 1 in its seven steps -> loss, one view's queries (B, C)."""
         views = torch.cat([view1, view2])                   # 1. two views of each image: (2B, 3, h, w)
-        z = self.encoder(views)[:, 0]                       # 2. CLS tokens (2B, D), both views in one pass
+        z = self.encoder(views, first=1)[:, 0]              # 2. CLS tokens (2B, D), both views in one pass
         # 3. queries (B, C), each view apart: BatchNorm would leak one view's statistics into the other
         q1, q2 = (self.predictor(self.projector(half)) for half in z.chunk(2))
         with torch.no_grad():                               # 4. keys, from the average (see update_average)
-            k1, k2 = (self.key_projector(half) for half in self.key_encoder(views)[:, 0].chunk(2))
+            z = self.key_encoder(views, first=1)[:, 0]
+            k1, k2 = (self.key_projector(half) for half in z.chunk(2))
         # 5. to 7. similarities, softmax and cross-entropy, in both directions
         return contrastive_loss(q1, k2, self.temperature) + contrastive_loss(q2, k1, self.temperature), q1
-
     def reconstruct(self, view, mask):
         """SimMIM: mask, encode ALL tokens, predict pixels -> tokens (B, 1+N, D), pixels (B, N, 3p²)."""
         tokens = self.encoder(view, mask, mask_token=self.mask_token)
         return tokens, self.decoder(tokens)[:, 1:]
-
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> scalars {'cl': L_CL, 'mim': L_MIM, 'std': feature spread}.
         A branch that λ switches off is not computed and gives 0; its views may be None. 'std': of unit-length
@@ -299,11 +299,10 @@ class SSL(nn.Module):
             cl, features = self.contrast(view1, view2)
         unit = F.normalize(features.detach().float(), dim=-1)
         return {"cl": cl, "mim": mim, "std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5}
-
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query. [M] does this between a step's query and key pass; done at the end of
-        the step before, with this step's momentum, it gives every key pass the same average."""
+        """key ← m·key + (1 - m)·query. [M]: between a step's query and key pass. Here: at the end of the step
+        before, with this step's momentum, which gives every key pass the same average."""
         if self.lam > 0:
             keys = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
             queries = [*self.encoder.parameters(), *self.projector.parameters()]
@@ -319,18 +318,17 @@ SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 poi
     "bar": lambda x, y, r, a: np.maximum(abs(x) - 0.4, abs(y) - 0.95),
     "crescent": lambda x, y, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y))}
 TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must follow from its surroundings
-    "plain": lambda u, v: np.ones_like(u),
-    "horizontal": lambda u, v: np.sin(v), "vertical": lambda u, v: np.sin(u),
-    "diagonal": lambda u, v: np.sin((u + v) / 2**0.5), "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
-    "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
+    "plain": lambda u, v: np.ones_like(u), "horizontal": lambda u, v: np.sin(v),
+    "vertical": lambda u, v: np.sin(u), "diagonal": lambda u, v: np.sin((u + v) / 2**0.5),
+    "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v), "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
     "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
     "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
 
 class Stimuli:
     """Procedural images: one object, 8 shapes × 8 textures drawn independently, on a smooth grey background.
     stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of the object: a function
-    of (seed, split, i). Pose, colour and brightness tell neither label. render(i, shape, texture) is scene i
-    with another shape or texture. The splits 'train' and 'test' have no image in common."""
+    of (seed, split, i); pose and colours tell neither label; 'train' and 'test' have no image in common.
+    render(i, shape, texture) is scene i with another shape or texture."""
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length, self.size, self.key = length, image_size, (seed, ("train", "test").index(split))
@@ -341,7 +339,8 @@ class Stimuli:
         image, mask = self.render(index, shape, texture)
         return image, shape, texture, mask
     def load(self, index):
-        return Image.fromarray(self[index][0]), list(self[index][1:3])
+        image, *labels, _ = self[index]
+        return Image.fromarray(image), labels
     def render(self, index, shape, texture):
         rng = np.random.default_rng([*self.key, index, 1])
         tilt, radius = np.radians(rng.uniform(-18, 18)), rng.uniform(0.75, 1.0)
@@ -367,15 +366,15 @@ class ImageFolder(list):
     held: None for all, False for nine images in ten, True for the tenth. UserError if there is no image."""
     def __init__(self, root, held=None):
         kinds = tuple(kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN)
-        paths = sorted(os.path.join(d, name) for d, _, names in os.walk(root) for name in names
-                       if name.lower().endswith(kinds))
-        if not paths:
-            raise UserError(f"--data {root}: no image that can be read (JPEG, PNG, WebP, TIFF ...)")
-        tops = [os.path.relpath(path, root).split(os.sep)[:-1][:1] for path in paths]   # [class] or []
-        classes = {name: i for i, name in enumerate(sorted({name for top in tops for name in top}))}
-        self.label_names, self.classes = (("class",), (list(classes),)) if len(classes) > 1 else ((), ())
-        super().__init__((path, [classes[name] for name in top] or [0]) for i, (path, top)
-                         in enumerate(zip(paths, tops)) if held is None or (i % 10 == 9) == held)
+        found = sorted((top, os.path.join(folder, name)) for folder, _, names in os.walk(root)
+                       for top in [os.path.relpath(folder, root).split(os.sep)[0]]
+                       for name in names if name.lower().endswith(kinds))
+        require(found, f"--data {root}: no image that can be read (JPEG, PNG, WebP, TIFF ...)")
+        classes = sorted({top for top, _ in found} - {"."})
+        self.label_names, self.classes = (("class",), (classes,)) if len(classes) > 1 else ((), ())
+        numbers = {name: [i] for i, name in enumerate(classes)}
+        super().__init__((path, numbers.get(top, [0])) for i, (top, path) in enumerate(found)
+                         if held is None or (i % 10 == 9) == held)
     def load(self, index):
         return Image.open(self[index][0]), self[index][1]
 
@@ -383,11 +382,10 @@ def find_data(cfg):
     """(training set, test set or None) in --data, or the built-in stimuli."""
     if not cfg.data:
         return [Stimuli(n, cfg.image_size, cfg.seed, name) for n, name in ((20000, "train"), (5000, "test"))]
-    if not os.path.isdir(cfg.data):
-        raise UserError(f"--data {cfg.data}: {'not a' if os.path.exists(cfg.data) else 'no such'} folder")
-    train, *tests = (os.path.join(cfg.data, name) for name in ("train", "val", "test"))
-    if os.path.isdir(train):
-        return ImageFolder(train), next((ImageFolder(path) for path in tests if os.path.isdir(path)), None)
+    require(os.path.isdir(cfg.data), f"--data {cfg.data}: no such folder")
+    paths = [os.path.join(cfg.data, name) for name in ("train", "val", "test")]
+    if os.path.isdir(paths[0]):
+        return ([ImageFolder(path) for path in paths if os.path.isdir(path)] + [None])[:2]
     whole = ImageFolder(cfg.data)
     return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
 
@@ -525,35 +523,33 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, fused=cfg.device.startswith(("cpu", "cuda")))
 
 # ==== 8. Training loop =====================================================================================
+def knn(bank, known, queries, k=20):
+    """The majority label among the k nearest of a bank, by cosine. bank (..., n, D), queries (..., m, D),
+    known (n, label sets) -> (..., m, label sets). Whitened by the bank: no loud direction decides alone."""
+    mean = bank.mean(dim=-2, keepdim=True)
+    variance, axes = torch.linalg.eigh((bank - mean).mT @ (bank - mean) / len(known))
+    white = axes * (variance + 1e-3 * variance.mean(dim=-1, keepdim=True) + 1e-12).rsqrt()[..., None, :]
+    bank, queries = (F.normalize((x - mean) @ white, dim=-1) for x in (bank, queries))
+    return known[(queries @ bank.mT).topk(min(k, len(known))).indices].mode(dim=-2).values
+
 @torch.no_grad()
-def knn_scores(encoder, data, cfg, autocast, k=20):
-    """{'knn_<label set>': accuracy in [0, 1], 'layer_<label set>': where}: the majority label of the k
-    training images nearest to a test image, by cosine of CLS or of mean token, after the layer where this is
-    best. Whitened: no loud direction (colour, brightness) decides alone. {} without labels or a test set."""
+def knn_scores(encoder, data, cfg, autocast):
+    """{'knn_<label set>': accuracy in [0, 1]} of knn() on CLS or mean tokens, whichever is best after any
+    layer. {} without labels or a test set."""
     if not (cfg.knn_images and data[1] and data[0].label_names):
         return {}
-    sets, states, own = [], [], torch.Generator()  # loaders draw a seed, which the run's stream must not feel
-    hooks = [block.register_forward_hook(lambda _, __, x: states.extend(
-        (x[:, 0].float().cpu(), x[:, 1:].float().mean(dim=1).cpu()))) for block in encoder.blocks]
+    sets, own = [], torch.Generator()           # loaders draw a seed, which the run's stream must not feel
     for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
         keys, parts = [(None, int(i)) for i in np.linspace(0, len(source) - 1, min(size, len(source)))], []
-        for batch in DataLoader(Views(source, cfg), 256, False, keys, num_workers=cfg.workers, generator=own):
+        for batch in DataLoader(Views(source, cfg), 64, False, keys, num_workers=cfg.workers, generator=own):
             with autocast():
-                encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device))
-            parts.append((torch.stack(states), batch["labels"]))
-            states.clear()
+                records = encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device), record=True)[1]
+            states = [x for r in records for x in (r.out[:, 0], r.out[:, 1:].mean(dim=1))]
+            parts.append((torch.stack(states).float().cpu(), batch["labels"]))
         sets += [torch.cat([x for x, _ in parts], dim=1), torch.cat([y for _, y in parts])]
-    for hook in hooks:
-        hook.remove()
     bank, known, queries, truth = sets              # (2L, n, D), (n, label sets), (2L, m, D), (m, label sets)
-    mean = bank.mean(dim=1, keepdim=True)
-    variance, axes = torch.linalg.eigh((bank - mean).mT @ (bank - mean) / len(known))
-    white = axes * (variance + 1e-3 * variance.mean(dim=1, keepdim=True) + 1e-12).rsqrt()[:, None]
-    similarity = F.normalize((queries - mean) @ white, dim=2) @ F.normalize((bank - mean) @ white, dim=2).mT
-    votes = known[similarity.topk(min(k, len(known))).indices].mode(dim=2).values       # (2L, m, label sets)
-    best = (votes == truth).float().mean(dim=1).max(dim=0)  # over 2L, for each label set
-    named = list(zip(data[0].label_names, best.values.tolist(), best.indices.tolist()))
-    return {f"knn_{n}": round(v, 4) for n, v, _ in named} | {f"layer_{n}": i // 2 + 1 for n, _, i in named}
+    best = (knn(bank, known, queries) == truth).float().mean(dim=1).amax(dim=0)
+    return {f"knn_{name}": round(value, 4) for name, value in zip(data[0].label_names, best.tolist())}
 
 def save_checkpoint(path, state):
     """Writes beside the target and renames: whatever happens, `path` is the old or the new one, and whole."""
@@ -567,9 +563,8 @@ def load_checkpoint(path):
     """Tensors, numbers and strings only: weights_only=True executes nothing that the file may contain."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = "not a checkpoint that is safe to read" if os.path.exists(path) else "no such file"
-        raise UserError(f"{path}: {reason}") from error
+    except Exception as error:                              # a damaged file can raise anything
+        raise UserError(f"{path}: no such file, or not a checkpoint that is safe to read") from error
 
 def train(cfg, state, rank, ranks):
     """Trains one model, from checkpoint `state` if there is one, and returns main()'s exit status."""
@@ -583,7 +578,7 @@ def train(cfg, state, rank, ranks):
     say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
         f"{len(data[0])} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
         f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = "
-        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}", flush=True)
+        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}; the time left comes with step 3", flush=True)
     model = SSL(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
@@ -598,7 +593,7 @@ def train(cfg, state, rank, ranks):
     net, on_gpu = model, device.type == "cuda"
     if ranks > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if on_gpu else net
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(net)
     net = torch.compile(net) if cfg.compile else net
     stream = iter(DataLoader(
         Views(data[0], cfg), batch_sampler=batches(cfg, len(data[0]), range(first, steps), rank, ranks),
@@ -620,8 +615,8 @@ def train(cfg, state, rank, ranks):
             for index in set(batch["broken"].tolist()) - broken - {-1}:
                 broken.add(index)
                 print(f"unreadable, the next file takes its place: {data[0][index][0]!r}", file=sys.stderr)
-            if len(broken) > max(1, len(data[0]) / 100):
-                raise UserError(f"{len(broken)} of {len(data[0])} images unreadable: mend the folder first")
+            require(len(broken) <= max(1, len(data[0]) / 100),
+                    f"{len(broken)} of {len(data[0])} images are unreadable, more than 1 %: mend the folder")
             # losses, backward; ranks exchange gradients with the last piece only
             with net.no_sync() if ranks > 1 and piece < cfg.accum - 1 else contextlib.nullcontext():
                 views = augment(batch, cfg, device)
@@ -639,7 +634,7 @@ def train(cfg, state, rank, ranks):
         # log; the first bad number is remembered on the device, where it makes nobody wait
         finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
         bad = torch.where((bad == 0) & ~finite, done, bad)
-        logging = done % cfg.log_every == 0 or done == steps
+        logging = done % cfg.log_every == 0 or done in (3, steps)
         halt = bool(stop) and (ranks == 1 or logging)       # ranks must stop at the same step
         saving = done % cfg.save_every == 0 or done == steps or halt
         if logging or saving:
@@ -658,8 +653,6 @@ def train(cfg, state, rank, ranks):
             say(*(f"{name} {value:.4g}" for name, value in row.items()),
                 f"left {(steps - done) * cfg.batch_size / speed / 60:.1f} min", flush=True)
             waited, since, began = 0.0, done, time.perf_counter()
-        elif done == first + 3:
-            say(f"about {(time.perf_counter() - began) / 3 * (steps - done) / 60:.1f} min to go", flush=True)
         # save
         if saving and rank == 0:
             state = dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state())
@@ -683,29 +676,24 @@ def finish(cfg, rows, data):
     axis.legend()
     fig.savefig(Path(cfg.out) / "loss.png", dpi=150)
     for name, classes in zip(data[0].label_names, data[0].classes):
-        if f"knn_{name}" in rows[0].keys() & rows[-1].keys():
-            start, end = (f"{r['knn_' + name]:.3f} (layer {r['layer_' + name]})" for r in (rows[0], rows[-1]))
+        if (key := f"knn_{name}") in rows[0].keys() & rows[-1].keys():
+            start, end = (f"{row[key]:.3f}" for row in (rows[0], rows[-1]))
             print(f"k-NN accuracy, {name}: {end}, untrained network {start}, chance {1 / len(classes):.3f}")
     print(f"checkpoint, log and loss curve are in {cfg.out}; next: python analyze.py {cfg.out}/ckpt.pt")
 
 # ==== 9. Command line ======================================================================================
-LIMITS = dict(
-    lam=(0, 1), mask_ratio=(0.01, 1), momentum=(0, 1), warmup=(0, 1), crop_min=(0.01, 1), hue=(0, 0.5),
-    blur=(0, 100), temperature=(0.001, 100), workers=(-1, 256), decoder_depth=(0, 100), accum=(0, 10**6),
-    seed=(0, 2**31), knn_images=(0, 10**6))
-FREE = {"device", "workers", "compile", "checkpointing", "save_every", "log_every", "resume", "out", "data"}
-
 def parse(argv):
     """Command line -> (Config with its recipe, {name: value} of the flags given), or UserError."""
     def fail(message):
         raise UserError(f"{message}; --help lists all flags")
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error, limits, types = fail, {}, dict(str=str, int=int, float=float)
     for name, kind, text in re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", inspect.getsource(Config), re.M):
-        choices, types = text.split(":")[0].split("|"), dict(str=str, int=int, float=float)
+        head = text.split(":")[0]
         how = dict(action="store_true") if kind == "bool" else dict(type=types[kind])
-        how |= dict(choices=choices) if len(choices) > 1 else {}
+        how |= dict(choices=head.split("|")) if "|" in head else {}
+        limits[name] = [*map(float, head.split(".."))] if ".." in head else (kind == "int", 1e6)
         text = f"{text} [{getattr(Config, name)}]".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
@@ -716,48 +704,43 @@ def parse(argv):
     recipe["epochs"] = given.get("epochs", 0.0) if "steps" in given else recipe.get("epochs", 0.0)
     cfg = Config(**recipe)
     for name, value in asdict(cfg).items():
-        low, high = LIMITS.get(name, (0, 10**6) if type(value) is float else (1, 10**7))
-        if type(value) in (int, float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
-    if given.get("lam", cfg.lam) != cfg.lam:
-        fail("--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
+        low, high = limits[name]
+        require(type(value) in (bool, str) or low <= value <= high,
+                f"--{name.replace('_', '-')} {value}: must be between {low:.9g} and {high:.9g}")
+    require(given.get("lam", cfg.lam) == cfg.lam, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     sweep = f"-{cfg.lam:g}" if objective == "hybrid" and cfg.lam != Config.lam else ""
     cfg.out = cfg.out or f"runs/{preset}-{objective}{sweep}"
     return cfg, given
+
+FREE = {"device", "workers", "compile", "checkpointing", "save_every", "log_every", "resume", "out", "data"}
 
 def prepare(cfg, given, ranks):
     """Settles each 'auto', loads the run to resume -> (Config, checkpoint or None), or UserError."""
     path, state = Path(cfg.out) / "ckpt.pt", None
     if cfg.resume and not cfg.overwrite:
         state = load_checkpoint(path)
-        if not isinstance(state, dict) or "optimizer" not in state:
-            raise UserError(f"{path}: not a run of this program")
+        require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
         saved = asdict(Config()) | state["config"]
         for name in set(given) - FREE:
-            if given[name] not in (saved.get(name), "auto"):
-                raise UserError(f"--{name.replace('_', '-')} {given[name]}: {cfg.out} has {saved.get(name)}, "
-                                "which cannot change at --resume")
+            require(given[name] in (saved[name], "auto"), f"--{name.replace('_', '-')} {given[name]}: {path} "
+                    f"has {saved[name]}, which cannot change at --resume")
         anew = dict(device="auto", workers=-1, out=cfg.out)
         cfg = Config(**saved | anew | given | dict(dtype=saved["dtype"]))
-    elif path.exists() and not cfg.overwrite:
-        raise UserError(f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
+    require(state or cfg.overwrite or not path.exists(),
+            f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
     cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
     cfg.device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
-    on_gpu, image, patch, unit = cfg.device.startswith("cuda"), cfg.image_size, cfg.patch_size, cfg.mask_unit
+    on_gpu = cfg.device.startswith("cuda")
+    require(cuda or not on_gpu, f"--device {cfg.device}: there is no CUDA device here")
     bf16 = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16", cpu.read_text())
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16
     cfg.dtype = cfg.dtype if cfg.dtype != "auto" else "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
     cfg.workers = cfg.workers if cfg.workers >= 0 else min(8, (os.cpu_count() or 1) // ranks) if on_gpu else 0
     part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
-    for wrong, message in (
-            (on_gpu and not cuda, f"--device {cfg.device}: there is no CUDA device here"),
-            (image % patch, f"--patch-size {patch} does not divide --image-size {image}"),
-            (unit % patch or image % unit, f"--mask-unit {unit} must be n x {patch} and divide {image}"),
-            (rest, f"--batch-size {cfg.batch_size} does not divide into {ranks} ranks x {cfg.accum} parts"),
-            (part < 2 and cfg.lam > 0, "the contrastive loss needs two images or more in a part of a step")):
-        if wrong:
-            raise UserError(message)
+    require(rest == 0 and part > (cfg.lam > 0), f"--batch-size {cfg.batch_size} does not divide into {ranks} "
+            f"ranks x {cfg.accum} parts of at least two images, as the contrastive loss needs")
+    random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio)   # do the sizes divide?
     os.makedirs(cfg.out, exist_ok=True)
     (Path(cfg.out) / "log.jsonl").open("a").close()         # a folder without write permission shows here
     return cfg, state
