@@ -74,6 +74,9 @@ class Config:
     out: str = ""                # run folder; empty: runs/<preset>-<objective>
     resume: bool = False         # go on with the run in --out
     overwrite: bool = False      # start anew although --out holds a run
+    on_full: str = "stop"        # stop|go: when a checkpoint cannot be written; the last one stays
+    dry_run: bool = False        # print what the run costs (memory, FLOPs, hours on 1, 8, 64 GPUs) and stop
+    rate: float = 0.0            # images/s of one device for --dry-run; 0: time three steps on this one
     save_every: int = 500        # steps between checkpoints and k-NN tests
     log_every: int = 25          # steps between console lines
     knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
@@ -566,6 +569,21 @@ def load_checkpoint(path):
     except Exception as error:                              # a damaged file can raise anything
         raise UserError(f"{path}: no such file, or not a checkpoint that is safe to read") from error
 
+def plan(cfg, model, images, rate, say):
+    """Says what a run costs. FLOPs: a block's linear layers take 24D² a token, attention over T tokens 4TD,
+    backward twice that. Bytes: 16 for a trained weight (gradient and AdamW's averages included), 4 for an
+    averaged one; counted for backward: 36D a token and block, 58D with SimMIM's ViT, 4D if checkpointing."""
+    width, depth, _ = SIZES[cfg.model].values()
+    tokens, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
+    flops = depth * tokens * (24 * width**2 + 4 * tokens * width) * (3 * passes + 2 * (cfg.lam > 0))
+    factor = 4 if cfg.checkpointing else 58 if cfg.positions == "relative" else 36
+    kept, count = factor * passes * depth * tokens * width, sum(p.numel() for p in model.encoder.parameters())
+    weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+    say(f"encoder {count / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per image; memory per GPU about "
+        f"{weights / 2**30:.1f} GiB + {kept / 2**20:.0f} MiB for each image of a part")
+    hours = ", ".join(f"{images / rate / 3600 / gpus:.3g} h on {gpus}" for gpus in (1, 8, 64))
+    say(f"{images:.3g} images at {rate:.4g} images/s per GPU: {hours}")
+
 def train(cfg, state, rank, ranks):
     """Trains one model, from checkpoint `state` if there is one, and returns main()'s exit status."""
     device, out, say = torch.device(cfg.device), Path(cfg.out), print if rank == 0 else lambda *_, **__: None
@@ -588,8 +606,11 @@ def train(cfg, state, rank, ranks):
         torch.set_rng_state(state["rng"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    elif rank == 0:
+    elif rank == 0 and not cfg.dry_run:
         rows = [{"step": 0, **knn_scores(model.encoder, data, cfg, autocast)}]
+    cost = partial(plan, cfg, model, steps * cfg.batch_size, say=say)
+    if cfg.dry_run and cfg.rate:
+        return cost(cfg.rate) or 0
     net, on_gpu = model, device.type == "cuda"
     if ranks > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if on_gpu else net
@@ -634,10 +655,15 @@ def train(cfg, state, rank, ranks):
         # log; the first bad number is remembered on the device, where it makes nobody wait
         finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
         bad = torch.where((bad == 0) & ~finite, done, bad)
-        logging = done % cfg.log_every == 0 or done in (3, steps)
-        halt = bool(stop) and (ranks == 1 or logging)       # ranks must stop at the same step
+        due = done % cfg.log_every == 0 or done in (3, steps)
+        if ranks > 1 and due:                               # what one rank knows all must know
+            everyone = [None] * ranks
+            dist.all_gather_object(everyone, (int(bad), stop, broken))
+            bad, stop = max(b for b, _, _ in everyone), sum((s for _, s, _ in everyone), [])
+            broken = set().union(*(b for _, _, b in everyone))
+        halt = bool(stop) and (ranks == 1 or due)
         saving = done % cfg.save_every == 0 or done == steps or halt
-        if logging or saving:
+        if due or saving:
             if bad > 0:
                 print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go on "
                       f"from {out}/ckpt.pt with --resume, or start with a lower --lr", file=sys.stderr)
@@ -647,6 +673,12 @@ def train(cfg, state, rank, ranks):
             row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
             row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken)}
             row |= {"stall": round(waited / seconds, 3)}    # share of time spent waiting for images
+            if cfg.dry_run:
+                return cost(speed / ranks) or 0
+            if scaler.is_enabled():                         # steps left out because fp16 overflowed
+                row["skipped"] = done - int(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"])
+            if row["std"] < 0.05 <= rows[-1].get("std", 1):
+                say("features collapse (std near 0): all images look alike; lower --lr or raise --momentum")
             if saving and rank == 0:
                 row |= knn_scores(model.encoder, data, cfg, autocast)
             rows.append(row)
@@ -657,8 +689,12 @@ def train(cfg, state, rank, ranks):
         if saving and rank == 0:
             state = dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state())
             state |= {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(out / "ckpt.pt", state)
-            (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            try:
+                save_checkpoint(out / "ckpt.pt", state)
+                (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            except OSError as error:
+                say(f"step {done} could not be saved ({error}); {out}/ckpt.pt, if any, is older and whole")
+                require(cfg.on_full == "go", "stopped as --on-full says; make room, then --resume")
         if halt:
             say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
             return 128 + stop[0]
@@ -668,8 +704,9 @@ def train(cfg, state, rank, ranks):
 
 def finish(cfg, rows, data):
     """Draws loss.png and says what was learnt."""
-    import matplotlib.pyplot as plt
-    fig, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    from matplotlib.figure import Figure                    # here, as it takes a second to load
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    axis = fig.subplots()
     for key, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE"))[cfg.lam == 1:1 + (cfg.lam > 0)]:
         axis.plot([row["step"] for row in rows[1:]], [row[key] for row in rows[1:]], label=label)
     axis.set(xlabel="optimiser step", ylabel="loss", title=f"{cfg.objective}, λ = {cfg.lam:g}")
@@ -712,7 +749,8 @@ def parse(argv):
     cfg.out = cfg.out or f"runs/{preset}-{objective}{sweep}"
     return cfg, given
 
-FREE = {"device", "workers", "compile", "checkpointing", "save_every", "log_every", "resume", "out", "data"}
+FREE = {"device", "workers", "accum", "compile", "checkpointing", "save_every", "log_every", "resume", "out",
+        "data", "on_full"}
 
 def prepare(cfg, given, ranks):
     """Settles each 'auto', loads the run to resume -> (Config, checkpoint or None), or UserError."""
@@ -724,7 +762,7 @@ def prepare(cfg, given, ranks):
         for name in set(given) - FREE:
             require(given[name] in (saved[name], "auto"), f"--{name.replace('_', '-')} {given[name]}: {path} "
                     f"has {saved[name]}, which cannot change at --resume")
-        anew = dict(device="auto", workers=-1, out=cfg.out)
+        anew = dict(device="auto", workers=-1, accum=0, out=cfg.out)
         cfg = Config(**saved | anew | given | dict(dtype=saved["dtype"]))
     require(state or cfg.overwrite or not path.exists(),
             f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
@@ -741,8 +779,9 @@ def prepare(cfg, given, ranks):
     require(rest == 0 and part > (cfg.lam > 0), f"--batch-size {cfg.batch_size} does not divide into {ranks} "
             f"ranks x {cfg.accum} parts of at least two images, as the contrastive loss needs")
     random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio)   # do the sizes divide?
-    os.makedirs(cfg.out, exist_ok=True)
-    (Path(cfg.out) / "log.jsonl").open("a").close()         # a folder without write permission shows here
+    if not cfg.dry_run:
+        os.makedirs(cfg.out, exist_ok=True)
+        (Path(cfg.out) / "log.jsonl").open("a").close()     # a folder without write permission shows here
     return cfg, state
 
 def main(argv=None):
@@ -756,6 +795,7 @@ def main(argv=None):
         if ranks > 1:                                       # started by torchrun
             on_gpu = cfg.device.startswith("cuda")
             cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+            torch.cuda.set_device(cfg.device) if on_gpu else None
             dist.init_process_group("nccl" if on_gpu else "gloo")
         return train(cfg, state, rank, ranks)
     except (UserError, OSError) as error:

@@ -5,8 +5,10 @@ import math
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -465,6 +467,29 @@ def test_a_broken_image_is_named_counted_and_replaced(tmp_path, capfd):
     assert "mend the folder" in capfd.readouterr().err
 
 
+def test_hostile_files_are_named_once_counted_and_replaced(tmp_path, capfd):
+    """Zero bytes, half a JPEG, a bomb, a file that is gone: four of 420; odd names and a circle of links are no harm."""
+    good = Image.new("RGB", (20, 20), (200, 0, 0))
+    for i in range(416):
+        good.save(tmp_path / f"{i:03}.jpg", quality=30)
+    good.save(tmp_path / "new\nline and blank.png")
+    good.save(os.fsencode(tmp_path) + b"/\xff\xfe.png", "png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "000.jpg").read_bytes()[:300])
+    size = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)  # 2.5 gigapixels in 33 bytes
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    argv = [*QUICK, "--data", str(tmp_path), "--preset", "micro", "--steps", "48", "--objective", "simmim"]
+    assert (
+        sslvit.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    )  # 48 · 8 = 384: all but the held-out tenth
+    out, err = capfd.readouterr()
+    named = [name for name in ("empty.png", "half.jpg", "bomb.png", "gone.png") if err.count(name)]
+    assert len(named) >= 3 and all(err.count(name) == 1 for name in named) and f"broken {len(named)}" in out
+
+
 def test_samples_depend_on_seed_epoch_and_index_alone():
     views = sslvit.Views(Stimuli(20, 16), config())
     a, b, c = views[(0, 5)], views[(0, 5)], views[(1, 5)]
@@ -670,6 +695,42 @@ sslvit.main(sys.argv[1:])"""
     assert sslvit.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 6
 
 
+def test_kill_9_at_twenty_random_moments_loses_at_most_one_save_interval(tmp_path):
+    code = """
+import os, random, signal, time, torch
+random.seed(0)
+path, lost = sys.argv[-1] + '/ckpt.pt', []
+sslvit.main([*sys.argv[1:-1], sys.argv[-1] + '.warm', '--steps', '1'])  # so that what is forked starts at once
+for trial in range(20):
+    console = f'{sys.argv[-1]}.{trial}'
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(console, os.O_CREAT | os.O_WRONLY), 1)
+        os._exit(sslvit.main(sys.argv[1:] + ['--resume'] * os.path.exists(path)))
+    time.sleep(random.uniform(0.1, 0.7))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    said = [int(line.split()[1]) for line in open(console) if line.startswith('step ')]
+    saved = torch.load(path)['step'] if os.path.exists(path) else 0
+    lost += [said[-1] - saved] if said else []
+print('saved', saved, len(lost), max(lost, default=-1))"""
+    argv = [
+        *QUICK,
+        "--objective",
+        "simmim",
+        "--steps",
+        "100000",
+        "--save-every",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = run_python(code, *argv)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    saved, runs, lost = map(int, out.split("saved")[1].split())
+    assert saved >= 10 and runs >= 10 and lost <= 2
+
+
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
     monkeypatch.setattr(
@@ -678,6 +739,36 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):  # which main() prints as one line
         sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
     assert sslvit.load_checkpoint(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+@pytest.mark.parametrize("on_full,status,last", [("stop", 2, 2), ("go", 0, 6)])
+def test_a_full_disk_stops_or_not_and_keeps_the_old_checkpoint(
+    tmp_path, monkeypatch, capfd, on_full, status, last
+):
+    true = sslvit.save_checkpoint
+
+    def full_at_four(path, state):
+        if state["step"] == 4:
+            raise OSError("No space left on device")
+        true(path, state)
+
+    monkeypatch.setattr(sslvit, "save_checkpoint", full_at_four)
+    argv = [*QUICK, "--objective", "simmim", "--steps", "6", "--save-every", "2", "--on-full", on_full]
+    assert sslvit.main([*argv, "--out", str(tmp_path)]) == status
+    out, err = capfd.readouterr()
+    assert "step 4 could not be saved" in out and ("--on-full" in err) == (on_full == "stop")
+    assert sslvit.load_checkpoint(tmp_path / "ckpt.pt")["step"] == last
+
+
+def test_collapse_is_said_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(F, "normalize", lambda x, dim: torch.ones_like(x))  # all features alike
+    assert (
+        sslvit.main(
+            [*QUICK, "--objective", "simmim", "--steps", "5", "--log-every", "1", "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    assert capfd.readouterr().out.count("features collapse") == 1
 
 
 def test_a_bad_number_stops_with_its_step(tmp_path, monkeypatch, capfd):
@@ -754,6 +845,81 @@ def test_two_ranks_train_save_and_resume_from_the_command_line(tmp_path):
     assert [p.returncode for p in ranks] == [0, 0], outputs
     assert "2 x 1 x 4" in outputs[0][0] and outputs[1][0] == ""
     assert sslvit.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 2
+
+
+def test_two_ranks_stay_identical_and_another_number_of_ranks_can_go_on(tmp_path):
+    """A signal to one rank stops both after the same step; one process goes on with the same weights and batches."""
+    code = """
+import torch, signal, os
+true, rank = sslvit.SSL.update_average, int(os.environ['RANK'])
+def stop_at_five(self, m, calls=[]):
+    true(self, m); calls.append(1)
+    if len(calls) == 5 and rank == 1: os.kill(os.getpid(), signal.SIGTERM)
+    torch.save(self.state_dict(), f'{sys.argv[-1]}/rank{rank}.pt')
+sslvit.SSL.update_average = stop_at_five
+sys.exit(sslvit.main(sys.argv[1:]))"""
+    argv = [
+        *QUICK,
+        "--objective",
+        "simmim",
+        "--steps",
+        "12",
+        "--log-every",
+        "3",
+        "--dtype",
+        "fp32",
+        "--out",
+        str(tmp_path),
+    ]
+    where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2", LOCAL_RANK="0")
+    ranks = [run_python(code, *argv, RANK=str(r), **where) for r in (0, 1)]
+    outputs = [process.communicate(timeout=100) for process in ranks]
+    assert [p.returncode for p in ranks] == [143, 143], outputs
+    zero, one = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+    assert sslvit.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 6  # the next log line, for both
+    assert sslvit.main([*argv, "--resume"]) == 0
+    assert (
+        sslvit.main([*argv, "--overwrite", "--out", str(tmp_path / "alone")]) == 0
+    )  # never more than one rank
+    both, alone = (
+        sslvit.load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path, tmp_path / "alone")
+    )
+    for name in both:
+        torch.testing.assert_close(both[name], alone[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_plan_of_vit_base_by_hand(tmp_path, capfd):
+    """197 tokens, 12 blocks: 12 · 197 · (24 · 768² + 4 · 197 · 768) = 34.9 GFLOP a pass; hybrid 3 · 3 + 2 = 11 passes."""
+    argv = ["--preset", "imagenet", "--dry-run", "--rate", "1000", "--out", str(tmp_path / "none")]
+    assert (
+        sslvit.main([*argv, "--steps", "93835"]) == 0
+    )  # 300 epochs of 1.28 million images in batches of 4096
+    out = capfd.readouterr().out
+    assert "85.8 M parameters" in out and "384 GFLOP" in out and not (tmp_path / "none").exists()
+    assert "107 h on 1, 13.3 h on 8, 1.67 h on 64" in out  # 3.84e8 images / 1000 / 3600
+
+
+def test_the_plan_times_three_steps_and_leaves_nothing(tmp_path, capfd):
+    assert sslvit.main([*QUICK, "--dry-run", "--steps", "9", "--out", str(tmp_path / "none")]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 3 and said[2].startswith("72 images at ") and not (tmp_path / "none").exists()
+
+
+def test_compile_has_no_graph_break_and_does_not_compile_again():
+    torch._dynamo.reset()
+    model, count = SSL(config(lam=0.5)), []
+
+    def backend(graph, inputs_):
+        count.append(1)
+        return graph
+
+    net = torch.compile(model, fullgraph=True, backend=backend)  # fullgraph: a break is an error
+    for _ in range(3):
+        out = net(*inputs())
+        (out["mim"] + out["cl"]).backward()
+        model.update_average(0.9)
+    assert len(count) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
