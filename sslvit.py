@@ -52,7 +52,7 @@ class Config:
     temperature: float = 0.2     # 0.001..99: τ of InfoNCE: smaller looks harder at the nearest negatives
     momentum: float = 0.97       # 0..1: of the key encoder's average, rises from here to 1; 0.99 in MoCo v3
     proj_hidden: int = 512       # hidden width of projector and predictor; 4096 in MoCo v3
-    crop_min: float = 0.4        # 0.01..1: smallest contrastive crop as a share of the image; ImageNet: 0.08
+    crop_min: float = 0.2        # 0.01..1: smallest contrastive crop as a share of the image; ImageNet: 0.08
     hue: float = 0.5             # 0..0.5: hue jitter; 0.5 is the whole circle: colour must not tell the image
     blur: float = 1.0            # 0..99: largest blur σ in px: always in view 1, one time in ten in view 2
     mask_unit: int = 4           # px, side of what is masked at once: 1/8 of the image, in SimMIM 1/7
@@ -82,8 +82,9 @@ class Config:
     knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
 
 PRESETS = {  # what a recipe changes: for every objective, then for one
-    "micro": {}, "micro-moco": dict(steps=800, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
-    "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
+    "micro": {}, "micro-simmim": dict(steps=4000),
+    "micro-moco": dict(steps=800, batch_size=128, lr=4e-3, crop_min=0.4),
+    "small32": dict(hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
                      crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
                      warmup=40 / 300, momentum=0.99),
