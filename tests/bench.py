@@ -4,7 +4,8 @@
   python tests/bench.py loader    the input pipeline on JPEGs against torchvision's MoCo v3 pipeline, per core
   python tests/bench.py analyze   all training-free metrics against a plain forward pass and plain NumPy
 
-`--help` after a command shows how to measure one row alone (step --model base --objective simmim --rounds 2).
+`--help` after a command shows how to measure one row alone (step --model base --objective simmim --rounds 2;
+with --no-memory in half the time).
 Everything compared runs in one process and takes turns, so that a busy machine disturbs all alike; numbers are
 medians of the rounds, ratios are ratios of medians. With one thread on a CPU (OMP_NUM_THREADS=1) the clock is the
 process's CPU time, which other programs disturb least, otherwise wall time. The plain forms are written here anew
@@ -227,8 +228,8 @@ def bench_step(args):
             return print(peak_mib(args.device))
         work = dict(ours=our_step(cfg, views, mask), plain=plain_step(cfg, views, mask), augment=augment)
         seconds = seconds_of(work | dict(product=lambda: a @ b), args.rounds, args.device)
-        memory = []
-        for form in ("ours", "plain"):  # a process each, which runs nothing else
+        memory = [float("nan")] * 2 if args.no_memory else []
+        for form in () if args.no_memory else ("ours", "plain"):  # a process each, which runs nothing else
             command = [sys.executable, __file__, "step", "--device", args.device, "--batch", str(batch)]
             command += ["--model", model, "--objective", objective, "--memory-of", form]
             memory.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
@@ -404,6 +405,9 @@ def main():
             command.add_argument("--objective", nargs="+", default=[*OBJECTIVES], choices=OBJECTIVES)
             command.add_argument(
                 "--batch", type=int, default=0, help="0: 64 micro, 8 base; on a GPU 8 times that"
+            )
+            command.add_argument(
+                "--no-memory", action="store_true", help="leave its two processes out: faster"
             )
             command.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)
         else:
