@@ -412,7 +412,7 @@ def cut(image, size, smallest=(), rng=None):
     boxes = np.array(boxes or [(x, y, width - x, height - y)])      # in upright pixels
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                               # 16-bit grey, floating point
         values = np.asarray(image, dtype=np.float32)
         values = values / (257 if image.mode[0] == "I" else max(values.max(), 1e-9) / 255)
@@ -420,8 +420,10 @@ def cut(image, size, smallest=(), rng=None):
     if image.mode != "RGB":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()    # rounding may pass the edge
-    return np.stack([image.resize((size, size), Image.BILINEAR, box) for box in boxes]).transpose(0, 3, 1, 2)
+    boxes = np.floor(boxes * image.width / width * (1, 1, -1, -1) + 1e-6).astype(int) * (1, 1, -1, -1)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]        # (1, 3, h, w), cut between pixels
+    crops = [F.interpolate(x[..., b:d, a:c], size, mode="bilinear", antialias=True) for a, b, c, d in boxes]
+    return torch.cat(crops).numpy()
 
 class Views(Dataset):
     """(epoch, index) -> all crops of a file, every random choice for it; epoch None: centre, for tests."""
@@ -475,14 +477,12 @@ def adjust_hue(x, turn):
     k = (hue + 6 * turn + x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
     return value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
-def gaussian_blur(x, sigma):
-    """Blur by σ px, mirrored at the border: two matrix products, one an axis, blur the whole batch."""
-    def matrix(n):              # row i: the Gaussian around pixel i and its two mirror images
-        i, j = torch.arange(n, device=x.device)[:, None], torch.arange(n, device=x.device)
-        mirrored = torch.where(j > 0, i + j, 1e4), torch.where(j < n - 1, 2 * n - 2 - i - j, 1e4)
-        weight = sum(torch.exp(-0.5 * (distance / sigma) ** 2) for distance in (i - j, *mirrored))
-        return weight / weight.sum(dim=-1, keepdim=True)    # (B, 1, n, n)
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
+def gaussian_blur(x, sigma):    # sigma stays on the CPU, as the kernel's length follows from it
+    """Blur by σ px up to 4σ, mirrored at the border: two convolutions, one an axis, blur the whole batch."""
+    r = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
+    kernel = (-0.5 * (torch.arange(-r, r + 1) / sigma) ** 2).softmax(-1).repeat_interleave(x.shape[1], 0)
+    y, kernel = F.pad(x, (r,) * 4, mode="reflect").flatten(0, 1)[None], kernel.to(x, non_blocking=True)
+    return F.conv2d(F.conv2d(y, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel)).view_as(x)
 
 OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey, blur, solarise, flip
     lambda x, f: (f * x).clamp(0, 1),
@@ -494,12 +494,12 @@ OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey
 def photometric(x, colours):
     """Applies colours (B, 12) of draw_colours: the jitters in each image's own order, then the rest. They
     stay on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
-    value = colours.to(x.device, non_blocking=True)[..., None, None, None]      # (B, 12, 1, 1, 1)
     todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]   # in each image's own order
     for chosen, n in todo + [(colours[:, 4 + n] > 0, n) for n in range(4, 8)]:
         i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
         if len(i):
-            x[i] = OPERATIONS[n](x[i], value[i, 4 + n])
+            value = colours[chosen, 4 + n, None, None, None]                    # (images, 1, 1, 1)
+            x[i] = OPERATIONS[n](x[i], value if n == 5 else value.to(x.device, non_blocking=True))
     return x
 
 def augment(batch, cfg, device):
