@@ -272,20 +272,19 @@ def test_simmim_and_beit_equal_timm(shared, gammas, tmp_path):
         oracle.forward_features(x)
         assert close(vit(x, record=True)[1][-1].out, seen[0], 1e-4)
     assert vit(torch.randn(1, 3, 24, 40)).shape == (1, 16, WIDTH)  # other sizes, not square
-    pixels = analyze.load_model(write(tmp_path, state))[3]
-    assert (pixels is not None) == shared
+    assert (vit.pixels is not None) == shared
 
 
 def test_pixel_heads(checkpoints, tmp_path):
     for name in ("simmim", "decoder", "hybrid"):
-        assert analyze.load_model(checkpoints / name / "ckpt.pt")[3] is not None, name
-    assert analyze.load_model(checkpoints / "moco" / "ckpt.pt")[3] is None
+        assert analyze.load_encoder(checkpoints / name / "ckpt.pt").pixels is not None, name
+    assert analyze.load_encoder(checkpoints / "moco" / "ckpt.pt").pixels is None
     # SimMIM's decoder: a 1 × 1 convolution to 3p² channels, then PixelShuffle; ours: a linear layer, then fold
     vit, p = sslvit.ViT(16, 8, 128, 1, 2), 8
     conv = torch.nn.Conv2d(128, 3 * p * p, 1)
     state = rename(vit.state_dict(), "encoder.") | {"encoder.mask_token": torch.zeros(1, 1, 128)}
     state |= {f"decoder.0.{k}": v for k, v in conv.state_dict().items()}
-    _, head = analyze.load_model(write(tmp_path, {"model": state}))[3]
+    _, head = analyze.load_encoder(write(tmp_path, {"model": state})).pixels
     tokens = torch.randn(2, 4, 128)
     with torch.no_grad():
         want = torch.pixel_shuffle(conv(tokens.mT.unflatten(2, (2, 2))), p)
@@ -369,14 +368,14 @@ def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
 def test_collect_does_not_depend_on_the_batches():
     vit = sslvit.ViT(16, 4, 32, 3, 2).eval()
     source = sslvit.Stimuli(10, 16)
-    read = lambda batch: analyze.read_images(source, np.arange(10), 16, None, batch)  # noqa: E731
-    a, b = analyze.collect(vit, read(10)), analyze.collect(vit, read(3))
+    images, labels, _ = analyze.read_images(source, np.arange(10), 16)
+    a, b = (analyze.collect(vit, zip(images.split(n), labels.split(n))) for n in (10, 3))
     assert (
         a["distance"].shape == (10, 3, 2)
         and a["depths"].shape == (10, 2)
         and a["fourier"].shape == (10, 3, 2, 3)
     )
-    assert a["pooled"].shape == (10, 3, 2, 32) and a["spectrum"].shape == (3, 2, 15)
+    assert a["pooled"].shape == (10, 3, 2, 32) and a["spectrum"].shape == (10, 3, 2, 15)
     assert set(a) == set(b) and all(np.allclose(a[k], b[k], atol=1e-4) for k in a)
     wide = torch.zeros(2, 3, 16, 24, dtype=torch.uint8)
     assert analyze.collect(vit, [(wide, torch.zeros(2, 1), None)])["nmi"].shape == (2, 3, 2)
