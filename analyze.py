@@ -29,7 +29,7 @@ of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM 
 # fmt: off
 # (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import deepcopy
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -274,11 +274,8 @@ def load_encoder(path, heads=None):
                      parameters=sum(p.numel() for p in vit.parameters()))
     print(f"{path}: {role}, patches of {patch} px, {width} wide, {depth} deep, {heads} heads{doubt}")
     for title, keys in (("missing", missing), ("unexpected, not used", unexpected), ("skipped", skipped)):
-        folded = defaultdict(list)                          # 'blocks.0.x', 'blocks.1.x' -> 'blocks.{0,1}.x'
-        for key in keys:
-            folded[re.sub(BLOCK, "blocks.*.", key)] += re.findall(BLOCK, key)
-        names = [name.replace("*", "{" + ",".join(numbers) + "}") for name, numbers in folded.items()]
-        print(f"  {title}: {len(keys)} keys", *names, sep="\n    ")
+        folded = Counter(re.sub(BLOCK, "blocks.*.", key) for key in keys)   # one line for all blocks
+        print(f"  {title}: {len(keys)} keys", *(f"{name} ({n})" for name, n in folded.items()), sep="\n    ")
     masks = [state[key] for key in ("mask_token", prefix + "mask_token") if key in state]
     blocks = [Block(width, heads) for _ in range(deep)] + [nn.LayerNorm(width, eps=1e-6)] * (deep > 0)
     head, vit.pixels = nn.Sequential(*blocks, nn.Linear(width, 3 * patch**2)).eval(), None
@@ -338,13 +335,12 @@ def encode(vit, images, read_out=features):
 
 @torch.no_grad()
 def collect(vit, batches, measure=True):
-    """One pass over batches (images, labels, ...) serves every metric -> arrays with one row per image.
-    pooled, cls (n, L, 2, D): mean patch token and CLS after each layer's attention [0] and MLP [1]; output
-    (n, 2, D) the same after the last norm; labels. With `measure` also distance, nmi (n, L, H); heads, tokens
-    (n, L); depths (n, L - 1); fourier (n, L, 2, F); spectrum (n, L, 2, K), log singular values but for the
-    one that centring makes 0. No attention map outlives its batch."""
+    """One pass over batches of images serves every metric -> arrays with one row per image. pooled, cls
+    (n, L, 2, D): mean patch token and CLS after each layer's attention [0] and MLP [1]; output (n, 2, D) the
+    same after the last norm. With `measure` also distance, nmi (n, L, H); heads, tokens (n, L); depths
+    (n, L - 1); fourier (n, L, 2, F); spectrum (n, L, 2, K). No attention map outlives its batch."""
     kept, patch = [], vit.patch_size
-    for images, labels, *_ in batches:
+    for images in batches:
         x, layers, above = normalise(images, vit.cls_token.device), [], None
         tokens, records = vit(x, record=True)
         grid = x.shape[2] // patch, x.shape[3] // patch
@@ -364,7 +360,7 @@ def collect(vit, batches, measure=True):
             layers.append(layer)
         rows = {name: torch.stack([layer[name] for layer in layers if name in layer], dim=1).cpu()
                 for name in layers[-1]}
-        kept.append(rows | dict(output=features(tokens).cpu(), labels=labels))
+        kept.append(rows | dict(output=features(tokens).cpu()))
     return {name: torch.cat([rows[name] for rows in kept]).numpy() for name in kept[0]}
 
 @torch.no_grad()
@@ -459,20 +455,18 @@ def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, la
     for name, p in vit.named_parameters() if tune else ():
         layer = int(m[1]) + 1 if (m := re.match(BLOCK, name)) else depth * name.startswith("norm")
         groups.append(dict(params=[p.requires_grad_()], lr=lr * decay ** (depth - layer)))
-    solver = torch.optim.AdamW(groups, weight_decay=0.05)
+    solver, peaks = torch.optim.AdamW(groups, weight_decay=0.05), [group["lr"] for group in groups]
     whole = len(images) // batch * batch                    # BatchNorm needs full batches
     order = torch.cat([torch.randperm(len(images))[:whole] for _ in range(epochs)]).split(batch)
-    def share(step):                                        # of the peak learning rate
-        return sslvit.lr_at(step + 1, len(order) + 1, len(order) / 10, 1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(solver, share)
-    for i in progress(order, label):
+    for step, i in enumerate(progress(order, label), start=1):
+        for group, peak in zip(solver.param_groups, peaks):
+            group["lr"] = sslvit.lr_at(step, len(order) + 1, len(order) / 10, peak)
         x, y, flip = images[i], targets[i], torch.rand(batch) < 0.5
         for part in (x, y) if y.ndim == 3 else (x,):
             part[flip] = part[flip].flip(-1)
         solver.zero_grad()
         loss(logits(vit(normalise(x, device))), y.to(device)).backward()
         solver.step()
-        schedule.step()
     head.eval()
     return lambda images: encode(vit, images, logits)
 
@@ -536,7 +530,7 @@ def study(vit, options, scratch):
     batch = max(1, min(64, 10**8 // (L * vit.facts["heads"] * vit.grid**4)))    # 400 MB of attention weights
 
     # what needs no training; the claims ask for the state after the layer's MLP
-    got = collect(vit, progress(list(zip(images.split(batch), labels.split(batch))), "every metric"))
+    got = collect(vit, progress(images.split(batch), "every metric"))
     sample = {key: got[key] for key in ("distance", "nmi", "heads", "depths", "tokens") if key in got}
     result = {key: array.mean(axis=0) for key, array in sample.items()}
     result["examples"] = examples(vit, images[:10])
@@ -551,13 +545,13 @@ def study(vit, options, scratch):
 
     # probes of the output, by regression and by nearest neighbours; three quarters to learn, one to choose
     lesson = read_images(train, rng.permutation(len(train))[:4 * n], size, folders, "training images")
-    parts = list(zip(*(array.split(batch) for array in lesson[:2])))
-    seen = collect(vit, progress(parts, "training features"), measure=False)
+    seen = collect(vit, progress(lesson[0].split(batch), "training features"), measure=False)
     classes, cut = [len(c) for c in test.classes], 3 * len(lesson[0]) // 4
-    splits = [{k: v[:cut] for k, v in seen.items()}, {k: v[cut:] for k, v in seen.items()}, got]
-    output = [(split["output"], split["labels"]) for split in splits]
+    def splits(x, x_test):                                  # to learn from, to choose by, to score
+        return (x[:cut], lesson[1][:cut]), (x[cut:], lesson[1][cut:]), (x_test, labels)
     def by_name(label, accuracies):                         # one for each label set
         return {f"{label} {name}": value for name, value in zip(test.label_names, accuracies)}
+    output = splits(seen["output"], got["output"])
     best = best_probe(*output)
     sample |= {"linear probe": best["right"], "linear probe val": best["val"]}
     result["probe of"] = ("pooled patch tokens", "CLS")[best["which"]]
@@ -565,7 +559,7 @@ def study(vit, options, scratch):
     result |= by_name("k-NN", knn(*(array for x, y in output[::2] for array in (x[:, 0], y))))
     if wanted & {"layers", "decoder"}:
         for kind in ("cls", "pooled"):
-            probes = [best_probe(*((split[kind][:, i // 2, [i % 2]], split["labels"]) for split in splits))
+            probes = [best_probe(*splits(*(x[kind][:, i // 2, [i % 2]] for x in (seen, got))))
                       for i in progress(range(2 * L), f"probes of every layer, {kind}")]
             right = np.stack([probe["right"] for probe in probes], axis=1)          # (n, 2L, label sets)
             curves = by_name("layers", right.mean(axis=0).T)
@@ -612,10 +606,10 @@ def third(values, which):
     middle = values[k:-k] if len(values) > 2 * k else values
     return dict(early=values[:k], middle=middle, late=values[-k:], last=values[-1:], all=values)[which]
 
-def over(key, which="all"):
-    """Value function (a model's arrays, take) -> number: mean over images and over layers. `take` draws the
-    images: all, or a bootstrap sample that is the same for all models."""
-    return lambda m, take: float(third(np.atleast_1d(take(m[key]).mean(axis=0)), which).mean())
+def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
+    """Value function (a model's arrays, take) -> number: mean over images, or `reduce`, then over layers.
+    `take` draws the images: all, or a bootstrap sample that is the same for all models."""
+    return lambda m, take: float(third(np.atleast_1d(reduce(take(m[key]))), which).mean())
 
 def last_minus_best(m, take):   # the layer best on validation, lest chance choose it on the test set
     accuracy = take(m["layers"]).mean(axis=0)
@@ -625,10 +619,6 @@ def image_growth(m, take):      # of the mean log singular value of the (images 
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
     first, last = free_spectrum(x).mean(dim=1)
     return float(last - first)
-
-def high_noise(m, take):
-    right = take(m["noise"]).T                                              # clean, then the bands
-    return float(third(band_noise_drop(right[0], right[1:]), "late").mean())
 
 CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
 # A part is (what, value function, test): test(v) > 0 is what the claim says; v(role) is the value's mean over
@@ -646,10 +636,11 @@ CLAIMS = {  # number in MAP: parts
     7: [("growth of log singular values, tokens", over("growth"), MIM_CL),
         ("growth of log singular values, images", image_growth, CL_MIM)],
     8: [("Δ log amplitude at π, late", over("pi", "late"), MIM_CL)],
-    9: [("shape bias", lambda m, take: shape_bias(*take(m["cues"]).T), CL_MIM),
-        ("accuracy drop, high-frequency noise", high_noise, MIM_CL)],
+    9: [("shape bias", over("cues", reduce=lambda cues: shape_bias(*cues.T)), CL_MIM),
+        ("accuracy drop, high-frequency noise",
+         over("noise", "late", lambda right: band_noise_drop(right[:, 0], right[:, 1:].T)), MIM_CL)],
     10: [("pooled probe, early", over("layers", "early"), MIM_CL),
-         ("best layer", lambda m, take: 1.0 + take(m["layers"]).mean(axis=0).argmax(), CL_MIM),
+         ("best layer", over("layers", reduce=lambda right: 1 + right.mean(axis=0).argmax()), CL_MIM),
          ("last minus best layer, MIM < 0", last_minus_best, lambda v: -v("MIM")),
          ("CL, late > early", over("layers", "late"), lambda v: v("CL") - v("CL", over("layers", "early")))],
     11: [("last minus best layer", last_minus_best, lambda v: v("MIM with decoder") - v("MIM")),
@@ -711,8 +702,8 @@ def judge(groups, draws=1000):
                 row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
                 row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
             except KeyError as key:
-                role = re.search("CL|MIM|hybrid", key.args[0])
-                needs = f"a checkpoint: {role.string}" if role else f"--only {name}, {FIGURES[name][1]}"
+                role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
+                needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
                 row["why"] = f"needs {needs}"
         held = [row.get("holds") for row in rows]           # None: not testable
         weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * held.count(True) >= len(held)
@@ -726,7 +717,7 @@ def claims_table(table):
     for claim in table:
         lines.append("{claim:2} {text} (figure {figure}): ".format(**claim) + claim["verdict"].upper())
         for row in claim["parts"]:
-            values = (row.get(role) for role in ("CL", "MIM", "hybrid"))
+            values = [row.get(role) for role in ("CL", "MIM", "hybrid")]
             values = " ".join("      -" if value is None else f"{value:7.3f}" for value in values)
             text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
             lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
@@ -831,12 +822,10 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
     "scaling": ([(*TUNED, "parameters")], "checkpoints of two model sizes, " + LABELS),
     "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
-    "maps": (fig_images, ""),
     "distance": ([("distance", "attention distance (px; band: heads)", LAYER)], ""),
     "nmi": ([NMI], ""),
     "similarity": ([(key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")],
                    "two layers and two heads"),
-    "plane": (fig_plane, ""),
     "spectra": ([(f"{key} {what}", label + key + "s", x) for key in ("token", "image") for what, label, x in (
         ("spectrum", "last layer, first = 0,\nlog singular value, ", RANK),
         ("volume", "mean log\nsingular value, ", HALF))], ""),
@@ -848,7 +837,7 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "decoder": ([("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI],
                 "MIM with and without decoder, " + LABELS),
     "sweep": ([(*PROBE, "lam"), (*TUNED, "lam"), NMI, AT_PI], "λ = 0, 1 and between, " + LABELS),
-    "tokens": (fig_plane, ""),
+    "maps": (fig_images, ""), "plane": (fig_plane, ""), "tokens": (fig_plane, ""),
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
 

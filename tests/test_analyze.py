@@ -128,6 +128,8 @@ def test_purity_iou_bias_by_hand():
     pred, target = torch.tensor([[[1, 1], [0, 0]]]), torch.tensor([[[1, 0], [0, 0]]])
     assert close(analyze.mean_iou(pred, target, 2), (1 / 2 + 2 / 3) / 2)
     assert close(analyze.mean_iou(target, target, 5), 1)  # classes that neither map holds do not count
+    void = torch.tensor([[[1, 255], [0, 0]]])  # where nobody knows, nothing counts
+    assert close(analyze.mean_iou(pred, void, 2), 1) and close(analyze.mean_iou(1 - pred, void, 2), 0)
     decisions, shapes, textures = np.array([0, 0, 1, 5]), np.array([0, 0, 2, 3]), np.array([1, 1, 1, 4])
     assert analyze.shape_bias(decisions, shapes, textures) == pytest.approx(2 / 3)
     assert math.isnan(analyze.shape_bias(decisions, shapes + 10, textures + 10))
@@ -202,7 +204,7 @@ def namings(state):
     teacher = rename(state, "backbone.", **{"head.mlp.0.weight": noise})
     ours = rename(state, "encoder.") | rename(wrong, "key_encoder.") | {"mask_token": noise}
     ours |= {"decoder.0.weight": torch.zeros(3 * p * p, D), "decoder.0.bias": torch.zeros(3 * p * p)}
-    folded = "key_encoder.blocks.{0,1}.norm1.bias"
+    folded = "key_encoder.blocks.*.norm1.bias (2)"
     return {
         "timm": (state | head, ["head.weight"]),
         "moco": ({"epoch": 3, "optimizer": {}, "state_dict": moco}, ["module.predictor.0.weight", "CL"]),
@@ -211,7 +213,7 @@ def namings(state):
         "mae": ({"model": state}, []),
         "mae decoder": (
             {"model": mae, "args": args},
-            ["decoder_blocks.{0}.norm1.weight", "mask_token", "MIM", "no reconstructions"],
+            ["decoder_blocks.*.norm1.weight (1)", "mask_token", "MIM", "no reconstructions"],
         ),
         "dino": (
             {"student": rename(wrong, "module.backbone."), "args": args, "teacher": teacher},
@@ -354,6 +356,7 @@ def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
     masks = torch.zeros(128, 16, 16, dtype=torch.long)
     masks[labels == 1, :8] = 1
     images[labels == 1, 1, :8] = 255
+    masks[:, 3:5, 3:5] = 255  # void
     kept = images.clone()
     right = analyze.fine_tune(
         vit, (images, labels[:, None]), (images, labels[:, None]), [2], epochs=20, lr=1e-2
@@ -368,8 +371,9 @@ def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
 def test_collect_does_not_depend_on_the_batches():
     vit = sslvit.ViT(16, 4, 32, 3, 2).eval()
     source = sslvit.Stimuli(10, 16)
-    images, labels, _ = analyze.read_images(source, np.arange(10), 16)
-    a, b = (analyze.collect(vit, zip(images.split(n), labels.split(n))) for n in (10, 3))
+    images, labels, masks = analyze.read_images(source, np.arange(10), 16)
+    assert labels.tolist() == [list(source[i][1:3]) for i in range(10)] and masks.shape == (10, 16, 16)
+    a, b = (analyze.collect(vit, images.split(n)) for n in (10, 3))
     assert (
         a["distance"].shape == (10, 3, 2)
         and a["depths"].shape == (10, 2)
@@ -378,7 +382,7 @@ def test_collect_does_not_depend_on_the_batches():
     assert a["pooled"].shape == (10, 3, 2, 32) and a["spectrum"].shape == (10, 3, 2, 15)
     assert set(a) == set(b) and all(np.allclose(a[k], b[k], atol=1e-4) for k in a)
     wide = torch.zeros(2, 3, 16, 24, dtype=torch.uint8)
-    assert analyze.collect(vit, [(wide, torch.zeros(2, 1), None)])["nmi"].shape == (2, 3, 2)
+    assert analyze.collect(vit, [wide])["nmi"].shape == (2, 3, 2)
 
 
 def arrays(n, shift, L=6):
@@ -397,6 +401,10 @@ def test_verdicts():
     assert verdicts[4] == "agrees" and verdicts[5] == "weak" and verdicts[8] == "disagrees"
     assert all(verdicts[k] == "not testable" for k in (1, 2, 3, 6, 9, 10, 11, 12))
     noise = np.random.default_rng(0).normal(size=(n, 1))
+    one_head = {**cl, "heads": np.full((n, 6), np.nan), "depths": cl["tokens"]}
+    row = analyze.judge({"CL": [one_head], "MIM": [one_head]}, draws=50)[5]
+    assert row["verdict"] == "not testable" and "two heads" in row["parts"][0]["why"]
+    assert "holds" in row["parts"][2] and row["claim"] == 6
     row = analyze.judge({"CL": [arrays(n, noise)], "MIM": [arrays(n, -noise)]}, draws=200)[7]
     assert row["verdict"] in ("weak", "disagrees") and row["parts"][0]["interval"][0] < 0
 
@@ -487,6 +495,17 @@ def test_only_and_folders(checkpoints, tmp_path, capsys):
         == 0
     )
     assert len(list(out.glob("*.png"))) == 3 and "broken.jpg" in capsys.readouterr().out
+    for name in ("noise", "bias"):  # each does its own work only
+        other = {"noise": "cue_conflict", "bias": "band_noise"}[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analyze, other, None)
+            assert analyze.main([file, *flags, "--images", "20", "--out", str(out), "--only", name]) == 0
+        model = analyze.json.loads((out / "results.json").read_text())["models"][0]
+        assert ("noise drop" in model, "shape bias cues" in model) == (name == "noise", name == "bias")
+    Image.new("RGB", (20, 30)).save(masks / "val" / "cat" / "0.png")
+    capsys.readouterr()
+    assert analyze.main([file, *flags, "--images", "20", "--out", str(out), "--only", "dense"]) == 2
+    assert "class numbers" in capsys.readouterr().err
     flat = tmp_path / "data" / "val" / "dog"  # no classes, no test set: what needs no labels is drawn
     assert analyze.main([file, "--data", str(flat), "--out", str(out), "--only", "layers", "distance"]) == 0
     assert "skipped layers: needs labels" in capsys.readouterr().out
