@@ -33,14 +33,17 @@ from collections import Counter, defaultdict
 from copy import deepcopy
 from pathlib import Path
 import matplotlib.pyplot as plt
-import numpy as np
-import torch, torch.nn as nn, torch.nn.functional as F
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
 import sslvit
 from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT
 
-# rows (number or -, claim, figures, names)
-MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)
+MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)  # number, claim, figures, names
+
+def need(condition, message):
+    """What the user can mend ends the program with one line."""
+    if not condition:
+        raise UserError(message)
 
 # ==== 1. Metrics of one batch: pure functions of tensors ===================================================
 def attention_distance(attn, grid, patch_size):
@@ -194,8 +197,7 @@ def tidy(state, prefix):
     if "pos_embed" in weights:
         table, registers = weights["pos_embed"], weights.get(REGISTERS, torch.zeros(1, 0, 1))
         extra = table.shape[1] - math.isqrt(table.shape[1]) ** 2    # tokens with a place beside the patches
-        if extra not in (0, 1, 1 + registers.shape[1]):
-            raise ValueError(f"{table.shape[1]} positions are no square grid and a class token")
+        need(extra in (0, 1, 1 + registers.shape[1]), f"{table.shape[1]} positions, which is no square")
         if extra > 1:
             weights[REGISTERS] = registers + table[:, 1:extra]
         cls = table[:, :1] * (extra > 0)                            # timm's no_embed_class: CLS at 0
@@ -223,8 +225,8 @@ def load_encoder(path, heads=None):
     `facts`, a dict, and `pixels`: (mask token, decoder) if they are named and shaped as here or in SimMIM."""
     stem, doubt = "patch_embed.proj.weight", ""
     try:
-        if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
-            raise ValueError("a TorchScript program")       # torch.load would hand it to an interpreter
+        names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
+        need("constants.pkl" not in names, "a TorchScript program, which torch.load would interpret")
         raw = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
         raw = raw if isinstance(raw, dict) else {}
         config = raw["config"] if isinstance(raw.get("config"), dict) and "objective" in raw["config"] else {}
@@ -232,8 +234,7 @@ def load_encoder(path, heads=None):
             raw = raw[box] if isinstance(raw.get(box), dict) else raw
         state = {str(key): value for key, value in raw.items() if isinstance(value, torch.Tensor)}
         prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
-        if not prefixes:
-            raise ValueError(f"no {stem} in {len(state)} tensors {list(state)[:3]}")
+        need(prefixes, f"no {stem} in {len(state)} tensors {list(state)[:3]}")
         prefix = min(prefixes, key=lambda p: ("momentum" in p or "key" in p, len(p)))   # average: if alone
         moco = re.search("base_encoder|momentum", prefix)
         weights, skipped, own = tidy(state, prefix)
@@ -261,10 +262,10 @@ def load_encoder(path, heads=None):
             vit.blocks[0].register_forward_pre_hook(add_registers)
             vit.register_forward_hook(drop_registers)
         missing, unexpected = vit.load_state_dict(weights, strict=False)
-        if absent := [key for key in missing if not key.startswith("norm.")]:
-            raise ValueError(f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
+        absent = [key for key in missing if not key.startswith("norm.")]
+        need(not absent, f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
     except Exception as error:                              # a damaged file can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: no Vision Transformer that can be taken apart here: {reason}") from error
     masked = re.search(r"\b(decoder|lm_head)", " ".join(state))     # DINOv2 has a mask token, but not these
     lam, deep = config.get("lam", 0.0 if masked else 1.0 if moco else None), config.get("decoder_depth", 0)
@@ -313,10 +314,8 @@ def read_images(source, indices, size, masks=None, label="images"):
             rows.append((sslvit.cut(image, size)[0], labels, mask))
         except Exception as error:
             print(f"  left out: {source[i][0]!r} ({type(error).__name__}: {error})")
-    if not rows:
-        raise UserError("not one image could be read")
-    if any(mask.ndim > 2 for *_, mask in rows):
-        raise UserError(f"--masks {masks[1]}: PNGs in colour; class numbers need grey or palette PNGs")
+    need(rows, "not one image could be read")
+    need(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
     images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
     return images, labels.long(), drawn.long() if drawn.ndim == 3 else None
 
@@ -397,9 +396,8 @@ def examples(vit, images):
 # ==== 4. What has to be trained: probes, fine-tuning, segmentation, cue conflict ===========================
 def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
     """Multinomial logistic regression on frozen features: mean cross-entropy + strength/2·|W|², by L-BFGS
-    ([P] figures 1, 10). train, val, test: (features (n, D), labels (n,)). Features are standardised by the
-    training set, the strength is chosen on `val`, `test` is only scored. Returns accuracy in [0, 1] (chance:
-    1 / classes), val (accuracy there), strength, predicted (n,)."""
+    ([P] figures 1, 10). train, val, test: (features (n, D), labels (n,)). `train` standardises the features,
+    `val` chooses the strength, `test` is only scored. Returns accuracy and val in [0, 1], predicted (n,)."""
     sets = [(torch.as_tensor(x).float(), torch.as_tensor(y).long()) for x, y in (train, val, test)]
     std, mean = torch.std_mean(sets[0][0], dim=0)           # a column of ones for the bias
     (x, y), *others = [(F.pad((x - mean) / std.clamp(min=1e-6), (0, 1), value=1.0), y) for x, y in sets]
@@ -415,7 +413,7 @@ def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
         predicted = [(features @ w).argmax(dim=1) for features, _ in others]
         val, accuracy = ((p == labels).float().mean().item() for p, (_, labels) in zip(predicted, others))
         if val > best["val"]:
-            best = dict(val=val, accuracy=accuracy, strength=strength, predicted=predicted[1].numpy())
+            best = dict(val=val, accuracy=accuracy, predicted=predicted[1].numpy())
     return best
 
 def best_probe(train, val, test):
@@ -509,8 +507,8 @@ def cue_conflict(options, train, test, lesson, size, count):
         return None
     source, classes = sslvit.ImageFolder(options.cue_conflict), {c: i for i, c in enumerate(test.classes[0])}
     found = [re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(file).name) for file, _ in source]
-    if not all(found) or not {cue for m in found for cue in m.groups()} <= classes.keys():
-        raise UserError(f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
+    need(all(found) and {cue for m in found for cue in m.groups()} <= classes.keys(),
+         f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
     cues = np.array([[classes[cue] for cue in m.groups()] for m in found])
     known = np.isin(lesson[1][:, 0], cues)
     return lesson[0][known], lesson[1][known, 0], read_images(source, np.arange(len(found)), size)[0], *cues.T
@@ -528,15 +526,13 @@ def study(vit, options, scratch):
     rng, folders = np.random.default_rng(0), (options.data, Path(options.masks)) if options.masks else None
     images, labels, masks = read_images(test, rng.permutation(len(test))[:n], size, folders, "test images")
     batch = max(1, min(64, 10**8 // (L * vit.facts["heads"] * vit.grid**4)))    # 400 MB of attention weights
-
     # what needs no training; the claims ask for the state after the layer's MLP
     got = collect(vit, progress(images.split(batch), "every metric"))
     sample = {key: got[key] for key in ("distance", "nmi", "heads", "depths", "tokens") if key in got}
     result = {key: array.mean(axis=0) for key, array in sample.items()}
-    result["examples"] = examples(vit, images[:10])
     sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
     fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1])           # of (L, 2, F)
+    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples=examples(vit, images[:10]))
     sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
     for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
         result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
@@ -565,7 +561,8 @@ def study(vit, options, scratch):
             curves = by_name("layers", right.mean(axis=0).T)
             result |= {f"{key}, {kind}": curve for key, curve in curves.items()}
         sample["layers"] = right[:, 1::2].mean(axis=2)                              # pooled, after the MLP
-        sample["layers_val"] = np.array([probe["val"] for probe in probes[1::2]])
+        best = np.argmax([probe["val"] for probe in probes[1::2]])      # on validation, lest chance choose it
+        sample["last - best"] = sample["layers"][:, -1] - sample["layers"][:, best]
         result["layer probes"] = sample["layers"].mean(axis=0)
     # fine-tuning and segmentation
     if wanted & {"accuracy", "scaling", "sweep"}:
@@ -600,20 +597,16 @@ def study(vit, options, scratch):
     return result, sample
 
 # ==== 5. Claims: does the paper's picture hold for these models?   (rules fixed before any result) =========
-def third(values, which):
-    """Early: the first third of the layers, late: the last (both rounded up); middle: what lies between."""
-    k = math.ceil(len(values) / 3)
-    middle = values[k:-k] if len(values) > 2 * k else values
-    return dict(early=values[:k], middle=middle, late=values[-k:], last=values[-1:], all=values)[which]
-
 def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
     """Value function (a model's arrays, take) -> number: mean over images, or `reduce`, then over layers.
+    Early: the first third of the layers, late: the last (both rounded up), middle: what lies between.
     `take` draws the images: all, or a bootstrap sample that is the same for all models."""
-    return lambda m, take: float(third(np.atleast_1d(reduce(take(m[key]))), which).mean())
-
-def last_minus_best(m, take):   # the layer best on validation, lest chance choose it on the test set
-    accuracy = take(m["layers"]).mean(axis=0)
-    return accuracy[-1] - accuracy[m["layers_val"].argmax()]
+    def value(m, take):
+        x = np.atleast_1d(reduce(take(m[key])))
+        k = math.ceil(len(x) / 3)
+        middle = x[k:-k] if len(x) > 2 * k else x
+        return float(dict(early=x[:k], middle=middle, late=x[-k:], last=x[-1:], all=x)[which].mean())
+    return value
 
 def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
@@ -621,9 +614,9 @@ def image_growth(m, take):      # of the mean log singular value of the (images 
     return float(last - first)
 
 CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
-# A part is (what, value function, test): test(v) > 0 is what the claim says; v(role) is the value's mean over
-# the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
-CLAIMS = {  # number in MAP: parts
+# Number: parts (what, value function, test). test(v) > 0 is what the claim says; v(role) is the value's mean
+# over the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
+CLAIMS = {
     1: [("linear probe, output", over("linear probe"), CL_MIM),
         ("fine-tune accuracy", over("fine-tuned"), MIM_CL)],
     2: [("fine-tuning, smallest size", over("fine-tuned"), lambda v: v("smallest CL") - v("smallest MIM")),
@@ -641,9 +634,9 @@ CLAIMS = {  # number in MAP: parts
          over("noise", "late", lambda right: band_noise_drop(right[:, 0], right[:, 1:].T)), MIM_CL)],
     10: [("pooled probe, early", over("layers", "early"), MIM_CL),
          ("best layer", over("layers", reduce=lambda right: 1 + right.mean(axis=0).argmax()), CL_MIM),
-         ("last minus best layer, MIM < 0", last_minus_best, lambda v: -v("MIM")),
+         ("last minus best layer, MIM < 0", over("last - best"), lambda v: -v("MIM")),
          ("CL, late > early", over("layers", "late"), lambda v: v("CL") - v("CL", over("layers", "early")))],
-    11: [("last minus best layer", last_minus_best, lambda v: v("MIM with decoder") - v("MIM")),
+    11: [("last minus best layer", over("last - best"), lambda v: v("MIM with decoder") - v("MIM")),
          ("NMI, last layer", over("nmi", "last"), lambda v: v("MIM with decoder") - v("MIM"))],
     12: [("probe and fine-tuning, least margin", over("linear probe"), lambda v: min(
              v("best hybrid", over(key)) - v(pure, over(key))
@@ -690,10 +683,9 @@ def judge(groups, draws=1000):
         rows = []
         for (what, value, test), name in zip(CLAIMS[int(number)], names.split() * 4):
             rows.append(row := {"part": what})
-            for role in ("CL", "MIM", "hybrid"):
-                with contextlib.suppress(KeyError):
-                    row[role] = evaluate(lambda v, role=role: v(role), value, groups)
             try:
+                row |= {role: evaluate(lambda v, role=role: v(role), value, groups)
+                        for role in ("CL", "MIM", "hybrid") if role in groups}
                 row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
                 if math.isnan(row["difference"]):
                     raise KeyError("a number")
@@ -808,9 +800,8 @@ def fig_cka(key, models):
     ends = np.cumsum([0] + [m["depth"] for m in models])
     for lines in (axis.hlines, axis.vlines):
         lines(ends[1:-1] - 0.5, -0.5, ends[-1] - 0.5, color="white")
-    for ticks in (axis.set_xticks, axis.set_yticks):
-        ticks((ends[1:] + ends[:-1] - 1) / 2, [m["name"] for m in models])
-    axis.set_xlabel("layers of each model, first to last")
+    middle, names = (ends[1:] + ends[:-1] - 1) / 2, [m["name"] for m in models]
+    axis.set(xticks=middle, xticklabels=names, yticks=middle, yticklabels=names, xlabel="layers, in order")
     fig.colorbar(shown, label="linear CKA of pooled tokens")
     return fig
 
@@ -830,8 +821,7 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
         ("spectrum", "last layer, first = 0,\nlog singular value, ", RANK),
         ("volume", "mean log\nsingular value, ", HALF))], ""),
     "fourier": ([AT_PI, ("fourier", "Δ log amplitude, last layer", FREQUENCY)], ""),
-    "bias": ([("shape bias ", "share of shape decisions", "")],
-             "cue-conflict images (the stimuli, or --cue-conflict), " + LABELS),
+    "bias": ([("shape bias ", "share of shape decisions", "")], "the stimuli or --cue-conflict, " + LABELS),
     "noise": ([("noise drop", "relative accuracy drop", NOISE_BAND)], LABELS),
     "layers": ([("layers ", "linear probe,\n", HALF)], LABELS),
     "decoder": ([("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI],
@@ -841,6 +831,8 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
 
+VARY = dict(scaling=("parameters", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))  # values at least
+
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
     rows = {name: (claim, figure) for _, claim, figures, names in MAP
@@ -848,14 +840,11 @@ def draw(models, names, out):
     for name in names:
         (what, needs), (claim, figure) = FIGURES[name], rows[name]
         stems = [stem for stem, *_ in what] if type(what) is list else [name]
-        able = [m for m in models
-                if all(any(key.startswith(stem) for key in (*m, *m["examples"])) for stem in stems)]
+        able = [m for m in models if all(any(k.startswith(s) for k in (*m, *m["examples"])) for s in stems)]
         able = models if name == "cka" and able else able   # one table for all
-        key = dict(scaling="parameters", sweep="lam", decoder="decoder_depth").get(name)    # must differ
-        if key:
-            able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
-            able = able if len({m[key] for m in able}) > 1 + (key == "lam") else []
-        if not able:
+        key, least = VARY.get(name, ("name", 1))
+        able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
+        if len({m[key] for m in able}) < least:
             print(f"skipped {name}: needs {needs}")
             continue
         fig = fig_curves(what, able) if type(what) is list else what(name, able)
@@ -888,13 +877,10 @@ def parse(argv):
         torch.zeros(1, device=options.device)
     except Exception as error:                              # torch has many kinds
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    for bad, message in (
-            (bool(options.checkpoints) == bool(options.results), "give checkpoints, or --from results"),
-            (options.images < 20 or options.epochs < 1, "--images is 20 or more, --epochs 1 or more"),
-            (not os.path.isdir(options.masks or "."), f"--masks {options.masks}: no such folder"),
-            (not os.path.isdir(options.cue_conflict or "."), "--cue-conflict: no such folder")):
-        if bad:
-            fail(message)
+    need(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
+    need(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
+    for folder in (options.masks, options.cue_conflict):
+        need(os.path.isdir(folder or "."), f"{folder}: no such folder")
     return options
 
 def analyse(options):
