@@ -391,6 +391,15 @@ def arrays(n, shift, L=6):
     }
 
 
+def test_values_are_means_over_images_and_some_layers():
+    layers = {"x": np.array([[1.0, 2, 4, 8, 16, 32, 64], [3, 2, 4, 8, 16, 32, 64]])}
+    for which, value in {"early": 8 / 3, "middle": 8, "late": 112 / 3, "last": 64, "all": 128 / 7}.items():
+        assert analyze.over("x", which)(layers, lambda rows: rows) == pytest.approx(value), which
+    assert analyze.over("x", "last")(layers, lambda rows: rows[:0:-1] / 2) == 32  # of the images drawn only
+    assert analyze.over("x", "early", lambda rows: rows.max(axis=0))(layers, lambda rows: rows) == 3
+    assert analyze.over("x", "middle")({"x": np.array([[1.0, 3]])}, lambda rows: rows) == 2  # no middle: all
+
+
 def test_verdicts():
     n = 50
     cl, mim = arrays(n, 0.0), arrays(n, 0.0)
