@@ -741,7 +741,7 @@ def fig_curves(panels, models):
     fig, axes = canvas(-(-len(rows) // wrap), wrap)
     for axis, (keys, y_label, x_label) in zip(axes.flat, rows):
         words, lines = [key.split(" ")[-1] for key in keys], defaultdict(list)
-        for m in models:
+        for aside, m in zip(np.linspace(-0.3, 0.3, len(models) + 2)[1:], models):
             colour, nth, y = COLOURS[m["role"]], m["nth"] % 4, np.array([m[key] for key in keys], dtype=float)
             style = dict(color=colour, marker=MARKERS[nth], label=m["name"])
             if x_label in AXES:
@@ -752,7 +752,7 @@ def fig_curves(panels, models):
                     y = y.mean(axis=1)
                 axis.plot(x, y, ls=STYLES[nth], ms=5 * (len(y) <= 30), **style)
             else:
-                x = [m[x_label]] * len(keys) if x_label else words
+                x = [m[x_label]] * len(keys) if x_label else np.arange(len(keys)) + aside
                 axis.plot(x, y, ls="", ms=7, mfc="none", **style)
                 lines["black" if x_label == "lam" else colour].append((x[0], *y))
         for colour, line in lines.items() if x_label else ():
@@ -761,6 +761,8 @@ def fig_curves(panels, models):
                 axis.plot(x, y, style, color=colour, lw=1, zorder=0)
                 axis.annotate(word, (x[-1], y[-1]), fontsize=9)
         axis.set(xlabel={"lam": "λ (0: MIM, 1: CL)"}.get(x_label, x_label), ylabel=y_label)
+        if not x_label:
+            axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
     axes[0, 0].legend(fontsize=9)
     return fig
 
@@ -915,7 +917,7 @@ def main(argv=None):
         if not old:
             (out / "results.json").write_text(json.dumps(results))
         draw(results["models"], options.only, out)
-        print(claims_table(results["claims"]), f"figures and results.json are in {out}", sep="\n")
+        print(claims_table(results["claims"]), f"figures{'' if old else ' and results.json'} are in {out}", sep="\n")
         return 0
     except (UserError, OSError) as error:
         message = error
