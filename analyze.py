@@ -917,7 +917,7 @@ def main(argv=None):
         if not old:
             (out / "results.json").write_text(json.dumps(results))
         draw(results["models"], options.only, out)
-        print(claims_table(results["claims"]), f"figures{'' if old else ' and results.json'} are in {out}", sep="\n")
+        print(claims_table(results["claims"]), f"what was drawn and computed is in {out}", sep="\n")
         return 0
     except (UserError, OSError) as error:
         message = error
