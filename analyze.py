@@ -4,20 +4,22 @@
   python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet    published weights, photographs
   python analyze.py --from figures/results.json                      draws again, computes nothing
 
-Section of the paper [P] -> claim -> figure, and its name for --only:
-  1 accuracy    1 CL wins linear probing, MIM wins fine-tuning             1 left    accuracy
-                2 CL wins small models, MIM wins large ones                1 middle  scaling
-                3 MIM wins dense prediction                                1 right   dense
-  2 attention   4 CL attends globally, MIM locally, most in later layers   2, 3      maps distance
-                5 CL's later attention is one map for all queries          4         nmi
-                6 CL's heads, depths and tokens are alike in later layers  5         similarity
-  3 transform   7 CL moves all tokens of an image together, MIM singly     6, 7      plane spectra
-                8 CL keeps low frequencies, MIM high ones                  8         fourier
-                9 CL is shape-biased, MIM texture-biased                   9         bias noise
-  4 components 10 MIM is better in early layers, CL in the last            10        layers
-               11 an explicit decoder keeps the last layers useful         11        decoder
-  5 both       12 a hybrid beats both                                      12        sweep hybrid
-  not in [P]:  tokens coloured by image, reconstructions, CKA              -         tokens pixels cka
+Section of the paper [P] -> claim -> figure, and its name for --only. This table is MAP below.
+  1 accuracy   1 CL wins linear probing, MIM wins fine-tuning             1 left           accuracy
+               2 CL wins small models, MIM wins large ones                1 middle         scaling
+               3 MIM wins dense prediction                                1 right          dense
+  2 attention  4 CL attends globally, MIM locally, most in later layers   2, 3             maps distance
+               5 CL's later attention is one map for all queries          4                nmi
+               6 CL lacks diversity across heads, depths and tokens       5                similarity
+  3 transform  7 CL spreads images apart, MIM the tokens of an image      6, 7             plane spectra
+               8 CL keeps low frequencies, MIM high ones                  8                fourier
+               9 CL is shape-biased, MIM texture-biased                   9 left, 9 right  bias noise
+  4 parts     10 MIM is better in early layers, CL in the last            10               layers
+              11 an explicit decoder keeps the last layers useful         11               decoder
+  5 hybrid    12 a hybrid beats both                                      12               sweep
+  not in [P]   - do the tokens of an image stay together                  -                tokens
+               - what was under the mask                                  -                pixels
+               - which layers see the same differences between images     -                cka
 
 [P] Park et al., What Do Self-Supervised Vision Transformers Learn?, ICLR 2023, arXiv 2305.00729.
 Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers, F frequencies, n rows
@@ -27,17 +29,21 @@ of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM 
 # fmt: off
 # (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import deepcopy
 from pathlib import Path
 import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
 import sslvit
 from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT
+
+MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)  # number, claim, figures, names
+
+def need(condition, message):
+    """What the user can mend ends the program with one line."""
+    if not condition:
+        raise UserError(message)
 
 # ==== 1. Metrics of one batch: pure functions of tensors ===================================================
 def attention_distance(attn, grid, patch_size):
@@ -80,15 +86,15 @@ def fourier_amplitude(tokens, grid):
     """Which frequencies does a token map keep?  Δ log amplitude along the half diagonal 0 … π ([P] figure 8).
     X(ω) = Σ x[r,c]·exp(-iω(r + c)) for each channel; log|X(ω)| - log|X(0)|, mean over channels. On an even
     square grid these are the FFT's diagonal bins up to Nyquist; the sum itself reaches π on odd grids too.
-    tokens (B, N, D), grid (rows, cols) or one number -> (B, F) at ω = π·j/(F - 1), F = shorter side // 2 + 1.
+    tokens (..., N, D), grid (rows, cols) or a number -> (..., F) at ω = π·j/(F - 1), F = short side // 2 + 1.
     First 0; last: far below 0 = only low frequencies left (blurred), about 0 = as much detail as mean."""
     rows, cols = (grid, grid) if isinstance(grid, int) else grid
     n = torch.arange(rows * cols, device=tokens.device)
     omega = torch.linspace(0, math.pi, min(rows, cols) // 2 + 1, dtype=torch.float64).to(tokens.device)
     phase = omega[:, None] * (n // cols + n % cols)                                 # (F, N)
-    real, imag = (wave.to(tokens.dtype) @ tokens for wave in (phase.cos(), phase.sin()))    # (B, F, D)
+    real, imag = (wave.to(tokens.dtype) @ tokens for wave in (phase.cos(), phase.sin()))    # (..., F, D)
     log = torch.hypot(real, imag).clamp(min=1e-37).log().mean(dim=-1)               # keeps log 0 finite
-    return log - log[:, :1]
+    return log - log[..., :1]
 
 def singular_spectrum(x):
     """How many directions do the rows of a matrix fill?  Log singular values, largest first ([P] figure 7).
@@ -99,6 +105,10 @@ def singular_spectrum(x):
     square = torch.linalg.eigvalsh(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).flip(-1)
     floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.maximum(square, floor).log() / 2
+
+def free_spectrum(x):
+    """singular_spectrum(x) without the value that is 0 only because n ≤ D rows were centred."""
+    return singular_spectrum(x)[..., :min(x.shape[-2] - 1, x.shape[-1])]
 
 def cka(x, y):
     """Do two layers see the same differences between images?  Linear CKA (Kornblith et al. 2019),
@@ -115,9 +125,10 @@ def nearest_purity(tokens):
     return (image[distance.argmin(dim=1).cpu()] == image).float().mean()
 
 def mean_iou(pred, target, classes):
-    """Intersection over union, mean over the classes in either map; pred, target (B, h, w) of class numbers
-    -> (B,) in [0, 1]. 1: every pixel right ([P] figure 1 right)."""
-    p, t = (F.one_hot(m.long().flatten(1), classes).bool() for m in (pred, target))     # (B, hw, classes)
+    """Intersection over union, mean over the classes in either map; pred, target (B, h, w) of class numbers,
+    target VOID where nobody knows -> (B,) in [0, 1]. 1: every pixel right ([P] figure 1 right)."""
+    maps = (m.long().masked_fill(target == VOID, classes).flatten(1) for m in (pred, target))
+    p, t = (F.one_hot(m, classes + 1)[..., :-1].bool() for m in maps)               # (B, hw, classes)
     both, either = (p & t).sum(dim=1), (p | t).sum(dim=1)
     return (both / either.clamp(min=1)).sum(dim=1) / (either > 0).sum(dim=1)
 
@@ -139,49 +150,30 @@ def band_noise(size, low, high, generator=None):
 
 def band_noise_drop(clean, noisy):
     """What does noise cost?  1 - accuracy(noisy) / accuracy(clean) ([P] figure 9 right). clean (n,), noisy
-    (bands, n): 1 where right, 0 where wrong -> (bands,), at most 1. 0: does not matter, 1: all is lost."""
-    return 1 - noisy.mean(axis=-1) / clean.mean()
+    (bands, n): 1 where right -> (bands,), at most 1. 0: does not matter, 1: all is lost; nan: never right."""
+    return 1 - noisy.mean(axis=-1) / (clean.mean() or math.nan)
 
 # ==== 2. Files: what is in a checkpoint, ours or published?   (data, never code) ===========================
 class Inert:
-    """Stands in for every class that a file names and we do not need: takes any call, does nothing."""
+    """Stands in for whatever a file names beside tensors and dicts, argparse.Namespace (MAE, DINO), a yacs
+    node (SimMIM) or os.system: takes any call, does nothing. Nothing in a file is imported or called."""
     def __init__(self, *args, **kwargs):
         pass
     __setstate__ = __setitem__ = append = extend = add = __init__
 
-class Unpickler(pickle.Unpickler):
-    """Files rebuild tensors and dicts. Any other name, argparse.Namespace (MAE, DINO), a yacs node (SimMIM)
-    or os.system, becomes Inert: nothing in a file is imported or called."""
-    def find_class(self, module, name):
-        known = r"collections\.OrderedDict|torch\.(Size|\w+Storage|_utils\._rebuild_(parameter|tensor(_v2)?))"
-        return super().find_class(module, name) if re.fullmatch(known, f"{module}.{name}") else Inert
-
 class SafePickle:       # what torch.load takes for the pickle module
-    Unpickler, load = Unpickler, staticmethod(lambda file, **options: Unpickler(file, **options).load())
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            known = r"collections.OrderedDict|torch\.(Size|\w+Storage|_utils\._rebuild_(parameter|tensor\w*))"
+            return super().find_class(module, name) if re.fullmatch(known, f"{module}.{name}") else Inert
+    load = staticmethod(lambda file, **options: SafePickle.Unpickler(file, **options).load())
 
-def read_checkpoint(path):
-    """A .pt or .pth file -> its dict; every object but tensors, containers, numbers and strings is inert."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-    try:
-        if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
-            raise ValueError("a TorchScript program")       # torch.load would hand it to an interpreter
-        raw = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
-        if not isinstance(raw, dict):
-            raise ValueError(f"a {type(raw).__name__}, not a dict")
-        return raw
-    except Exception as error:                              # a damaged pickle can raise anything
-        reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from error
-
-RENAMES = (  # names in published files -> names here; regular expressions, in this order
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                          # DINOv2 in chunks
-    (r"\.gamma_([12])$", r".ls\1.gamma"),                               # SimMIM, BEiT
-    (r"^(reg_token|register_tokens)$", "blocks.0.register_tokens"))     # timm, DINOv2
-NOT_ENCODER = re.compile(  # heads and buffers; all are listed as skipped
-    r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)|"
-    r".*(relative_position_index|num_batches_tracked)$")
-TABLE = "relative_position_bias_table"
+TABLE, REGISTERS, BLOCK = "relative_position_bias_table", "blocks.0.register_tokens", r"blocks\.(\d+)\."
+RENAMES = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                   # DINOv2 in chunks; in this order
+           (r"\.gamma_([12])$", r".ls\1.gamma"),                        # SimMIM, BEiT
+           (r"^(reg_token|register_tokens)$", REGISTERS))               # timm, DINOv2
+NOT_ENCODER = re.compile(r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)|"
+                         r".*(relative_position_index|num_batches_tracked)$")       # listed as skipped
 
 def tidy(state, prefix):
     """Tensors under `prefix` by this project's names -> (weights, keys of heads and buffers, bias tables)."""
@@ -203,14 +195,13 @@ def tidy(state, prefix):
     if tables:                          # fine-tuned SimMIM, BEiT: one per block; side by side: (offsets, L·H)
         weights["rel_pos_bias." + TABLE] = torch.cat([weights.pop(name) for name in tables], dim=1)
     if "pos_embed" in weights:
-        table, registers = weights["pos_embed"], weights.get("blocks.0.register_tokens", torch.zeros(1, 0, 1))
+        table, registers = weights["pos_embed"], weights.get(REGISTERS, torch.zeros(1, 0, 1))
         extra = table.shape[1] - math.isqrt(table.shape[1]) ** 2    # tokens with a place beside the patches
-        if extra not in (0, 1, 1 + registers.shape[1]):
-            raise ValueError(f"{table.shape[1]} positions are no square grid and a class token")
+        need(extra in (0, 1, 1 + registers.shape[1]), f"{table.shape[1]} positions, which is no square")
         if extra > 1:
-            weights["blocks.0.register_tokens"] = registers + table[:, 1:extra]
-        weights["pos_embed"] = F.pad(table[:, extra:], (0, 0, 1, 0))    # timm's no_embed_class: CLS at 0
-        weights["pos_embed"][:, :min(extra, 1)] = table[:, :min(extra, 1)]
+            weights[REGISTERS] = registers + table[:, 1:extra]
+        cls = table[:, :1] * (extra > 0)                            # timm's no_embed_class: CLS at 0
+        weights["pos_embed"] = torch.cat([cls, table[:, extra:]], dim=1)
     return weights, skipped, len(tables)
 
 def own_bias(block, args):
@@ -228,171 +219,151 @@ def drop_registers(vit, args, result):
     cut = [r._make((r.attn[:, :, :n, :n], *(x[..., :n, :] for x in r[1:]))) for r in records or ()]
     return (tokens[:, :n], cut) if records else tokens[:, :n]
 
-def load_model(path, heads=None):
-    """File -> (ViT in eval mode, facts about it, key report, pixel head as (mask token, decoder) or None).
-    Told by content, not name; sizes come from shapes, `heads` is for files whose shapes do not tell."""
-    raw, stem = read_checkpoint(path), "patch_embed.proj.weight"
-    config = raw["config"] if isinstance(raw.get("config"), dict) and "objective" in raw["config"] else {}
-    for box in ("state_dict", "model", "teacher", "student", "module"):
-        raw = raw[box] if isinstance(raw.get(box), dict) else raw
-    state = {str(key): value for key, value in raw.items() if isinstance(value, torch.Tensor)}
-    prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
-    if not prefixes:
-        raise UserError(f"{path}: no Vision Transformer: no {stem} in {len(state)} tensors {list(state)[:3]}")
-    prefix = min(prefixes, key=lambda p: ("momentum" in p or "key" in p, len(p)))  # an average only if alone
+def load_encoder(path, heads=None):
+    """File -> ViT in eval mode; prints what it is and every missing, unexpected and skipped key. Told by
+    content, not name; sizes come from shapes, `heads` is for files whose shapes do not tell. The ViT carries
+    `facts`, a dict, and `pixels`: (mask token, decoder) if they are named and shaped as here or in SimMIM."""
+    stem, doubt = "patch_embed.proj.weight", ""
     try:
+        names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
+        need("constants.pkl" not in names, "a TorchScript program, which torch.load would interpret")
+        raw = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
+        raw = raw if isinstance(raw, dict) else {}
+        config = raw["config"] if isinstance(raw.get("config"), dict) and "objective" in raw["config"] else {}
+        for box in ("state_dict", "model", "teacher", "student", "module"):
+            raw = raw[box] if isinstance(raw.get(box), dict) else raw
+        state = {str(key): value for key, value in raw.items() if isinstance(value, torch.Tensor)}
+        prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
+        need(prefixes, f"no {stem} in {len(state)} tensors {list(state)[:3]}")
+        prefix = min(prefixes, key=lambda p: ("momentum" in p or "key" in p, len(p)))   # average: if alone
+        moco = re.search("base_encoder|momentum", prefix)
         weights, skipped, own = tidy(state, prefix)
         table, positions = (weights.get(name) for name in ("rel_pos_bias." + TABLE, "pos_embed"))
         width, _, patch, _ = weights[stem].shape
-        depth = 1 + max(int(m[1]) for name in weights if (m := re.match(r"blocks\.(\d+)\.", name)))
+        depth = 1 + max(int(n) for name in weights for n in re.findall(BLOCK, name))
         grid = math.isqrt(positions.shape[1]) if positions is not None else 224 // patch
-        moco, said = re.search("base_encoder|momentum", prefix), "by --heads"
         if table is not None:
-            grid = (math.isqrt(len(table) - 3) + 1) // 2
-            heads, said = table.shape[1] // max(1, own), "from its bias table"
+            grid, heads = (math.isqrt(len(table) - 3) + 1) // 2, table.shape[1] // max(1, own)
         elif config:
-            heads, said = SIZES[config["model"]]["heads"], "from its config"
+            heads = SIZES[config["model"]]["heads"]
         elif not heads:
             heads = {1280: 16, 384: 12 if moco else 6}.get(width, max(1, width // 64))
-            said = "assumed, shapes cannot tell: MoCo v3's ViT-S has 12, timm's 6; --heads sets it"
-        scale = 1.0 if "blocks.0.ls1.gamma" in weights else None
-        look = dict(positions="none" if positions is None else "learned", rel_pos_bias=table is not None)
-        vit = ViT(grid * patch, patch, width, depth, heads, layer_scale=scale, **look).eval()
+            doubt = " (assumed, shapes cannot tell: MoCo v3's ViT-S has 12, timm's 6; --heads sets it)"
+        vit = ViT(grid * patch, patch, width, depth, heads, rel_pos_bias=table is not None,
+                  positions="none" if positions is None else "learned",
+                  layer_scale=1.0 if "blocks.0.ls1.gamma" in weights else None).eval()
         if own:
             vit.rel_pos_bias[TABLE] = nn.Parameter(table)
             for i, block in enumerate(vit.blocks):
                 block.number = i
                 block.register_forward_pre_hook(own_bias)
-        if "blocks.0.register_tokens" in weights:
-            vit.blocks[0].register_tokens = nn.Parameter(weights["blocks.0.register_tokens"])
+        if REGISTERS in weights:
+            vit.blocks[0].register_tokens = nn.Parameter(weights[REGISTERS])
             vit.blocks[0].register_forward_pre_hook(add_registers)
             vit.register_forward_hook(drop_registers)
         missing, unexpected = vit.load_state_dict(weights, strict=False)
-        if absent := [key for key in missing if not key.startswith("norm.")]:
-            raise ValueError(f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: not a ViT of a kind that can be taken apart here: {reason}") from error
+        absent = [key for key in missing if not key.startswith("norm.")]
+        need(not absent, f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
+    except Exception as error:                              # a damaged file can raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{path}: no Vision Transformer that can be taken apart here: {reason}") from error
     masked = re.search(r"\b(decoder|lm_head)", " ".join(state))     # DINOv2 has a mask token, but not these
-    lam = config.get("lam", 0.0 if masked else 1.0 if moco else None)
+    lam, deep = config.get("lam", 0.0 if masked else 1.0 if moco else None), config.get("decoder_depth", 0)
     role = "other" if lam is None else {1: "CL", 0: "MIM"}.get(lam, "hybrid")
-    mask, deep = state.get(prefix + "mask_token", state.get("mask_token")), config.get("decoder_depth", 0)
-    pixels, decoder = None, {key[8:]: v for key, v in state.items() if key.startswith("decoder.")}
-    with contextlib.suppress(RuntimeError):                 # another kind of decoder
-        blocks = [Block(width, heads) for _ in range(deep)] + [nn.LayerNorm(width, eps=1e-6)] * (deep > 0)
-        head = nn.Sequential(*blocks, nn.Linear(width, 3 * patch**2)).eval()
-        # SimMIM's 1 × 1 convolution is a linear layer; its PixelShuffle has our order: colour, row, column
-        head.load_state_dict({key: v.flatten(1) if v.ndim == 4 else v for key, v in decoder.items()})
-        pixels = None if mask is None else (mask, head)
-    size, count = grid * patch, sum(p.numel() for p in vit.parameters())
-    facts = dict(path=str(path), role=role, lam=lam, width=width, depth=depth, heads=heads, patch_size=patch,
-                 image_size=size, decoder_depth=deep, config=config, parameters=count)
-    report = f"{path}: {role}, {width} wide, {depth} deep, {heads} heads ({said}), patch {patch}, {size} px"
-    if not pixels and (decoder or mask is not None):
-        report += "\n  no reconstructions, which need a mask token and a pixel head like SimMIM's"
+    vit.facts = dict(path=str(path), role=role, lam=lam, width=width, depth=depth, heads=heads,
+                     patch_size=patch, image_size=grid * patch, decoder_depth=deep, config=config,
+                     parameters=sum(p.numel() for p in vit.parameters()))
+    print(f"{path}: {role}, patches of {patch} px, {width} wide, {depth} deep, {heads} heads{doubt}")
     for title, keys in (("missing", missing), ("unexpected, not used", unexpected), ("skipped", skipped)):
-        folded = defaultdict(list)                          # 'blocks.0.x', 'blocks.1.x' -> 'blocks.{0,1}.x'
-        for key in keys:
-            start, number, end = re.fullmatch(r"(?:(.*?blocks\.)(\d+)(?=\.))?(.*)", key).groups()
-            folded[start, end].append(number)
-        names = [f"{a}{{{','.join(n)}}}{b}" if a else b for (a, b), n in folded.items()]
-        report += f"\n  {title}: {len(keys)} keys" + "".join(f"\n    {name}" for name in names)
-    return vit, facts, report, pixels
-
-def load_encoder(path, heads=None):
-    """File -> ViT in eval mode; prints what it is and every missing, unexpected and skipped key."""
-    vit, _, report, _ = load_model(path, heads)
-    print(report)
+        folded = Counter(re.sub(BLOCK, "blocks.*.", key) for key in keys)   # one line for all blocks
+        print(f"  {title}: {len(keys)} keys", *(f"{name} ({n})" for name, n in folded.items()), sep="\n    ")
+    masks = [state[key] for key in ("mask_token", prefix + "mask_token") if key in state]
+    blocks = [Block(width, heads) for _ in range(deep)] + [nn.LayerNorm(width, eps=1e-6)] * (deep > 0)
+    head, vit.pixels = nn.Sequential(*blocks, nn.Linear(width, 3 * patch**2)).eval(), None
+    # SimMIM's 1 × 1 convolution is a linear layer; its PixelShuffle has our order: colour, row, column
+    decoder = {key[8:]: x.squeeze() for key, x in state.items() if key.startswith("decoder.")}
+    with contextlib.suppress(RuntimeError, IndexError):     # another kind of decoder, or no mask token
+        head.load_state_dict(decoder)
+        vit.pixels = masks[0], head
+    if not vit.pixels:
+        print("  no reconstructions, which need a mask token and a pixel head like SimMIM's")
     return vit
 
 # ==== 3. One pass: which numbers does every figure need? ===================================================
-def progress(items, total, label):
+def progress(items, label):
     """Yields the items; a line every 5 s with the time left."""
     began = said = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         if (now := time.monotonic()) > said + 5:
-            print(f"  {label}: {done}/{total}, {(now - began) * (total / done - 1):.0f} s left", flush=True)
-            said = now
+            left, said = (now - began) * (len(items) / done - 1), now
+            print(f"  {label}: {done}/{len(items)}, {left:.0f} s left", flush=True)
 
-def read_images(source, indices, size, masks=None, batch=64):
-    """Centre squares in batches: images uint8 (B, 3, S, S), labels (B, label sets), masks (B, S, S) or None.
-    masks: (image folder, folder of PNGs of the same names). Unreadable files are named and left out."""
-    for start in range(0, len(indices), batch):
-        rows = []
-        for i in indices[start:start + batch].tolist():
-            try:                                            # Pillow raises almost anything on a broken file
-                (image, labels), mask = source.load(i), np.zeros(())
-                if isinstance(source, Stimuli):
-                    mask = source[i][-1]
-                elif masks:
-                    png = masks[1] / Path(source[i][0]).relative_to(masks[0]).with_suffix(".png")
-                    mask = np.asarray(ImageOps.fit(Image.open(png), (size, size), Image.NEAREST))
-                rows.append((sslvit.cut(image, size)[0], labels, mask))
-            except Exception as error:
-                print(f"  left out: {source[i][0]!r} ({type(error).__name__}: {error})")
-        if rows:
-            images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-            yield images, labels.long(), drawn.long() if drawn.ndim == 3 else None
-
-def joined(batches):
-    return [None if part[0] is None else torch.cat(part) for part in zip(*batches)]
+def read_images(source, indices, size, masks=None, label="images"):
+    """Centre squares: images uint8 (n, 3, S, S), labels (n, label sets), masks (n, S, S) or None. masks:
+    (image folder, folder of PNGs of the same names). Files that cannot be read are named and left out."""
+    rows = []
+    for i in progress(indices.tolist(), label):
+        try:                                                # Pillow raises almost anything on a broken file
+            (image, labels), mask = source.load(i), np.zeros(())
+            if isinstance(source, Stimuli):
+                mask = source[i][-1]
+            elif masks:
+                png = masks[1] / Path(source[i][0]).relative_to(masks[0]).with_suffix(".png")
+                mask = np.asarray(ImageOps.fit(Image.open(png), (size, size), Image.NEAREST))
+            rows.append((sslvit.cut(image, size)[0], labels, mask))
+        except Exception as error:
+            print(f"  left out: {source[i][0]!r} ({type(error).__name__}: {error})")
+    need(rows, "not one image could be read")
+    need(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
+    images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+    return images, labels.long(), drawn.long() if drawn.ndim == 3 else None
 
 def normalise(images, device):
-    """uint8, or float in [0, 1] -> what the networks were trained on."""
-    x = images.to(device)
-    return (x / (255 if x.dtype == torch.uint8 else 1) - MEAN.to(device)) / STD.to(device)
+    """Brightness 0 .. 255 -> what the networks were trained on."""
+    return (images.to(device) / 255 - MEAN.to(device)) / STD.to(device)
+
+def features(tokens):
+    """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
+    return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
+
+@torch.no_grad()
+def encode(vit, images, read_out=features):
+    """read_out(tokens after the last norm) of all images (n, 3, S, S)."""
+    return torch.cat([read_out(vit(normalise(x, vit.cls_token.device))).cpu() for x in images.split(64)])
 
 @torch.no_grad()
 def collect(vit, batches, measure=True):
-    """One pass over batches (images, labels, masks) serves every metric -> arrays with one row per image.
-    pooled, cls (n, L, 2, D): mean patch token and CLS after each layer's attention [0] and MLP [1]; output
-    (n, 2, D) the same after the last norm; labels. With `measure` also distance, nmi (n, L, H); heads, tokens
-    (n, L); depths (n, L - 1); fourier (n, L, 2, F); volume (n, L, 2), the mean log singular value; spectrum
-    (L, 2, K), a mean over images, without the value that centring makes 0. No map outlives its batch."""
-    kept, spectrum, patch = defaultdict(list), 0, vit.patch_size
-    for images, labels, _ in batches:
-        x, layers, above = normalise(images, vit.cls_token.device), defaultdict(list), None
+    """One pass over batches of images serves every metric -> arrays with one row per image. pooled, cls
+    (n, L, 2, D): mean patch token and CLS after each layer's attention [0] and MLP [1]; output (n, 2, D) the
+    same after the last norm. With `measure` also distance, nmi (n, L, H); heads, tokens (n, L); depths
+    (n, L - 1); fourier (n, L, 2, F); spectrum (n, L, 2, K). No attention map outlives its batch."""
+    kept, patch = [], vit.patch_size
+    for images in batches:
+        x, layers, above = normalise(images, vit.cls_token.device), [], None
         tokens, records = vit(x, record=True)
         grid = x.shape[2] // patch, x.shape[3] // patch
         for block, record in zip(vit.blocks, records):
             states = torch.stack([record.mid, record.out], dim=1)                   # (B, 2, 1+N, D)
-            found = dict(pooled=states[:, :, 1:].mean(dim=2), cls=states[:, :, 0])
+            cls, states = states[:, :, 0], states[:, :, 1:]
+            layer = dict(pooled=states.mean(dim=2), cls=cls)
             if measure:
                 attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)   # without CLS, sum 1
                 added = block.attn["proj"](record.heads.transpose(1, 2).flatten(2))[:, 1:]  # its output
-                inner = states[:, :, 1:].flatten(0, 1)                              # (2B, N, D)
-                rank = min(inner.shape[1] - 1, inner.shape[2])
-                found |= dict(
+                layer |= dict(
                     distance=attention_distance(attn, grid, patch), nmi=attention_nmi(attn),
                     heads=head_similarity(record.heads[:, :, 1:]), tokens=token_similarity(added),
-                    fourier=fourier_amplitude(inner, grid).unflatten(0, (-1, 2)),
-                    singular=singular_spectrum(inner)[:, :rank].unflatten(0, (-1, 2)))
-                found |= {} if above is None else dict(depths=depth_similarity(above, added))
+                    fourier=fourier_amplitude(states, grid), spectrum=free_spectrum(states))
+                layer |= {} if above is None else dict(depths=depth_similarity(above, added))
                 above = added
-            for name, value in found.items():
-                layers[name].append(value)
-        rows = {name: torch.stack(values, dim=1).cpu() for name, values in layers.items()}
-        rows["output"] = torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1).cpu()
-        if measure:
-            singular = rows.pop("singular")                                         # (B, L, 2, K)
-            spectrum, rows["volume"] = spectrum + singular.sum(dim=0), singular.mean(dim=-1)
-        for name, value in rows.items():
-            kept[name].append(value.float())
-        kept["labels"].append(labels)
-    if not kept:
-        raise UserError("not one image could be read")
-    result = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
-    return result | ({"spectrum": (spectrum / len(result["labels"])).float().numpy()} if measure else {})
+            layers.append(layer)
+        rows = {name: torch.stack([layer[name] for layer in layers if name in layer], dim=1).cpu()
+                for name in layers[-1]}
+        kept.append(rows | dict(output=features(tokens).cpu()))
+    return {name: torch.cat([rows[name] for rows in kept]).numpy() for name in kept[0]}
 
 @torch.no_grad()
-def encode(vit, images):
-    """Images (n, 3, S, S) -> features after the last norm (n, 2, D): pooled patch tokens and CLS."""
-    chunks = (vit(normalise(x, vit.cls_token.device)).cpu() for x in images.split(64))
-    return torch.cat([torch.stack([t[:, 1:].mean(dim=1), t[:, 0]], dim=1) for t in chunks]).numpy()
-
-@torch.no_grad()
-def examples(vit, pixels, images):
+def examples(vit, images):
     """Numbers for pictures. maps, pixels: rows of (image, title, boxes (row, column, side)), attention of two
     queries and reconstructions; plane, tokens (B, N, 2): tokens on their principal components."""
     x, p = normalise(images, vit.cls_token.device), vit.patch_size
@@ -412,22 +383,21 @@ def examples(vit, pixels, images):
     around = [records[max(last - 1, 0)].out[:3, 1:], records[last].mid[:3, 1:]]         # the last attention
     result = dict(maps=maps, plane=plane(torch.cat(around, dim=1)), tokens=plane(tokens[:, 1:]),
                   purity=float(nearest_purity(tokens[:, 1:])))
-    if pixels:
+    if vit.pixels:
         mask = torch.rand(len(x), rows * cols, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.6
-        token, decoder = (part.to(x.device) for part in pixels)
+        token, decoder = (part.to(x.device) for part in vit.pixels)
         target, guess = sslvit.patchify(x, p), decoder(vit(x, mask, mask_token=token))[:, 1:]
         shown = target, *(torch.where(mask[..., None], filled, target) for filled in (0 * target, guess))
-        shown = [F.fold(y.mT, x.shape[2:], p, stride=p) for y in shown]
-        names = "image", "masked", "predicted"
-        result["pixels"] = [(picture(y[i]), name, []) for i in range(3) for y, name in zip(shown, names)]
+        rows = zip(*(F.fold(y.mT, x.shape[2:], p, stride=p)[:3] for y in shown))        # an image each
+        titles = "image", "masked", "predicted"
+        result["pixels"] = [(picture(y), name, []) for row in rows for y, name in zip(row, titles)]
     return result
 
 # ==== 4. What has to be trained: probes, fine-tuning, segmentation, cue conflict ===========================
 def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
     """Multinomial logistic regression on frozen features: mean cross-entropy + strength/2·|W|², by L-BFGS
-    ([P] figures 1, 10). train, val, test: (features (n, D), labels (n,)). Features are standardised by the
-    training set, the strength is chosen on `val`, `test` is only scored. Returns accuracy in [0, 1] (chance:
-    1 / classes), val (accuracy there), strength, predicted (n,)."""
+    ([P] figures 1, 10). train, val, test: (features (n, D), labels (n,)). `train` standardises the features,
+    `val` chooses the strength, `test` is only scored. Returns accuracy and val in [0, 1], predicted (n,)."""
     sets = [(torch.as_tensor(x).float(), torch.as_tensor(y).long()) for x, y in (train, val, test)]
     std, mean = torch.std_mean(sets[0][0], dim=0)           # a column of ones for the bias
     (x, y), *others = [(F.pad((x - mean) / std.clamp(min=1e-6), (0, 1), value=1.0), y) for x, y in sets]
@@ -443,73 +413,63 @@ def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
         predicted = [(features @ w).argmax(dim=1) for features, _ in others]
         val, accuracy = ((p == labels).float().mean().item() for p, (_, labels) in zip(predicted, others))
         if val > best["val"]:
-            best = dict(val=val, accuracy=accuracy, strength=strength, predicted=predicted[1].numpy())
+            best = dict(val=val, accuracy=accuracy, predicted=predicted[1].numpy())
     return best
 
-def probe_sets(train, val, test):
-    """A linear probe per label set; each (features (n, D), labels (n, label sets)) -> accuracies, their mean
-    on val, and for each test image the share of its labels that are right (n,)."""
-    probes = [linear_probe(*((x, y[:, s]) for x, y in (train, val, test))) for s in range(test[1].shape[1])]
-    right = np.mean([p["predicted"] == y for p, y in zip(probes, np.asarray(test[1]).T)], axis=0)
-    return dict(accuracy=[p["accuracy"] for p in probes], val=float(np.mean([p["val"] for p in probes])),
-                right=right, predicted=probes[0]["predicted"])
-
-def better_probe(*splits):
-    """Features (n, 2, D), pooled patch tokens and CLS: the probe of what is better on the 2nd split."""
-    both = (probe_sets(*((x[:, k], y) for x, y in splits)) | {"cls": k} for k in (0, 1))
-    return max(both, key=lambda probe: probe["val"])
+def best_probe(train, val, test):
+    """Linear probes of K alternative features, one for each label set: features (n, K, D), labels (n, label
+    sets). Of the alternative that is best on `val`: which (of K), predicted and right (n, label sets) on
+    `test`, and val, the mean accuracy there."""
+    found = []
+    for k in range(test[0].shape[1]):
+        probes = [linear_probe(*((x[:, k], y[:, s]) for x, y in (train, val, test)))
+                  for s in range(test[1].shape[1])]
+        predicted = np.stack([probe["predicted"] for probe in probes], axis=1)
+        found.append(dict(which=k, predicted=predicted, right=predicted == np.asarray(test[1]),
+                          val=float(np.mean([probe["val"] for probe in probes]))))
+    return max(found, key=lambda probe: probe["val"])
 
 def knn(bank, known, queries, labels, k=20):
-    """Accuracy of the vote of the k nearest bank images, weighted by exp(cos / 0.07) after centring on the
-    bank. Features (n, D), (m, D), labels (n,), (m,) -> [0, 1]; nothing is trained, nothing tuned."""
-    bank, known, queries, labels = (torch.as_tensor(array) for array in (bank, known, queries, labels))
-    mean, votes = bank.mean(dim=0), torch.zeros(len(queries), int(known.max()) + 1)
-    similarity = F.normalize(queries - mean) @ F.normalize(bank - mean).T           # (m, n)
-    cosine, nearest = similarity.topk(min(k, len(bank)))                            # (m, k)
-    votes.scatter_add_(1, known[nearest], (cosine / 0.07).exp())
-    return (votes.argmax(dim=1) == labels).float().mean().item()
+    """Share of queries to which sslvit.knn() gives the right label. Features (n, D), (m, D); known (n, sets),
+    labels (m, sets), a column for each label set -> (sets,) in [0, 1]. Nothing is trained or tuned."""
+    votes = sslvit.knn(*map(torch.as_tensor, (bank, known, queries)), k)
+    return (votes == torch.as_tensor(labels)).double().mean(dim=0).numpy()
 
-def fit(vit, outputs, pick, loss, train, epochs, lr, tune=True, decay=0.75, label="fine-tuning"):
-    """Trains a linear head on the standardised features pick(tokens), with `tune` the encoder too, by AdamW
-    and half a cosine; returns images -> logits. Block l of L learns at lr·decay^(L - l): what is early is
-    general already (BEiT, SimMIM). Half of the images are flipped, their masks too."""
+def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, label="fine-tuning"):
+    """Trains a linear head on the standardised patch tokens, or on their mean if `pooled`, with `tune` the
+    encoder too, by AdamW and half a cosine; returns images -> logits. Block l of L learns at
+    lr·decay^(L - l): what is early is general (BEiT, SimMIM). Half of the images are flipped."""
     torch.manual_seed(0)
     (images, targets), device, width = train, vit.cls_token.device, vit.norm.normalized_shape[0]
     head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, outputs)).to(device)
+    def logits(tokens):                                     # (B, outputs) or (B·N, outputs)
+        return head(tokens[:, 1:].mean(dim=1) if pooled else tokens[:, 1:].flatten(0, 1))
     groups, batch, depth = [dict(params=[*head.parameters()], lr=lr)], min(64, len(images)), len(vit.blocks)
     for name, p in vit.named_parameters() if tune else ():
-        layer = int(m[1]) + 1 if (m := re.match(r"blocks\.(\d+)", name)) else depth * name.startswith("norm")
+        layer = int(m[1]) + 1 if (m := re.match(BLOCK, name)) else depth * name.startswith("norm")
         groups.append(dict(params=[p.requires_grad_()], lr=lr * decay ** (depth - layer)))
     solver, peaks = torch.optim.AdamW(groups, weight_decay=0.05), [group["lr"] for group in groups]
     whole = len(images) // batch * batch                    # BatchNorm needs full batches
     order = torch.cat([torch.randperm(len(images))[:whole] for _ in range(epochs)]).split(batch)
-    for step, i in enumerate(progress(order, len(order), label), start=1):
+    for step, i in enumerate(progress(order, label), start=1):
         for group, peak in zip(solver.param_groups, peaks):
             group["lr"] = sslvit.lr_at(step, len(order) + 1, len(order) / 10, peak)
         x, y, flip = images[i], targets[i], torch.rand(batch) < 0.5
         for part in (x, y) if y.ndim == 3 else (x,):
             part[flip] = part[flip].flip(-1)
-        with torch.set_grad_enabled(tune):
-            tokens = vit(normalise(x, device))
         solver.zero_grad()
-        loss(head(pick(tokens)), y.to(device)).backward()
+        loss(logits(vit(normalise(x, device))), y.to(device)).backward()
         solver.step()
     head.eval()
-    return torch.no_grad()(lambda images: torch.cat(
-        [head(pick(vit(normalise(x, device)))).cpu() for x in images.split(64)]))
+    return lambda images: encode(vit, images, logits)
 
-def sizes(vit):
-    return vit.patch_size, vit.norm.normalized_shape[0], len(vit.blocks), vit.blocks[0].heads
-
-def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, scratch=False):
+def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, **how):
     """All weights of a copy trained on labels, mean patch token ([P] figure 1). train, test: (images uint8
-    (n, 3, S, S), labels (n, label sets)); classes: number per label set; scratch: a new ViT of the same size,
-    no layer-wise decay. Returns 1 for right, 0 for wrong (n, label sets): the mean is the accuracy."""
-    fresh = ViT(vit.grid * vit.patch_size, *sizes(vit)).to(vit.cls_token.device) if scratch else deepcopy(vit)
-    how = dict(decay=1.0, label="from scratch") if scratch else {}
+    (n, 3, S, S), labels (n, label sets)); classes: number per label set; how: fit's decay and label.
+    Returns 1 for right, 0 for wrong (n, label sets): the mean is the accuracy."""
     def loss(logits, labels):
         return sum(map(F.cross_entropy, logits.split(classes, dim=1), labels.T))
-    predict = fit(fresh, sum(classes), lambda t: t[:, 1:].mean(dim=1), loss, train, epochs, lr, **how)
+    predict = fit(deepcopy(vit), sum(classes), True, loss, train, epochs, lr, **how)
     parts = predict(test[0]).split(classes, dim=1)
     return torch.stack([(p.argmax(dim=1) == y).float() for p, y in zip(parts, test[1].T)], dim=1).numpy()
 
@@ -519,192 +479,166 @@ def dense_probe(vit, train, test, classes, epochs=10, tune=False):
     p = vit.patch_size
     def fold(y, mask):                                      # (B·N, classes·p²) -> (B, classes, S, S)
         return F.fold(y.unflatten(0, (len(mask), -1)).mT, mask.shape[1:], p, stride=p)
-    predict = fit(
-        deepcopy(vit), classes * p * p, lambda tokens: tokens[:, 1:].flatten(0, 1),
-        lambda y, mask: F.cross_entropy(fold(y, mask), mask), train, epochs, 1e-3 if tune else 1e-2, tune,
-        label="segmentation, " + ("fine-tuned" if tune else "linear"))
+    def loss(y, mask):
+        return F.cross_entropy(fold(y, mask), mask, ignore_index=VOID)
+    how = dict(lr=1e-3, label="segmentation") if tune else dict(lr=1e-2, label="linear segmentation")
+    predict = fit(deepcopy(vit), classes * p * p, False, loss, train, epochs, tune=tune, **how)
     parts = zip(test[0].split(64), test[1].split(64))
     return torch.cat([mean_iou(fold(predict(x), m).argmax(dim=1), m, classes) for x, m in parts]).numpy()
 
-def cue_conflict(options, train, test, size, count):
-    """-> (images, classes) to learn from (None: --data's own), images to decide on, their shapes, textures.
-    Stimuli: shape and texture of the same number to learn from, of different numbers to decide on. A folder
-    of Geirhos' names (cat1-elephant2.png: a cat's shape): learnt from --data's classes."""
+def cue_conflict(options, train, test, lesson, size, count):
+    """-> images and classes to learn from; images to decide on, their shapes, their textures. Stimuli: shape
+    and texture of the same number to learn from, of different numbers to decide on. A folder of Geirhos'
+    names (cat1-elephant2.png: a cat's shape): learnt from --data's images of its classes. No folder: None."""
     if isinstance(train, Stimuli):
         rng, sets = np.random.default_rng(0), []
         for source, number, turn in ((train, 2 * count, [0]), (test, count, range(1, 8))):
             shapes = rng.integers(8, size=number)
             textures = (shapes + rng.choice(turn, size=number)) % 8
             images = [source.render(i, s, t)[0] for i, (s, t) in enumerate(zip(shapes, textures))]
-            sets.append((torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), shapes, textures))
-        return sets[0][:2], *sets[1]
+            sets += [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), shapes, textures]
+        return *sets[:2], *sets[3:]
     if not options.cue_conflict:
         return None
     source, classes = sslvit.ImageFolder(options.cue_conflict), {c: i for i, c in enumerate(test.classes[0])}
     found = [re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(file).name) for file, _ in source]
-    if not all(found) or not {cue for m in found for cue in m.groups()} <= classes.keys():
-        raise UserError(f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
-    images = joined(read_images(source, np.arange(len(found)), size))[0]
-    return None, images, *np.array([[classes[cue] for cue in m.groups()] for m in found]).T
+    need(all(found) and {cue for m in found for cue in m.groups()} <= classes.keys(),
+         f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
+    cues = np.array([[classes[cue] for cue in m.groups()] for m in found])
+    known = np.isin(lesson[1][:, 0], cues)
+    return lesson[0][known], lesson[1][known, 0], read_images(source, np.arange(len(found)), size)[0], *cues.T
 
 BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]   # rings, rad/px, up to Nyquist
-NOISE = 0.1  # the noise's root mean square, in units of full brightness
+VOID = 255   # in a mask: a pixel of no class, which neither the loss nor the score counts
+NOISE = 25.5  # the noise's root mean square: a tenth of full brightness
 
-def study(vit, facts, pixels, options, steps, scratch):
+def study(vit, options, scratch):
     """One model -> (numbers for results.json, arrays with a row per image for the claims)."""
-    size, n, L = facts["image_size"], options.images, facts["depth"]
+    print(vit.facts["name"], flush=True)
+    size, L, n, wanted = vit.facts["image_size"], len(vit.blocks), options.images, set(options.only)
     train, test = sslvit.find_data(Config(data=options.data, image_size=size))
     labelled, test = bool(test and test.label_names), test or train
     rng, folders = np.random.default_rng(0), (options.data, Path(options.masks)) if options.masks else None
-    picked, chosen = rng.permutation(len(test))[:n], rng.permutation(len(train))[:4 * n]
-    maps = L * facts["heads"] * (size / facts["patch_size"]) ** 4           # attention weights of an image
-    batch = max(1, min(64, int(1e8 / maps)))                                # at most 400 MB of them
-    def read(source, which, label):
-        return progress(read_images(source, which, size, folders, batch), -(-len(which) // batch), label)
-
-    # what needs no training
-    got = collect(vit, read(test, picked, "one pass"))
-    images, labels, masks = joined(read(test, picked, "reading"))
+    images, labels, masks = read_images(test, rng.permutation(len(test))[:n], size, folders, "test images")
+    batch = max(1, min(64, 10**8 // (L * vit.facts["heads"] * vit.grid**4)))    # 400 MB of attention weights
+    # what needs no training; the claims ask for the state after the layer's MLP
+    got = collect(vit, progress(images.split(batch), "every metric"))
     sample = {key: got[key] for key in ("distance", "nmi", "heads", "depths", "tokens") if key in got}
     result = {key: array.mean(axis=0) for key, array in sample.items()}
-    for key in ("pooled", "volume", "fourier"):             # what the claims ask for: after the layer's MLP
-        sample[key] = got[key][:, :, 1]
-    sample["pi"], fourier = sample.pop("fourier")[..., -1], got["fourier"].mean(axis=0)     # (L, 2, F)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1])
-    result["examples"] = examples(vit, pixels, images[:10])
-    states, rank = torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3), min(len(images) - 1, facts["width"])
-    for key, log in (("token", got["spectrum"]), ("image", singular_spectrum(states)[..., :rank].numpy())):
-        result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, :1], f"{key} volume": log.mean(2).flatten()}
-    if not labelled or not steps:
+    sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
+    fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
+    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples=examples(vit, images[:10]))
+    sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
+    for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
+        result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
+    if not labelled or not any(LABELS in FIGURES[name][1] for name in wanted):
         return result, sample
 
     # probes of the output, by regression and by nearest neighbours; three quarters to learn, one to choose
-    names, classes, cut = test.label_names, [len(c) for c in test.classes], 3 * len(chosen) // 4
-    seen = collect(vit, read(train, chosen, "training features"), measure=False)
-    splits = [{k: v[:cut] for k, v in seen.items()}, {k: v[cut:] for k, v in seen.items()}, got]
-    output = [(split["output"], split["labels"]) for split in splits]
-    best = better_probe(*output)
-    sample |= {"probe": best["right"], "probe_val": best["val"]}
-    result["probe of"] = ("pooled patch tokens", "CLS")[best["cls"]]
-    for s, name in enumerate(names):
-        near = [array for x, y in output[::2] for array in (x[:, 0], y[:, s])]
-        result |= {f"linear probe {name}": best["accuracy"][s], f"k-NN {name}": knn(*near)}
-    if "layers" in steps:
+    lesson = read_images(train, rng.permutation(len(train))[:4 * n], size, folders, "training images")
+    seen = collect(vit, progress(lesson[0].split(batch), "training features"), measure=False)
+    classes, cut = [len(c) for c in test.classes], 3 * len(lesson[0]) // 4
+    def splits(x, x_test):                                  # to learn from, to choose by, to score
+        return (x[:cut], lesson[1][:cut]), (x[cut:], lesson[1][cut:]), (x_test, labels)
+    def by_name(label, accuracies):                         # one for each label set
+        return {f"{label} {name}": value for name, value in zip(test.label_names, accuracies)}
+    output = splits(seen["output"], got["output"])
+    best = best_probe(*output)
+    sample |= {"linear probe": best["right"], "linear probe val": best["val"]}
+    result["probe of"] = ("pooled patch tokens", "CLS")[best["which"]]
+    result |= by_name("linear probe", best["right"].mean(axis=0))
+    result |= by_name("k-NN", knn(*(array for x, y in output[::2] for array in (x[:, 0], y))))
+    if wanted & {"layers", "decoder"}:
         for kind in ("cls", "pooled"):
-            probes = [probe_sets(*((split[kind][:, i // 2, i % 2], split["labels"]) for split in splits))
-                      for i in progress(range(2 * L), 2 * L, f"probes of every layer, {kind}")]
-            for s, name in enumerate(names):
-                result[f"layers {name}, {kind}"] = [probe["accuracy"][s] for probe in probes]
-        sample["layers"] = np.stack([probe["right"] for probe in probes[1::2]], axis=1)  # after the MLP
-        sample["layers_val"] = np.array([probe["val"] for probe in probes[1::2]])
+            probes = [best_probe(*splits(*(x[kind][:, i // 2, [i % 2]] for x in (seen, got))))
+                      for i in progress(range(2 * L), f"probes of every layer, {kind}")]
+            right = np.stack([probe["right"] for probe in probes], axis=1)          # (n, 2L, label sets)
+            curves = by_name("layers", right.mean(axis=0).T)
+            result |= {f"{key}, {kind}": curve for key, curve in curves.items()}
+        sample["layers"] = right[:, 1::2].mean(axis=2)                              # pooled, after the MLP
+        best = np.argmax([probe["val"] for probe in probes[1::2]])      # on validation, lest chance choose it
+        sample["last - best"] = sample["layers"][:, -1] - sample["layers"][:, best]
         result["layer probes"] = sample["layers"].mean(axis=0)
     # fine-tuning and segmentation
-    lesson = joined(read(train, chosen, "reading")) if steps & {"tuned", "dense"} else None
-    if "tuned" in steps:
-        both = [torch.cat([a, b[cut:]]) for a, b in zip((images, labels), lesson)]      # test, validation
-        work, alike = ([x[:cut] for x in lesson[:2]], both, classes, options.epochs), (*sizes(vit), size)
-        if alike not in scratch:                            # one new network serves all models of its size
-            scratch[alike] = fine_tune(vit, *work, scratch=True)
-        tuned = "fine_tune", "fine-tuned", fine_tune(vit, *work)
-        for key, label, right in (tuned, ("scratch", "from scratch", scratch[alike])):
-            result |= {f"{label} {name}": a for name, a in zip(names, right[:len(images)].mean(axis=0))}
-            sample |= {key: right[:len(images)].mean(axis=1), f"{key}_val": right[len(images):].mean()}
-    if "dense" in steps and masks is not None:
-        kinds, parts = 1 + int(max(masks.max(), lesson[2].max())), (lesson[0][:n], lesson[2][:n])
-        for key, tune in (("linear", False), ("tuned", True)):
-            iou = dense_probe(vit, parts, (images, masks), kinds, options.epochs, tune)
-            sample[f"dense_{key}"], result["mIoU fine-tuned" if tune else "mIoU linear"] = iou, iou.mean()
+    if wanted & {"accuracy", "scaling", "sweep"}:
+        both = [torch.cat([a, b[cut:]]) for a, b in zip((images, labels), lesson)]  # test, validation
+        work = [x[:cut] for x in lesson[:2]], both, classes, options.epochs
+        shape = tuple(vit.facts[key] for key in ("image_size", "patch_size", "width", "depth", "heads"))
+        if shape not in scratch:                            # one new network serves all models of its size
+            scratch[shape] = fine_tune(ViT(*shape).to(options.device), *work, decay=1.0, label="new network")
+        for label, right in (("fine-tuned", fine_tune(vit, *work)), ("from scratch", scratch[shape])):
+            sample |= {label: right[:len(images)], f"{label} val": right[len(images):].mean()}
+            result |= by_name(label, sample[label].mean(axis=0))
+    if "dense" in wanted and masks is not None:
+        kinds = 1 + int(max(x[x != VOID].max() for x in (masks, lesson[2])))
+        work = (lesson[0][:n], lesson[2][:n]), (images, masks), kinds, options.epochs
+        iou = {"mIoU linear": dense_probe(vit, *work), "mIoU fine-tuned": dense_probe(vit, *work, tune=True)}
+        sample, result = sample | iou, result | {key: array.mean() for key, array in iou.items()}
     # shape against texture, and band-limited noise
-    if "bias" in steps:
-        if cues := cue_conflict(options, train, test, size, n):
-            known, conflict, shapes, textures = cues
-            x, y = (encode(vit, known[0]), known[1][:, None]) if known else (seen["output"], seen["labels"])
-            keep = np.flatnonzero(np.isin(y[:, 0], [*shapes, *textures]))
-            known = [(x[k], y[k]) for k in np.split(keep, [3 * len(keep) // 4])]
-            decisions = better_probe(*known, (encode(vit, conflict), shapes[:, None]))["predicted"]
-            sample["cues"] = np.stack([decisions, shapes, textures], axis=1)
-            result["shape bias cues"] = shape_bias(decisions, shapes, textures)
-        clean, generator = images[:n // 2] / 255, torch.Generator().manual_seed(0)
+    if "bias" in wanted and (cues := cue_conflict(options, train, test, lesson, size, n)):
+        known, y, conflict, shapes, textures = cues
+        known, conflict, edge = encode(vit, known), encode(vit, conflict), 3 * len(y) // 4
+        parts = (known[:edge], y[:edge, None]), (known[edge:], y[edge:, None]), (conflict, shapes[:, None])
+        decisions = best_probe(*parts)["predicted"][:, 0]
+        sample["cues"] = np.stack([decisions, shapes, textures], axis=1)
+        result["shape bias cues"] = shape_bias(decisions, shapes, textures)
+    if "noise" in wanted:
+        clean, generator = images[:n // 2], torch.Generator().manual_seed(0)
         sets = [encode(vit, clean)] + [encode(vit, clean + NOISE * band_noise(clean.shape, *band, generator))
-                                       for band in progress(BANDS, len(BANDS), "band noise")]
-        noisy = np.concatenate(sets), np.tile(got["labels"][:len(clean)], (len(sets), 1))
-        right = better_probe(*output[:2], noisy)["right"].reshape(len(sets), -1)
+                                       for band in progress(BANDS, "band noise")]
+        noisy = torch.cat(sets), np.tile(labels[:len(clean)], (len(sets), 1))
+        right = best_probe(*output[:2], noisy)["right"].mean(axis=1).reshape(len(sets), -1)
         sample["noise"], result["noise drop"] = right.T, band_noise_drop(right[0], right[1:])
     return result, sample
 
 # ==== 5. Claims: does the paper's picture hold for these models?   (rules fixed before any result) =========
-def third(values, which):
-    """Early: the first third of the layers, late: the last (both rounded up); middle: what lies between."""
-    k = math.ceil(len(values) / 3)
-    middle = values[k:-k] if len(values) > 2 * k else values
-    return dict(early=values[:k], middle=middle, late=values[-k:], last=values[-1:], all=values)[which]
+def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
+    """Value function (a model's arrays, take) -> number: mean over images, or `reduce`, then over layers.
+    Early: the first third of the layers, late: the last (both rounded up), middle: what lies between.
+    `take` draws the images: all, or a bootstrap sample that is the same for all models."""
+    def value(m, take):
+        x = np.atleast_1d(reduce(take(m[key])))
+        k = math.ceil(len(x) / 3)
+        middle = x[k:-k] if len(x) > 2 * k else x
+        return float(dict(early=x[:k], middle=middle, late=x[-k:], last=x[-1:], all=x)[which].mean())
+    return value
 
-def over(key, which="all"):
-    """Value function (a model's arrays, take) -> number: mean over images and over layers. `take` draws the
-    images: all, or a bootstrap sample that is the same for all models."""
-    return lambda m, take: float(third(np.atleast_1d(take(m[key]).mean(axis=0)), which).mean())
-
-def last_minus_best(m, take):   # the layer best on validation, lest chance choose it on the test set
-    accuracy = take(m["layers"]).mean(axis=0)
-    return accuracy[-1] - accuracy[m["layers_val"].argmax()]
-
-def token_growth(m, take):      # of the mean log singular value, from the first layer to the last
-    return np.diff(take(m["volume"])[:, [0, -1]]).mean()
-
-def image_growth(m, take):      # of the (images × D) matrix of mean tokens
+def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
-    first, last = singular_spectrum(x)[:, :min(x.shape[1] - 1, x.shape[2])].mean(dim=1)
+    first, last = free_spectrum(x).mean(dim=1)
     return float(last - first)
 
-def high_noise(m, take):
-    right = take(m["noise"]).mean(axis=0)                                   # clean, then the bands
-    return float(1 - third(right[1:], "late").mean() / right[0]) if right[0] else math.nan
-
 CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
-# A part is (what, value function, test): test(v) > 0 is what the claim says; v(role) is the value's mean over
-# the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
-CLAIMS = [
-    (1, "1 left", "CL wins linear probing, MIM wins fine-tuning", [
-        ("linear probe, output", over("probe"), CL_MIM), ("fine-tune accuracy", over("fine_tune"), MIM_CL)]),
-    (2, "1 middle", "CL wins small models, MIM wins large ones", [
-        ("fine-tuning, smallest size", over("fine_tune"), lambda v: v("smallest CL") - v("smallest MIM")),
-        ("fine-tuning, largest size", over("fine_tune"), lambda v: v("largest MIM") - v("largest CL"))]),
-    (3, "1 right", "MIM wins dense prediction", [
-        ("mIoU, linear", over("dense_linear"), MIM_CL), ("mIoU, fine-tuned", over("dense_tuned"), MIM_CL)]),
-    (4, "2, 3", "CL attends globally, MIM locally, most in later layers", [
-        (f"attention distance, {which}, px", over("distance", which), CL_MIM) for which in ("late", "all")]),
-    (5, "4", "CL's later attention is one map for all queries", [("NMI, late", over("nmi", "late"), MIM_CL),
-        ("NMI, late: CL < MIM / 2", over("nmi", "late"), lambda v: v("MIM") / 2 - v("CL"))]),
-    (6, "5", "CL lacks diversity across heads, depths and tokens", [
-        (f"cosine between {key}, late", over(key, "late"), CL_MIM) for key in ("heads", "depths", "tokens")]),
-    (7, "6, 7", "CL spreads images apart, MIM the tokens of an image", [
-        ("growth of log singular values, tokens", token_growth, MIM_CL),
-        ("growth of log singular values, images", image_growth, CL_MIM)]),
-    (8, "8", "CL keeps low frequencies, MIM high ones", [
-        ("Δ log amplitude at π, late", over("pi", "late"), MIM_CL)]),
-    (9, "9", "CL is shape-biased, MIM texture-biased", [
-        ("shape bias", lambda m, take: shape_bias(*take(m["cues"]).T), CL_MIM),
-        ("accuracy drop, high-frequency noise", high_noise, MIM_CL)]),
-    (10, "10", "MIM is better in early layers, CL in the last", [
-        ("pooled probe, early", over("layers", "early"), MIM_CL),
-        ("best layer", lambda m, take: 1.0 + take(m["layers"]).mean(axis=0).argmax(), CL_MIM),
-        ("last minus best layer, MIM < 0", last_minus_best, lambda v: -v("MIM")),
-        ("CL, late > early", over("layers", "late"), lambda v: v("CL") - v("CL", over("layers", "early")))]),
-    (11, "11", "an explicit decoder keeps the last layers useful", [
-        ("last minus best layer", last_minus_best, lambda v: v("MIM with decoder") - v("MIM")),
-        ("NMI, last layer", over("nmi", "last"), lambda v: v("MIM with decoder") - v("MIM"))]),
-    (12, "12", "a hybrid beats both", [
-        ("probe and fine-tuning, least margin", over("probe"), lambda v: min(
-            v("best hybrid", over(key)) - v(pure, over(key))
-            for key in ("probe", "fine_tune") for pure in ("CL", "MIM"))),
-        ("NMI: last < mid", over("nmi", "last"), lambda v: v("hybrid", over("nmi", "middle")) - v("hybrid")),
-        ("Δ at π: early ≥ CL, late ≤ MIM", over("pi", "late"), lambda v: min(
-            v("hybrid", over("pi", "early")) - v("CL", over("pi", "early")), v("MIM") - v("hybrid")))])]
-NEEDS = {  # array of a model -> what it takes to have it; every other missing key is a role
-    "probe": "labels", "fine_tune": "labels, and --only accuracy", "layers": "labels, and --only layers",
-    "noise": "labels, and --only noise", "cues": "cue-conflict images, labels, and --only bias",
-    "dense_linear": "masks, labels, and --only dense", "depths": "two layers",
-    "nan": "two heads or more, and decisions that match a cue"}
+# Number: parts (what, value function, test). test(v) > 0 is what the claim says; v(role) is the value's mean
+# over the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
+CLAIMS = {
+    1: [("linear probe, output", over("linear probe"), CL_MIM),
+        ("fine-tune accuracy", over("fine-tuned"), MIM_CL)],
+    2: [("fine-tuning, smallest size", over("fine-tuned"), lambda v: v("smallest CL") - v("smallest MIM")),
+        ("fine-tuning, largest size", over("fine-tuned"), lambda v: v("largest MIM") - v("largest CL"))],
+    3: [("mIoU, linear", over("mIoU linear"), MIM_CL), ("mIoU, fine-tuned", over("mIoU fine-tuned"), MIM_CL)],
+    4: [(f"attention distance, {which}, px", over("distance", which), CL_MIM) for which in ("late", "all")],
+    5: [("NMI, late", over("nmi", "late"), MIM_CL),
+        ("NMI, late: CL < MIM / 2", over("nmi", "late"), lambda v: v("MIM") / 2 - v("CL"))],
+    6: [(f"cosine between {key}, late", over(key, "late"), CL_MIM) for key in ("heads", "depths", "tokens")],
+    7: [("growth of log singular values, tokens", over("growth"), MIM_CL),
+        ("growth of log singular values, images", image_growth, CL_MIM)],
+    8: [("Δ log amplitude at π, late", over("pi", "late"), MIM_CL)],
+    9: [("shape bias", over("cues", reduce=lambda cues: shape_bias(*cues.T)), CL_MIM),
+        ("accuracy drop, high-frequency noise",
+         over("noise", "late", lambda right: band_noise_drop(right[:, 0], right[:, 1:].T)), MIM_CL)],
+    10: [("pooled probe, early", over("layers", "early"), MIM_CL),
+         ("best layer", over("layers", reduce=lambda right: 1 + right.mean(axis=0).argmax()), CL_MIM),
+         ("last minus best layer, MIM < 0", over("last - best"), lambda v: -v("MIM")),
+         ("CL, late > early", over("layers", "late"), lambda v: v("CL") - v("CL", over("layers", "early")))],
+    11: [("last minus best layer", over("last - best"), lambda v: v("MIM with decoder") - v("MIM")),
+         ("NMI, last layer", over("nmi", "last"), lambda v: v("MIM with decoder") - v("MIM"))],
+    12: [("probe and fine-tuning, least margin", over("linear probe"), lambda v: min(
+             v("best hybrid", over(key)) - v(pure, over(key))
+             for key in ("linear probe", "fine-tuned") for pure in ("CL", "MIM"))),
+         ("NMI: last < mid", over("nmi", "last"), lambda v: v("hybrid", over("nmi", "middle")) - v("hybrid")),
+         ("Δ at π: early ≥ CL, late ≤ MIM", over("pi", "late"), lambda v: min(
+             v("hybrid", over("pi", "early")) - v("CL", over("pi", "early")), v("MIM") - v("hybrid")))]}
 
 def groups_of(models, samples):
     """Role -> arrays of its models; several seeds are several models. The plain roles take the size that most
@@ -721,8 +655,8 @@ def groups_of(models, samples):
             if own == end and min(size) < max(size):
                 groups[f"{word} {m['role']}"].append(sample)
     if hybrids:
-        score = {lam: np.mean([s.get("probe_val", 0) + s.get("fine_tune_val", 0) for s in hybrids[lam]])
-                 for lam in hybrids}
+        score = {lam: np.mean([s.get("linear probe val", 0) + s.get("fine-tuned val", 0) for s in group])
+                 for lam, group in hybrids.items()}
         groups["hybrid"] = hybrids[min(hybrids, key=lambda lam: abs((0.2 if lam is None else lam) - 0.2))]
         groups["best hybrid"] = hybrids[max(score, key=score.get)]
     return dict(groups)
@@ -740,29 +674,29 @@ def judge(groups, draws=1000):
     """The claims table. A part holds when its difference and its 95 % bootstrap interval are above 0.
     'agrees': all parts hold. 'weak': all differences above 0, or half of the parts hold. Else 'disagrees'."""
     table = []
-    for number, figure, claim, parts in CLAIMS:
-        rows, verdict = [], None
-        for what, value, test in parts:
+    for number, claim, figure, names in MAP[:len(CLAIMS)]:
+        rows = []
+        for (what, value, test), name in zip(CLAIMS[int(number)], names.split() * 4):
             rows.append(row := {"part": what})
-            for role in ("CL", "MIM", "hybrid"):
-                with contextlib.suppress(KeyError):
-                    row[role] = evaluate(lambda v, role=role: v(role), value, groups)
             try:
+                row |= {role: evaluate(lambda v, role=role: v(role), value, groups)
+                        for role in ("CL", "MIM", "hybrid") if role in groups}
                 row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
                 if math.isnan(row["difference"]):
-                    raise KeyError("nan")
+                    raise KeyError("a number")
                 count = draws // 5 if value is image_growth else draws      # each draw decomposes matrices
                 drawn = [evaluate(test, value, groups, rng) for _ in range(count)]
                 row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
-                row["holds"] = bool(row["difference"] > 0 and row["interval"][0] > 0)
+                row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
             except KeyError as key:
-                missing, verdict = key.args[0], "not testable"
-                row["why"] = f"needs {NEEDS.get(missing, f'a checkpoint: {missing}')}"
-        if not verdict:
-            held = sum(row["holds"] for row in rows)
-            weak = all(row["difference"] > 0 for row in rows) or 2 * held >= len(rows)
-            verdict = "agrees" if held == len(rows) else "weak" if weak else "disagrees"
-        table.append(dict(claim=number, figure=figure, text=claim, verdict=verdict, parts=rows))
+                role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
+                needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
+                row["why"] = f"needs {needs}"
+        held = [row.get("holds") for row in rows]           # None: not testable
+        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * held.count(True) >= len(held)
+        verdict = "agrees" if all(held) else "weak" if weak else "disagrees"
+        verdict = "not testable" if None in held else verdict
+        table.append(dict(claim=int(number), figure=figure, text=claim, verdict=verdict, parts=rows))
     return table
 
 def claims_table(table):
@@ -770,7 +704,7 @@ def claims_table(table):
     for claim in table:
         lines.append("{claim:2} {text} (figure {figure}): ".format(**claim) + claim["verdict"].upper())
         for row in claim["parts"]:
-            values = (row.get(role) for role in ("CL", "MIM", "hybrid"))
+            values = [row.get(role) for role in ("CL", "MIM", "hybrid")]
             values = " ".join("      -" if value is None else f"{value:7.3f}" for value in values)
             text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
             lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
@@ -785,85 +719,42 @@ AXES = {  # x label -> x of n values from a model of L layers
     "rank": lambda n, L: np.arange(1, n + 1),
     "frequency (π rad per patch)": lambda n, L: np.linspace(0, 1, n),
     "noise frequency (π rad per pixel)": lambda n, L: (np.arange(n) + 0.5) / n}
-LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
-LABELS = "labels and a training set (the stimuli, or class folders in --data)"
-NMI, AT_PI = ("nmi", "NMI (band: heads)", LAYER), ("pi", "Δ log amplitude at π", HALF)
-PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
-# name for --only: (file, title, panels (key in the results, y label, x label), to train, needs).
-# A key that ends in a blank is for all that begin so; without x label they are one panel, else one each.
-FIGURES = {
-    "accuracy": ("fig01_left", "CL wins linear probing, MIM wins fine-tuning?", [
-        (*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], {"tuned"}, LABELS),
-    "scaling": ("fig01_middle", "CL wins small models, MIM large ones?", [(*TUNED, "parameters")], {"tuned"},
-                "checkpoints of two model sizes, and " + LABELS),
-    "dense": ("fig01_right", "MIM wins dense prediction?", [("mIoU ", "mIoU (test)", "")], {"dense"},
-              "masks (the stimuli's, or --masks) and " + LABELS),
-    "maps": ("fig02", "CL attends globally, MIM locally?  Attention of the query in the box", [], (), ""),
-    "distance": ("fig03", "CL attends globally, MIM locally?", [
-        ("distance", "attention distance (px; band: heads)", LAYER)], (), ""),
-    "nmi": ("fig04", "CL's late attention is one map (0)?", [NMI], (), ""),
-    "similarity": ("fig05", "CL's heads, depths and tokens are alike (1) in late layers?", [
-        (key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")], (), "two layers"),
-    "plane": ("fig06", "CL moves all tokens together, MIM one by one?  Last attention", [], (), ""),
-    "spectra": ("fig07", "CL spreads images apart, MIM the tokens of an image?", [
-        (f"{key} {what}", label + key + "s", x) for key in ("token", "image") for what, label, x in (
-            ("spectrum", "last layer, first = 0,\nlog singular value, ", RANK),
-            ("volume", "mean log\nsingular value, ", HALF))], (), ""),
-    "fourier": ("fig08", "CL keeps low frequencies, MIM high ones?", [
-        AT_PI, ("fourier", "Δ log amplitude, last layer", FREQUENCY)], (), ""),
-    "bias": ("fig09_left", "CL decides by shape, MIM by texture?", [
-        ("shape bias ", "share of shape decisions", "")], {"bias"},
-        "cue-conflict images (the stimuli, or --cue-conflict) and " + LABELS),
-    "noise": ("fig09_right", "High frequencies matter more to MIM?", [
-        ("noise drop", "relative accuracy drop", NOISE_BAND)], {"bias"}, LABELS),
-    "layers": ("fig10", "MIM is better in early layers, CL in the last?", [("layers ", "linear probe", HALF)],
-               {"layers"}, LABELS),
-    "decoder": ("fig11", "An explicit decoder keeps the last layers useful?", [
-        ("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI], {"layers"},
-        "MIM with and without decoder; " + LABELS),
-    "sweep": ("fig12", "A hybrid beats both?  Local first, global last?", [
-        (*PROBE, "lam"), (*TUNED, "lam"), NMI, AT_PI], {"tuned"}, "λ = 0, 1 and between; " + LABELS),
-    "tokens": ("tokens", "Last-layer tokens of ten images, coloured by image", [], (), ""),
-    "pixels": ("pixels", "What was under the mask?", [], (), "a checkpoint with mask token and pixel head"),
-    "cka": ("cka", "Which layers see the same differences between images?", [], (), "equally many images")}
 
 def canvas(rows, cols, w=4.3, h=3.7):
     return plt.subplots(rows, cols, figsize=(w * cols, h * rows), squeeze=False, layout="constrained")
 
 def fig_curves(panels, models):
-    """Per panel one curve per model along depth, rank or frequency; hollow points side by side, one per key;
-    or points and a line along a property of the models (λ, parameters). Values (layers, heads) are drawn as
-    mean and band."""
+    """Panels (beginning of keys in the results, y label, x label): one curve per model along depth, rank or
+    frequency, values (layers, heads) as mean and band, and a panel for each key; or hollow points, the keys
+    side by side or along λ or size, there joined by lines (along λ: of all roles)."""
     rows = []
     for stem, y_label, x_label in panels:
-        keys = [key for key in models[0] if key == stem or stem[-1] == " " and key.startswith(stem)]
-        if x_label in AXES and stem[-1] == " ":
-            rows += [([key], f"{y_label},\n{key.removeprefix(stem)}", x_label) for key in keys]
-        else:
-            rows.append((keys, y_label, x_label))
+        keys = [key for key in models[0] if key.startswith(stem)]
+        each = [([key], y_label + key.removeprefix(stem), x_label) for key in keys]
+        rows += each if x_label in AXES else [(keys, y_label, x_label)]
     wrap = 2 if len(rows) in (2, 4) else min(3, len(rows))
     fig, axes = canvas(-(-len(rows) // wrap), wrap)
     for axis, (keys, y_label, x_label) in zip(axes.flat, rows):
-        words = [key.split(" ")[-1] for key in keys]
+        words, lines = [key.split(" ")[-1] for key in keys], defaultdict(list)
         for aside, m in zip(np.linspace(-0.3, 0.3, len(models) + 2)[1:], models):
-            colour, nth = COLOURS[m["role"]], m["nth"] % 4
-            style = dict(color=colour, marker=MARKERS[nth], ms=5, label=m["name"])
+            colour, nth, y = COLOURS[m["role"]], m["nth"] % 4, np.array([m[key] for key in keys], dtype=float)
+            style = dict(color=colour, marker=MARKERS[nth], label=m["name"])
             if x_label in AXES:
-                y = np.array(m[keys[0]], dtype=float)
+                y = y[0]
                 x = AXES[x_label](len(y), m["depth"])
                 if y.ndim == 2:
                     axis.fill_between(x, y.min(axis=1), y.max(axis=1), color=colour, alpha=0.15, lw=0)
                     y = y.mean(axis=1)
-                axis.plot(x, y, ls=STYLES[nth], **style | ({"marker": ""} if len(y) > 30 else {}))
+                axis.plot(x, y, ls=STYLES[nth], ms=5 * (len(y) <= 30), **style)
             else:
                 x = [m[x_label]] * len(keys) if x_label else np.arange(len(keys)) + aside
-                axis.plot(x, [m[key] for key in keys], ls="", mfc="none", mew=1.5, **style | {"ms": 7})
-        for key, word, style in zip(keys, words, STYLES if x_label in ("lam", "parameters") else ()):
-            for role in COLOURS if x_label == "parameters" else [None]:     # λ joins all roles
-                line = sorted((m[x_label], m[key]) for m in models if role in (None, m["role"]))
-                if line:
-                    axis.plot(*zip(*line), style, color=COLOURS.get(role, "black"), lw=1, zorder=0)
-                    axis.annotate(word, line[-1], fontsize=9)
+                axis.plot(x, y, ls="", ms=7, mfc="none", **style)
+                lines["black" if x_label == "lam" else colour].append((x[0], *y))
+        for colour, line in lines.items() if x_label else ():
+            x, *ys = zip(*sorted(line))
+            for y, word, style in zip(ys, words, STYLES):
+                axis.plot(x, y, style, color=colour, lw=1, zorder=0)
+                axis.annotate(word, (x[-1], y[-1]), fontsize=9)
         axis.set(xlabel={"lam": "λ (0: MIM, 1: CL)"}.get(x_label, x_label), ylabel=y_label)
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
@@ -906,38 +797,61 @@ def fig_cka(key, models):
     ends = np.cumsum([0] + [m["depth"] for m in models])
     for lines in (axis.hlines, axis.vlines):
         lines(ends[1:-1] - 0.5, -0.5, ends[-1] - 0.5, color="white")
-    for ticks in (axis.set_xticks, axis.set_yticks):
-        ticks((ends[1:] + ends[:-1] - 1) / 2, [m["name"] for m in models])
-    axis.set_xlabel("layers of each model, first to last")
+    middle, names = (ends[1:] + ends[:-1] - 1) / 2, [m["name"] for m in models]
+    axis.set(xticks=middle, xticklabels=names, yticks=middle, yticklabels=names, xlabel="layers, in order")
     fig.colorbar(shown, label="linear CKA of pooled tokens")
     return fig
 
+LABELS = "labels and a training set (the stimuli, or class folders in --data)"
+LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
+NMI, AT_PI = ("nmi", "NMI (band: heads)", LAYER), ("pi", "Δ log amplitude at π", HALF)
+PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
+FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it needs)
+    "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
+    "scaling": ([(*TUNED, "parameters")], "checkpoints of two model sizes, " + LABELS),
+    "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
+    "distance": ([("distance", "attention distance (px; band: heads)", LAYER)], ""),
+    "nmi": ([NMI], ""),
+    "similarity": ([(key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")],
+                   "two layers and two heads"),
+    "spectra": ([(f"{key} {what}", label + key + "s", x) for key in ("token", "image") for what, label, x in (
+        ("spectrum", "last layer, first = 0,\nlog singular value, ", RANK),
+        ("volume", "mean log\nsingular value, ", HALF))], ""),
+    "fourier": ([AT_PI, ("fourier", "Δ log amplitude, last layer", FREQUENCY)], ""),
+    "bias": ([("shape bias ", "share of shape decisions", "")], "the stimuli or --cue-conflict, " + LABELS),
+    "noise": ([("noise drop", "relative accuracy drop", NOISE_BAND)], LABELS),
+    "layers": ([("layers ", "linear probe,\n", HALF)], LABELS),
+    "decoder": ([("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI],
+                "MIM with and without decoder, " + LABELS),
+    "sweep": ([(*PROBE, "lam"), (*TUNED, "lam"), NMI, AT_PI], "λ = 0, 1 and between, " + LABELS),
+    "maps": (fig_images, ""), "plane": (fig_plane, ""), "tokens": (fig_plane, ""),
+    "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
+    "cka": (fig_cka, "equally many images")}
+
+VARY = dict(scaling=("parameters", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))  # values at least
+
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
-    how = dict(maps=fig_images, pixels=fig_images, plane=fig_plane, tokens=fig_plane, cka=fig_cka)
+    rows = {name: (claim, figure) for _, claim, figures, names in MAP
+            for name, figure in zip(names.split(), figures.split(", "))}
     for name in names:
-        file, title, panels, _, enabled_by = FIGURES[name]
-        able = [m for m in models if all(any(key.startswith(stem) for key in m) for stem, _, _ in panels)]
-        key = dict(scaling="parameters", sweep="lam", decoder="decoder_depth").get(name)    # must differ
-        if key:
-            able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
-            able = able if len({m[key] for m in able}) > 1 + (key == "lam") else []
-        if name in ("maps", "pixels", "cka"):
-            able = [m for m in able if name in m["examples"] or name == "cka" and name in models[0]]
-        if not able:
-            print(f"skipped {name}: needs {enabled_by}")
+        (what, needs), (claim, figure) = FIGURES[name], rows[name]
+        stems = [stem for stem, *_ in what] if type(what) is list else [name]
+        able = [m for m in models if all(any(k.startswith(s) for k in (*m, *m["examples"])) for s in stems)]
+        able = models if name == "cka" and able else able   # one table for all
+        key, least = VARY.get(name, ("name", 1))
+        able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
+        if len({m[key] for m in able}) < least:
+            print(f"skipped {name}: needs {needs}")
             continue
-        fig = how.get(name, fig_curves)(panels or name, able)
-        fig.suptitle(title)
-        fig.savefig(out / f"{file if file == name else file + '_' + name}.png", dpi=130)
+        fig = fig_curves(what, able) if type(what) is list else what(name, able)
+        fig.suptitle(f"{claim}?", wrap=True)
+        number, *side = figure.split()
+        file = name if number == "-" else "_".join(["fig" + number.zfill(2), *side, name])
+        fig.savefig(out / f"{file}.png", dpi=130)
         plt.close(fig)
 
 # ==== 7. Command line ======================================================================================
-def plain(x):
-    """What JSON can hold: arrays as lists, 5 significant digits, nan as null."""
-    return json.loads(json.dumps(x, default=lambda array: array.tolist()), parse_constant=lambda nan: None,
-                      parse_float=lambda number: float(f"{float(number):.5g}"))
-
 def parse(argv):
     def fail(message):
         raise UserError(f"{message} (see --help)")
@@ -948,53 +862,45 @@ def parse(argv):
     add("--data", default="", help="folder of images as for sslvit.py; without it, the built-in stimuli")
     add("--masks", default="", help="folder with <same path>.png of class numbers per pixel")
     add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png, classes as in --data")
-    add("--only", nargs="+", default=list(FIGURES), metavar="NAME", help=" ".join(FIGURES))
+    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME", help=" ".join(FIGURES))
     add("--out", default="figures", help="where PNGs and results.json go [figures]")
     add("--from", dest="results", default="", help="a results.json: draw again, compute nothing")
     add("--images", type=int, default=1000, help="test images; probes learn from three times as many [1000]")
     add("--epochs", type=int, default=10, help="of fine-tuning and of the segmentation heads [10]")
-    add("--heads", type=int, default=0, help="attention heads, for files whose shapes do not tell")
+    add("--heads", type=int, help="attention heads, for files whose shapes do not tell")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     options = parser.parse_args(argv)
     try:
         torch.zeros(1, device=options.device)
     except Exception as error:                              # torch has many kinds
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    for bad, message in (
-            (set(options.only) - set(FIGURES), f"--only: choose from {' '.join(FIGURES)}"),
-            (bool(options.checkpoints) == bool(options.results), "give checkpoints, or --from results"),
-            (options.images < 20 or options.epochs < 1, "--images is 20 or more, --epochs 1 or more"),
-            (options.heads < 0, "--heads is 1 or more"),
-            *((not os.path.isdir(folder or "."), f"{folder}: no such folder")
-              for folder in (options.masks, options.cue_conflict))):
-        if bad:
-            raise UserError(message)
+    need(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
+    need(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
+    for folder in (options.masks, options.cue_conflict):
+        need(os.path.isdir(folder or "."), f"{folder}: no such folder")
     return options
 
 def analyse(options):
     """Checkpoints -> the contents of results.json."""
-    loaded, models, samples, scratch, began = [], [], [], {}, time.monotonic()
+    loaded, scratch = [], {}
     for given in options.checkpoints:                       # every file is read before anything long begins
         name, _, path = ("", "", given) if os.path.exists(given) else given.rpartition("=")
-        vit, facts, report, pixels = load_model(path, options.heads or None)
-        print(report, flush=True)
+        vit = load_encoder(path, options.heads).to(options.device).requires_grad_(False)
         if role := dict(cl="CL", mim="MIM", hybrid="hybrid").get(name.lower()):
-            facts |= dict(role=role, lam=dict(CL=1.0, MIM=0.0).get(role, facts["lam"]))
-        stem = Path(path).parent.name if Path(path).stem == "ckpt" else Path(path).stem
-        facts["name"] = name or f"{facts['role']}: {stem}"
-        facts["nth"] = sum(other["role"] == facts["role"] for _, other, _ in loaded)
-        loaded.append((vit.to(options.device).requires_grad_(False), facts, pixels))
-    steps = set().union(*(FIGURES[name][3] for name in options.only))
-    for vit, facts, pixels in loaded:
-        print(f"{facts['name']}: to be trained: {' '.join(sorted(steps)) or 'nothing'}", flush=True)
-        result, sample = study(vit, facts, pixels, options, steps, scratch)
-        models.append(facts | result)
-        samples.append(sample)
-        print(f"  {time.monotonic() - began:.0f} s since the start", flush=True)
+            vit.facts |= dict(role=role, lam=dict(CL=1.0, MIM=0.0).get(role, vit.facts["lam"]))
+        role, file = vit.facts["role"], Path(path)
+        vit.facts["name"] = name or f"{role}: {file.parent.name if file.stem == 'ckpt' else file.stem}"
+        vit.facts["nth"] = sum(other.facts["role"] == role for other in loaded)
+        loaded.append(vit)
+    studies = [study(vit, options, scratch) for vit in loaded]
+    models = [vit.facts | result for vit, (result, _) in zip(loaded, studies)]
+    samples = [sample for _, sample in studies]
     if len({len(sample["pooled"]) for sample in samples}) == 1:
         layers = [torch.from_numpy(layer) for sample in samples for layer in sample["pooled"].swapaxes(0, 1)]
         models[0]["cka"] = [[float(cka(a, b)) for a in layers] for b in layers]
-    return plain(dict(settings=vars(options), models=models, claims=judge(groups_of(models, samples))))
+    results = dict(settings=vars(options), models=models, claims=judge(groups_of(models, samples)))
+    text = json.dumps(results, default=lambda array: array.tolist())    # 5 significant digits, nan as null:
+    return json.loads(text, parse_float=lambda x: float(f"{float(x):.5g}"), parse_constant=lambda nan: None)
 
 def main(argv=None):
     """Runs the command line; returns the exit status: 0, or 2 for bad input with one line on what to mend."""
@@ -1002,21 +908,22 @@ def main(argv=None):
         options = parse(argv)
         out, old = Path(options.out), options.results
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            results = json.loads(Path(old).read_text()) if old else analyse(options)
-            draw(results["models"], options.only, out)
-            print(claims_table(results["claims"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if not old:
-                raise
-            raise UserError(f"--from {old}: not results ({type(error).__name__})") from error
+        results = json.loads(Path(old).read_text()) if old else analyse(options)
         if not old:
             (out / "results.json").write_text(json.dumps(results))
-            print(f"figures and results.json are in {out}")
+        draw(results["models"], options.only, out)
+        print(claims_table(results["claims"]), f"what was drawn and computed is in {out}", sep="\n")
         return 0
     except (UserError, OSError) as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 2
+        message = error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not old:
+            raise
+        message = f"--from {old}: not results ({type(error).__name__})"
+    except SystemExit as end:                               # argparse: --help
+        return end.code
+    print(f"analyze.py: {message}", file=sys.stderr)
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())

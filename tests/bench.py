@@ -350,18 +350,17 @@ def bench_analyze(args):
     torch.manual_seed(0)
     size, patch = LARGE["image_size"], LARGE["patch_size"]
     vit = sslvit.ViT(size, patch, **sslvit.SIZES["base"]).eval().to(args.device)
-    labels = torch.zeros(4, 1, dtype=torch.long)
-    batches = [(torch.randint(256, (4, 3, size, size), dtype=torch.uint8), labels, None)] * (args.images // 4)
+    batches = [torch.randint(256, (4, 3, size, size), dtype=torch.uint8)] * (args.images // 4)
     projections = [
         [p.cpu().numpy() for p in (b.attn["proj"].weight, b.attn["proj"].bias)] for b in vit.blocks
     ]
 
     def forward():
-        for images, _, _ in batches:
+        for images in batches:
             vit(analyze.normalise(images, args.device)).sum().item()
 
     def plain():
-        for images, _, _ in batches:
+        for images in batches:
             records = vit(analyze.normalise(images, args.device), record=True)[1]
             records = [type(record)(*(x.cpu().numpy() for x in record)) for record in records]
             numpy_metrics(records, projections, size // patch, patch)

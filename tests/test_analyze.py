@@ -128,6 +128,8 @@ def test_purity_iou_bias_by_hand():
     pred, target = torch.tensor([[[1, 1], [0, 0]]]), torch.tensor([[[1, 0], [0, 0]]])
     assert close(analyze.mean_iou(pred, target, 2), (1 / 2 + 2 / 3) / 2)
     assert close(analyze.mean_iou(target, target, 5), 1)  # classes that neither map holds do not count
+    void = torch.tensor([[[1, 255], [0, 0]]])  # where nobody knows, nothing counts
+    assert close(analyze.mean_iou(pred, void, 2), 1) and close(analyze.mean_iou(1 - pred, void, 2), 0)
     decisions, shapes, textures = np.array([0, 0, 1, 5]), np.array([0, 0, 2, 3]), np.array([1, 1, 1, 4])
     assert analyze.shape_bias(decisions, shapes, textures) == pytest.approx(2 / 3)
     assert math.isnan(analyze.shape_bias(decisions, shapes + 10, textures + 10))
@@ -202,7 +204,7 @@ def namings(state):
     teacher = rename(state, "backbone.", **{"head.mlp.0.weight": noise})
     ours = rename(state, "encoder.") | rename(wrong, "key_encoder.") | {"mask_token": noise}
     ours |= {"decoder.0.weight": torch.zeros(3 * p * p, D), "decoder.0.bias": torch.zeros(3 * p * p)}
-    folded = "key_encoder.blocks.{0,1}.norm1.bias"
+    folded = "key_encoder.blocks.*.norm1.bias (2)"
     return {
         "timm": (state | head, ["head.weight"]),
         "moco": ({"epoch": 3, "optimizer": {}, "state_dict": moco}, ["module.predictor.0.weight", "CL"]),
@@ -211,7 +213,7 @@ def namings(state):
         "mae": ({"model": state}, []),
         "mae decoder": (
             {"model": mae, "args": args},
-            ["decoder_blocks.{0}.norm1.weight", "mask_token", "MIM", "no reconstructions"],
+            ["decoder_blocks.*.norm1.weight (1)", "mask_token", "MIM", "no reconstructions"],
         ),
         "dino": (
             {"student": rename(wrong, "module.backbone."), "args": args, "teacher": teacher},
@@ -272,20 +274,19 @@ def test_simmim_and_beit_equal_timm(shared, gammas, tmp_path):
         oracle.forward_features(x)
         assert close(vit(x, record=True)[1][-1].out, seen[0], 1e-4)
     assert vit(torch.randn(1, 3, 24, 40)).shape == (1, 16, WIDTH)  # other sizes, not square
-    pixels = analyze.load_model(write(tmp_path, state))[3]
-    assert (pixels is not None) == shared
+    assert (vit.pixels is not None) == shared
 
 
 def test_pixel_heads(checkpoints, tmp_path):
     for name in ("simmim", "decoder", "hybrid"):
-        assert analyze.load_model(checkpoints / name / "ckpt.pt")[3] is not None, name
-    assert analyze.load_model(checkpoints / "moco" / "ckpt.pt")[3] is None
+        assert analyze.load_encoder(checkpoints / name / "ckpt.pt").pixels is not None, name
+    assert analyze.load_encoder(checkpoints / "moco" / "ckpt.pt").pixels is None
     # SimMIM's decoder: a 1 × 1 convolution to 3p² channels, then PixelShuffle; ours: a linear layer, then fold
     vit, p = sslvit.ViT(16, 8, 128, 1, 2), 8
     conv = torch.nn.Conv2d(128, 3 * p * p, 1)
     state = rename(vit.state_dict(), "encoder.") | {"encoder.mask_token": torch.zeros(1, 1, 128)}
     state |= {f"decoder.0.{k}": v for k, v in conv.state_dict().items()}
-    _, head = analyze.load_model(write(tmp_path, {"model": state}))[3]
+    _, head = analyze.load_encoder(write(tmp_path, {"model": state})).pixels
     tokens = torch.randn(2, 4, 128)
     with torch.no_grad():
         want = torch.pixel_shuffle(conv(tokens.mT.unflatten(2, (2, 2))), p)
@@ -342,7 +343,12 @@ def test_linear_probe_and_knn():
     assert analyze.linear_probe(*wrong)["accuracy"] < 0.02  # the test labels are scored, never learnt
     bank = torch.eye(4).repeat(3, 1) + 0.01 * torch.randn(12, 4, generator=g)
     labels = torch.arange(4).repeat(3)
-    assert analyze.knn(bank, labels, torch.eye(4), torch.arange(4), k=3) == 1
+    assert analyze.knn(bank, labels[:, None], torch.eye(4), torch.arange(4)[:, None], k=3) == [1]
+    known = torch.stack([labels, 3 - labels], dim=1)  # two label sets, one of them read the wrong way round
+    assert analyze.knn(bank, known, torch.eye(4), torch.arange(4)[:, None].expand(4, 2), k=3).tolist() == [
+        1,
+        0,
+    ]
 
 
 def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
@@ -355,6 +361,7 @@ def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
     masks = torch.zeros(128, 16, 16, dtype=torch.long)
     masks[labels == 1, :8] = 1
     images[labels == 1, 1, :8] = 255
+    masks[:, 3:5, 3:5] = 255  # void
     kept = images.clone()
     right = analyze.fine_tune(
         vit, (images, labels[:, None]), (images, labels[:, None]), [2], epochs=20, lr=1e-2
@@ -369,23 +376,33 @@ def test_fine_tuning_and_segmentation_learn_and_leave_the_encoder_alone():
 def test_collect_does_not_depend_on_the_batches():
     vit = sslvit.ViT(16, 4, 32, 3, 2).eval()
     source = sslvit.Stimuli(10, 16)
-    read = lambda batch: analyze.read_images(source, np.arange(10), 16, None, batch)  # noqa: E731
-    a, b = analyze.collect(vit, read(10)), analyze.collect(vit, read(3))
+    images, labels, masks = analyze.read_images(source, np.arange(10), 16)
+    assert labels.tolist() == [list(source[i][1:3]) for i in range(10)] and masks.shape == (10, 16, 16)
+    a, b = (analyze.collect(vit, images.split(n)) for n in (10, 3))
     assert (
         a["distance"].shape == (10, 3, 2)
         and a["depths"].shape == (10, 2)
         and a["fourier"].shape == (10, 3, 2, 3)
     )
-    assert a["pooled"].shape == (10, 3, 2, 32) and a["spectrum"].shape == (3, 2, 15)
+    assert a["pooled"].shape == (10, 3, 2, 32) and a["spectrum"].shape == (10, 3, 2, 15)
     assert set(a) == set(b) and all(np.allclose(a[k], b[k], atol=1e-4) for k in a)
     wide = torch.zeros(2, 3, 16, 24, dtype=torch.uint8)
-    assert analyze.collect(vit, [(wide, torch.zeros(2, 1), None)])["nmi"].shape == (2, 3, 2)
+    assert analyze.collect(vit, [wide])["nmi"].shape == (2, 3, 2)
 
 
 def arrays(n, shift, L=6):
     return {
         key: np.full((n, L), 1.0) + shift for key in ("distance", "nmi", "heads", "tokens", "pi", "volume")
     }
+
+
+def test_values_are_means_over_images_and_some_layers():
+    layers = {"x": np.array([[1.0, 2, 4, 8, 16, 32, 64], [3, 2, 4, 8, 16, 32, 64]])}
+    for which, value in {"early": 8 / 3, "middle": 8, "late": 112 / 3, "last": 64, "all": 128 / 7}.items():
+        assert analyze.over("x", which)(layers, lambda rows: rows) == pytest.approx(value), which
+    assert analyze.over("x", "last")(layers, lambda rows: rows[:0:-1] / 2) == 32  # of the images drawn only
+    assert analyze.over("x", "early", lambda rows: rows.max(axis=0))(layers, lambda rows: rows) == 3
+    assert analyze.over("x", "middle")({"x": np.array([[1.0, 3]])}, lambda rows: rows) == 2  # no middle: all
 
 
 def test_verdicts():
@@ -398,6 +415,10 @@ def test_verdicts():
     assert verdicts[4] == "agrees" and verdicts[5] == "weak" and verdicts[8] == "disagrees"
     assert all(verdicts[k] == "not testable" for k in (1, 2, 3, 6, 9, 10, 11, 12))
     noise = np.random.default_rng(0).normal(size=(n, 1))
+    one_head = {**cl, "heads": np.full((n, 6), np.nan), "depths": cl["tokens"]}
+    row = analyze.judge({"CL": [one_head], "MIM": [one_head]}, draws=50)[5]
+    assert row["verdict"] == "not testable" and "two heads" in row["parts"][0]["why"]
+    assert "holds" in row["parts"][2] and row["claim"] == 6
     row = analyze.judge({"CL": [arrays(n, noise)], "MIM": [arrays(n, -noise)]}, draws=200)[7]
     assert row["verdict"] in ("weak", "disagrees") and row["parts"][0]["interval"][0] < 0
 
@@ -488,6 +509,17 @@ def test_only_and_folders(checkpoints, tmp_path, capsys):
         == 0
     )
     assert len(list(out.glob("*.png"))) == 3 and "broken.jpg" in capsys.readouterr().out
+    for name in ("noise", "bias"):  # each does its own work only
+        other = {"noise": "cue_conflict", "bias": "band_noise"}[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analyze, other, None)
+            assert analyze.main([file, *flags, "--images", "20", "--out", str(out), "--only", name]) == 0
+        model = analyze.json.loads((out / "results.json").read_text())["models"][0]
+        assert ("noise drop" in model, "shape bias cues" in model) == (name == "noise", name == "bias")
+    Image.new("RGB", (20, 30)).save(masks / "val" / "cat" / "0.png")
+    capsys.readouterr()
+    assert analyze.main([file, *flags, "--images", "20", "--out", str(out), "--only", "dense"]) == 2
+    assert "class numbers" in capsys.readouterr().err
     flat = tmp_path / "data" / "val" / "dog"  # no classes, no test set: what needs no labels is drawn
     assert analyze.main([file, "--data", str(flat), "--out", str(out), "--only", "layers", "distance"]) == 0
     assert "skipped layers: needs labels" in capsys.readouterr().out
