@@ -419,8 +419,9 @@ def cut(image, size, smallest=(), rng=None):
     if image.mode != "RGB":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    boxes = np.floor(boxes * image.width / width * (1, 1, -1, -1) + 1e-6).astype(int) * (1, 1, -1, -1)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]        # (1, 3, h, w), cut between pixels
+    boxes = np.maximum((boxes * image.width / width).round(), (0, 0, 1, 1)).astype(int)     # between pixels
+    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)               # one pixel at least
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]                # (1, 3, h, w)
     crops = [F.interpolate(x[..., b:d, a:c], size, mode="bilinear", antialias=True) for a, b, c, d in boxes]
     return torch.cat(crops).numpy()
 
