@@ -13,23 +13,18 @@ d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Pap
 Self-Supervised Vision Transformers Learn?, ICLR 2023; arXiv [V] ViT 2010.11929, [M] MoCo v3 2104.02057,
 [S] SimMIM 2111.09886, [B] BYOL 2006.07733.
 """
-
 # fmt: off
-import argparse, contextlib, ctypes, inspect, json, math, os, re, signal, sys, time
-from collections import namedtuple
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+import argparse, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torch.utils.checkpoint
 from PIL import Image, ImageOps
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 class UserError(ValueError):
     """Something the user can mend: main() prints it as one line and returns exit status 2."""
-
 def require(condition, message):
     if not condition:
         raise UserError(message)
@@ -97,7 +92,7 @@ SIZES = {name: dict(width=width, depth=depth, heads=heads) for name, width, dept
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
 # What a block did: weights (B, H, 1+N, 1+N) of rows that sum to 1, what each head gathered with them
 # (B, H, 1+N, d), and the state after the attention and after the MLP sub-layer, (B, 1+N, D) each.
-Record = namedtuple("Record", "attn heads mid out")
+Record = collections.namedtuple("Record", "attn heads mid out")
 
 def sincos_positions(width, rows, cols):
     """Fixed positions ([M] section 4): D/4 each for sin x, cos x, sin y, cos y; CLS: zeros -> (1, 1+N, D)."""
@@ -105,7 +100,6 @@ def sincos_positions(width, rows, cols):
     n = torch.arange(rows * cols)[:, None]                  # patches are numbered row by row
     x, y = n % cols * frequency, n // cols * frequency      # (N, D/4)
     return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0))[None]
-
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
     if grid.shape[:2] != (rows, cols):
@@ -189,13 +183,13 @@ class ViT(nn.Module):
             grid = resize_grid(self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid)), rows, cols)
             x = x + torch.cat([self.pos_embed[0, :1], grid.flatten(0, 1)])
         bias, records = self.position_bias(rows, cols) if self.rel_pos_bias else None, []
+        save = self.checkpointing and self.training
         for block in self.blocks:
-            last, save = block is self.blocks[-1], self.checkpointing and self.training
-            run = partial(checkpoint, block, use_reentrant=False) if save else block
-            x = run(x, bias, record, first if last else None)
+            run = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False) if save else block
+            x = run(x, bias, record, first if block is self.blocks[-1] else None)
             if record:
-                x, inner = x
-                records.append(inner)
+                records.append(x[1])
+                x = x[0]
         return (self.norm(x), records) if record else self.norm(x)
 
 # ==== 3. Contrastive learning: are these two views the same image?   (MoCo v3) =============================
@@ -224,7 +218,6 @@ def contrastive_loss(q, k, temperature):
 def cosine(start, end, progress):
     """Half a cosine from `start` (progress 0) to `end` (progress 1): the one curve behind every schedule."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
 def momentum_at(step, total, base):
     """Momentum of the key average: from `base` to 1, as a late teacher should hold still ([M] section 4)."""
     return cosine(base, 1.0, step / total)
@@ -267,8 +260,8 @@ class SSL(nn.Module):
         if self.lam > 0:
             self.projector = mlp_head(width, cfg.proj_hidden, cfg.proj_hidden, 256)
             self.predictor = mlp_head(256, cfg.proj_hidden, 256)                # C = 256
-            self.key_encoder = deepcopy(self.encoder).requires_grad_(False)
-            self.key_projector = deepcopy(self.projector).requires_grad_(False)
+            self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if self.lam < 1:          # a linear decoder ([S]) makes the encoder's last layers decode; blocks take
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))  # that from them ([P] figure 11)
             blocks = [Block(width, size["heads"]) for _ in range(cfg.decoder_depth)]
@@ -285,17 +278,14 @@ class SSL(nn.Module):
             k1, k2 = (self.key_projector(half) for half in z.chunk(2))
         # 5. to 7. similarities, softmax and cross-entropy, in both directions
         return contrastive_loss(q1, k2, self.temperature) + contrastive_loss(q2, k1, self.temperature), q1
-    def reconstruct(self, view, mask):
-        """SimMIM: mask, encode ALL tokens, predict pixels -> tokens (B, 1+N, D), pixels (B, N, 3p²)."""
-        tokens = self.encoder(view, mask, mask_token=self.mask_token)
-        return tokens, self.decoder(tokens)[:, 1:]
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> scalars {'cl': L_CL, 'mim': L_MIM, 'std': feature spread}.
         A branch that λ switches off is not computed and gives 0; its views may be None. 'std': of unit-length
         features over the batch, × √width: near 1 spread out, 0 all alike (collapse)."""
         cl = mim = torch.zeros((), device=mask.device)
-        if self.lam < 1:
-            tokens, pixels = self.reconstruct(view_mim, mask)
+        if self.lam < 1:                                    # SimMIM: mask, encode ALL tokens, predict pixels
+            tokens = self.encoder(view_mim, mask, mask_token=self.mask_token)     # (B, 1+N, D)
+            pixels = self.decoder(tokens)[:, 1:]            # (B, N, 3p²)
             mim = masked_l1(pixels, patchify(view_mim, self.patch_size), mask)
             features = tokens[:, 1:].mean(dim=1)
         if self.lam > 0:
@@ -307,9 +297,8 @@ class SSL(nn.Module):
         """key ← m·key + (1 - m)·query. [M]: between a step's query and key pass. Here: at the end of the step
         before, with this step's momentum, which gives every key pass the same average."""
         if self.lam > 0:
-            keys = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
-            queries = [*self.encoder.parameters(), *self.projector.parameters()]
-            torch._foreach_lerp_(keys, queries, 1 - momentum)
+            for key, query in (self.key_encoder, self.encoder), (self.key_projector, self.projector):
+                torch._foreach_lerp_([*key.parameters()], [*query.parameters()], 1 - momentum)
 
 # ==== 6. Data: what does the network get to see?   (each choice is a function of seed, epoch and index) ====
 SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 points up
@@ -354,12 +343,11 @@ class Stimuli:
         x, y = axis[None, :], axis[:, None]
         u = np.cos(tilt) * (x - cx) + np.sin(tilt) * (y - cy)                  # the object's own axes, (S, S)
         v = np.cos(tilt) * (y - cy) - np.sin(tilt) * (x - cx)
-        outline, surface = [*SHAPES.values()][shape], [*TEXTURES.values()][texture]
-        level = outline(u / radius, v / radius, np.hypot(u, v) / radius, np.arctan2(u, -v))
+        level = [*SHAPES.values()][shape](u / radius, v / radius, np.hypot(u, v) / radius, np.arctan2(u, -v))
         inside = np.clip(0.5 - level * radius * self.size / 2, 0, 1)            # an edge one pixel wide
-        wave = np.clip(1.5 * surface(u * frequency + phase[0], v * frequency + phase[1]), -1, 1)
+        wave = [*TEXTURES.values()][texture](u * frequency + phase[0], v * frequency + phase[1])
         circle = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)   # the colour circle, RGB
-        light = bright * (fade + (1 - fade) * circle) * (0.65 + 0.35 * wave[..., None])     # (S, S, 3)
+        light = bright * (fade + (1 - fade) * circle) * (0.65 + 0.35 * np.clip(1.5 * wave, -1, 1)[..., None])
         ground = (grey + slope_x * x + slope_y * y)[..., None]
         image = ground + inside[..., None] * (light - ground)
         return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
@@ -422,25 +410,27 @@ def cut(image, size, smallest=(), rng=None):
     boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()    # rounding may pass the edge
     return np.stack([image.resize((size, size), Image.BILINEAR, box) for box in boxes]).transpose(0, 3, 1, 2)
 
-class Views(Dataset):
+class Views:
     """(epoch, index) -> all crops of a file, every random choice for it; epoch None: centre, for tests."""
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
-        self.smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)   # [S]: 0.67 to 1
     def __getitem__(self, key):
         cfg, (epoch, wanted), total = self.cfg, key, len(self.source)
+        smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)    # [S]: 0.67 to 1
         for index in range(wanted, wanted + total):         # a broken file is replaced by the next
             rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index % total])
             with contextlib.suppress(Exception):            # Pillow raises almost anything
                 image, labels = self.source.load(index % total)
-                crops = cut(image, cfg.image_size, () if epoch is None else self.smallest, rng)
+                crops = cut(image, cfg.image_size, () if epoch is None else smallest, rng)
                 break
         else:
             raise UserError("not one image of the folder can be read")
         unit = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, unit)[0]
         colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
-        return dict(crops=crops, mask=mask, colours=colours, flip=rng.random() < 0.5, labels=np.array(labels),
+        if cfg.lam < 1 and rng.random() < 0.5 and epoch is not None:
+            crops[-1] = crops[-1, :, :, ::-1]               # the masked view is cropped and flipped, no more
+        return dict(crops=crops, mask=mask, colours=colours, labels=np.array(labels),
                     broken=wanted if index > wanted else -1)
     def draw_colours(self, rng, view):
         """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their
@@ -465,7 +455,6 @@ MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.2
 
 def greyscale(x):
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)    # (B, 1, h, w)
-
 def adjust_hue(x, turn):
     """Turns the colour circle by `turn` in [-0.5, 0.5]: RGB to hue, saturation, value and back."""
     value, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
@@ -473,7 +462,6 @@ def adjust_hue(x, turn):
     hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))     # in sixths of the circle
     k = (hue + 6 * turn + x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
     return value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1)
-
 def gaussian_blur(x, sigma):
     """Blur by σ px, mirrored at the border: two matrix products, one an axis, blur the whole batch."""
     def matrix(n):              # row i: the Gaussian around pixel i and its two mirror images
@@ -509,8 +497,7 @@ def augment(batch, cfg, device):
         views = photometric(torch.cat([crops[:, 0], crops[:, 1]]), torch.cat(batch["colours"].unbind(1)))
         view1, view2 = ((views - mean) / std).chunk(2)
     if cfg.lam < 1:
-        flip = batch["flip"].to(device, non_blocking=True).view(-1, 1, 1, 1)
-        view_mim = (torch.where(flip, crops[:, -1].flip(-1), crops[:, -1]) - mean) / std
+        view_mim = (crops[:, -1] - mean) / std
     return view1, view2, view_mim, batch["mask"].to(device, non_blocking=True)
 
 # ==== 7. Optimiser and schedules: how fast, and when? ======================================================
@@ -561,7 +548,6 @@ def save_checkpoint(path, state):
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
-
 def load_checkpoint(path):
     """Tensors, numbers and strings only: weights_only=True executes nothing that the file may contain."""
     try:
@@ -591,41 +577,40 @@ def train(cfg, state, rank, ranks):
     autocast = partial(torch.autocast, device.type, dtype, enabled=cfg.dtype != "fp32")
     torch.manual_seed(cfg.seed)
     data = find_data(cfg)
-    steps = max(1, round(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.epochs else cfg.steps
-    warmup, peak = cfg.warmup * steps, cfg.lr * cfg.batch_size / 256
+    count, peak = len(data[0]), cfg.lr * cfg.batch_size / 256
+    steps = max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
     say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
-        f"{len(data[0])} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
-        f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = "
-        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}; the time left comes with step 3", flush=True)
+        f"{count} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
+        f"{cfg.batch_size // ranks // cfg.accum}, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = {peak:.2g}, "
+        f"{cfg.dtype} on {cfg.device}, into {out}; the time left comes with step 3", flush=True)
     model = SSL(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
     parts, broken, stop = dict(model=model, optimizer=optimizer, scaler=scaler), set(), []
-    first, rows = (state["step"], state["log"]) if state else (0, [])
+    rows = state["log"] if state else [{"step": 0}]
     if state:
         torch.set_rng_state(state["rng"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
     elif rank == 0 and not cfg.dry_run:
-        rows = [{"step": 0, **knn_scores(model.encoder, data, cfg, autocast)}]
+        rows[0] |= knn_scores(model.encoder, data, cfg, autocast)
     cost = partial(plan, cfg, model, steps * cfg.batch_size, say=say)
     if cfg.dry_run and cfg.rate:
         return cost(cfg.rate) or 0
-    net, on_gpu = model, device.type == "cuda"
-    if ranks > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if on_gpu else net
-        net = nn.parallel.DistributedDataParallel(net)
+    on_gpu, since = device.type == "cuda", rows[-1]["step"]
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks > 1 and on_gpu else model
+    net = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
     net = torch.compile(net) if cfg.compile else net
-    stream = iter(DataLoader(
-        Views(data[0], cfg), batch_sampler=batches(cfg, len(data[0]), range(first, steps), rank, ranks),
-        num_workers=cfg.workers, pin_memory=on_gpu, generator=torch.Generator()))
+    order = batches(cfg, count, range(since, steps), rank, ranks)
+    stream = iter(DataLoader(Views(data[0], cfg), batch_sampler=order, num_workers=cfg.workers,
+                             pin_memory=on_gpu, generator=torch.Generator()))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
-    bad, waited, since, began = torch.zeros((), device=device), 0.0, first, time.perf_counter()
+    bad, waited, began = torch.zeros((), device=device), 0.0, time.perf_counter()
 
-    for done in range(first + 1, steps + 1):                # the number of steps when this one is done
+    for done in range(since + 1, steps + 1):                # the number of steps when this one is done
         # schedules
-        lr, momentum = lr_at(done, steps, warmup, peak), momentum_at(done, steps, cfg.momentum)
+        lr, momentum = lr_at(done, steps, cfg.warmup * steps, peak), momentum_at(done, steps, cfg.momentum)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for piece in range(cfg.accum):
@@ -636,8 +621,8 @@ def train(cfg, state, rank, ranks):
             for index in set(batch["broken"].tolist()) - broken - {-1}:
                 broken.add(index)
                 print(f"unreadable, the next file takes its place: {data[0][index][0]!r}", file=sys.stderr)
-            require(len(broken) <= max(1, len(data[0]) / 100),
-                    f"{len(broken)} of {len(data[0])} images are unreadable, more than 1 %: mend the folder")
+            require(len(broken) <= max(1, count / 100),
+                    f"{len(broken)} of {count} images are unreadable, more than 1 %: mend the folder")
             # losses, backward; ranks exchange gradients with the last piece only
             with net.no_sync() if ranks > 1 and piece < cfg.accum - 1 else contextlib.nullcontext():
                 views = augment(batch, cfg, device)
@@ -657,10 +642,9 @@ def train(cfg, state, rank, ranks):
         bad = torch.where((bad == 0) & ~finite, done, bad)
         due = done % cfg.log_every == 0 or done in (3, steps)
         if ranks > 1 and due:                               # what one rank knows all must know
-            everyone = [None] * ranks
-            dist.all_gather_object(everyone, (int(bad), stop, broken))
-            bad, stop = max(b for b, _, _ in everyone), sum((s for _, s, _ in everyone), [])
-            broken = set().union(*(b for _, _, b in everyone))
+            dist.all_gather_object(everyone := [None] * ranks, (int(bad), stop, broken))
+            bads, stops, brokens = zip(*everyone)
+            bad, stop, broken = max(bads), sum(stops, []), set().union(*brokens)
         halt = bool(stop) and (ranks == 1 or due)
         saving = done % cfg.save_every == 0 or done == steps or halt
         if due or saving:
@@ -671,8 +655,8 @@ def train(cfg, state, rank, ranks):
             seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
             speed = (done - since) * cfg.batch_size / seconds
             row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
-            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken)}
-            row |= {"stall": round(waited / seconds, 3)}    # share of time spent waiting for images
+            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken),
+                    "stall": round(waited / seconds, 3)}    # share of time spent waiting for images
             if cfg.dry_run:
                 return cost(speed / ranks) or 0
             if scaler.is_enabled():                         # steps left out because fp16 overflowed
@@ -705,52 +689,43 @@ def train(cfg, state, rank, ranks):
 def finish(cfg, rows, data):
     """Draws loss.png and says what was learnt."""
     from matplotlib.figure import Figure                    # here, as it takes a second to load
-    fig = Figure(figsize=(7, 4), layout="constrained")
-    axis = fig.subplots()
+    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
     for key, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE"))[cfg.lam == 1:1 + (cfg.lam > 0)]:
         axis.plot([row["step"] for row in rows[1:]], [row[key] for row in rows[1:]], label=label)
     axis.set(xlabel="optimiser step", ylabel="loss", title=f"{cfg.objective}, λ = {cfg.lam:g}")
     axis.legend()
-    fig.savefig(Path(cfg.out) / "loss.png", dpi=150)
-    for name, classes in zip(data[0].label_names, data[0].classes):
-        if (key := f"knn_{name}") in rows[0].keys() & rows[-1].keys():
-            start, end = (f"{row[key]:.3f}" for row in (rows[0], rows[-1]))
-            print(f"k-NN accuracy, {name}: {end}, untrained network {start}, chance {1 / len(classes):.3f}")
+    axis.figure.savefig(Path(cfg.out) / "loss.png", dpi=150)
+    for (name, start), classes in zip([*rows[0].items()][1:], data[0].classes):     # of knn_scores
+        print(f"{name}: accuracy {rows[-1][name]:.3f}, untrained {start:.3f}, chance {1 / len(classes):.3f}")
     print(f"checkpoint, log and loss curve are in {cfg.out}; next: python analyze.py {cfg.out}/ckpt.pt")
 
 # ==== 9. Command line ======================================================================================
 def parse(argv):
     """Command line -> (Config with its recipe, {name: value} of the flags given), or UserError."""
-    def fail(message):
-        raise UserError(f"{message}; --help lists all flags")
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, limits, types = fail, {}, dict(str=str, int=int, float=float)
-    for name, kind, text in re.findall(r"^    (\w+): (\w+) = .*?  # (.*)$", inspect.getsource(Config), re.M):
-        head = text.split(":")[0]
-        how = dict(action="store_true") if kind == "bool" else dict(type=types[kind])
+    parser.error, limits = lambda message: require(False, f"{message}; --help lists all flags"), {}
+    comments = re.findall(r"^    \w+: .*?  # (.*)$", inspect.getsource(Config), re.M)
+    for knob, text in zip(fields(Config), comments):
+        head, flag = text.split(":")[0], "--" + knob.name.replace("_", "-")
+        how = dict(action="store_true") if knob.type is bool else dict(type=knob.type)
         how |= dict(choices=head.split("|")) if "|" in head else {}
-        limits[name] = [*map(float, head.split(".."))] if ".." in head else (kind == "int", 1e6)
-        text = f"{text} [{getattr(Config, name)}]".replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
+        limits[flag] = [*map(float, head.split(".."))] if ".." in head else (knob.type is int, 1e6)
+        text = f"{text} [{knob.default}]".replace("%", "%%")
+        parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
     objective = given.get("objective", "hybrid")
-    recipe = {"preset": preset, **PRESETS[preset], **PRESETS.get(f"{preset}-{objective}", {}), **given}
-    recipe["lam"] = {"moco": 1.0, "simmim": 0.0}.get(objective, given.get("lam", Config.lam))
-    recipe["epochs"] = given.get("epochs", 0.0) if "steps" in given else recipe.get("epochs", 0.0)
-    cfg = Config(**recipe)
-    for name, value in asdict(cfg).items():
-        low, high = limits[name]
+    recipe = {"preset": preset, **PRESETS[preset], **PRESETS.get(f"{preset}-{objective}", {})}
+    recipe |= dict(epochs=0.0) if "steps" in given else {}
+    cfg = Config(**recipe | given | {"moco": dict(lam=1.0), "simmim": dict(lam=0.0)}.get(objective, {}))
+    for (flag, (low, high)), value in zip(limits.items(), asdict(cfg).values()):
         require(type(value) in (bool, str) or low <= value <= high,
-                f"--{name.replace('_', '-')} {value}: must be between {low:.9g} and {high:.9g}")
+                f"{flag} {value}: must be between {low:.9g} and {high:.9g}")
     require(given.get("lam", cfg.lam) == cfg.lam, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     sweep = f"-{cfg.lam:g}" if objective == "hybrid" and cfg.lam != Config.lam else ""
     cfg.out = cfg.out or f"runs/{preset}-{objective}{sweep}"
     return cfg, given
-
-FREE = {"device", "workers", "accum", "compile", "checkpointing", "save_every", "log_every", "resume", "out",
-        "data", "on_full"}
 
 def prepare(cfg, given, ranks):
     """Settles each 'auto', loads the run to resume -> (Config, checkpoint or None), or UserError."""
@@ -758,21 +733,21 @@ def prepare(cfg, given, ranks):
     if cfg.resume and not cfg.overwrite:
         state = load_checkpoint(path)
         require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
-        saved = asdict(Config()) | state["config"]
-        for name in set(given) - FREE:
+        saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
+        free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
+        for name in given.keys() - free:
             require(given[name] in (saved[name], "auto"), f"--{name.replace('_', '-')} {given[name]}: {path} "
                     f"has {saved[name]}, which cannot change at --resume")
-        anew = dict(device="auto", workers=-1, accum=0, out=cfg.out)
-        cfg = Config(**saved | anew | given | dict(dtype=saved["dtype"]))
+        cfg = Config(**saved | {name: getattr(cfg, name) for name in free & given.keys() | here})
     require(state or cfg.overwrite or not path.exists(),
             f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
     cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
-    cfg.device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
+    cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
     on_gpu = cfg.device.startswith("cuda")
-    require(cuda or not on_gpu, f"--device {cfg.device}: there is no CUDA device here")
+    require(cuda if on_gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
     bf16 = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16", cpu.read_text())
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16
-    cfg.dtype = cfg.dtype if cfg.dtype != "auto" else "bf16" if bf16 else "fp16" if on_gpu else "fp32"
+    cfg.dtype = cfg.dtype.replace("auto", "bf16" if bf16 else "fp16" if on_gpu else "fp32")
     cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
     cfg.workers = cfg.workers if cfg.workers >= 0 else min(8, (os.cpu_count() or 1) // ranks) if on_gpu else 0
     part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
