@@ -82,12 +82,10 @@ PRESETS = {  # what a recipe changes: for every objective, then for one
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
                      crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
                      warmup=40 / 300, momentum=0.99),
-    "imagenet-moco": dict(clip=0.0),
-    "imagenet-simmim": dict(
+    "imagenet-moco": dict(clip=0.0), "imagenet-simmim": dict(
         epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1, positions="relative")}
-SIZES = {name: dict(width=width, depth=depth, heads=heads) for name, width, depth, heads in (
-    ("micro", 96, 6, 3), ("tiny", 192, 12, 3), ("small", 384, 12, 12),
-    ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
+SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (("micro", 96, 6, 3), ("tiny", 192, 12, 3),
+    ("small", 384, 12, 12), ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
 # What a block did: weights (B, H, 1+N, 1+N) of rows that sum to 1, what each head gathered with them
@@ -415,23 +413,21 @@ class Views:
     def __init__(self, source, cfg):
         self.source, self.cfg = source, cfg
     def __getitem__(self, key):
-        cfg, (epoch, wanted), total = self.cfg, key, len(self.source)
+        cfg, (epoch, index, *tried) = self.cfg, key
+        rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index])
         smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)    # [S]: 0.67 to 1
-        for index in range(wanted, wanted + total):         # a broken file is replaced by the next
-            rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index % total])
-            with contextlib.suppress(Exception):            # Pillow raises almost anything
-                image, labels = self.source.load(index % total)
-                crops = cut(image, cfg.image_size, () if epoch is None else smallest, rng)
-                break
-        else:
-            raise UserError("not one image of the folder can be read")
+        require(len(tried) < 100, "of 100 files in a row not one is an image that can be read")
+        try:
+            image, labels = self.source.load(index)
+            crops = cut(image, cfg.image_size, () if epoch is None else smallest, rng)
+        except Exception:                       # Pillow raises almost anything; the next file takes its place
+            return self[(epoch, (index + 1) % len(self.source), *tried, index)] | {"broken": index}
         unit = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, unit)[0]
         colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
         if cfg.lam < 1 and rng.random() < 0.5 and epoch is not None:
             crops[-1] = crops[-1, :, :, ::-1]               # the masked view is cropped and flipped, no more
-        return dict(crops=crops, mask=mask, colours=colours, labels=np.array(labels),
-                    broken=wanted if index > wanted else -1)
+        return dict(crops=crops, mask=mask, colours=colours, labels=np.array(labels), broken=-1)
     def draw_colours(self, rng, view):
         """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their
         factors, then grey, blur σ, solarise, flip."""
@@ -479,7 +475,7 @@ OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey
     lambda x, _: torch.where(x >= 0.5, 1 - x, x), lambda x, _: x.flip(-1))
 
 def photometric(x, colours):
-    """Applies colours (B, 12) of draw_colours: the jitters in each image's own order, then the rest. They
+    """Applies colours (B, 12) of draw_colours in place: the jitters in each image's own order, then the rest. They
     stay on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
     value = colours.to(x.device, non_blocking=True)[..., None, None, None]      # (B, 12, 1, 1, 1)
     todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]   # in each image's own order
@@ -491,14 +487,12 @@ def photometric(x, colours):
 
 def augment(batch, cfg, device):
     """A loader's batch -> normalised view1, view2, view_mim (B, 3, h, w) or None; mask (B, N)."""
-    crops = batch["crops"].to(device, non_blocking=True).float() / 255          # (B, crops, 3, h, w)
-    mean, std, view1, view2, view_mim = MEAN.to(device), STD.to(device), None, None, None
+    crops, mask = (batch[name].to(device, non_blocking=True) for name in ("crops", "mask"))
+    crops = crops.transpose(0, 1).contiguous().float() / 255                    # (crops, B, 3, h, w)
     if cfg.lam > 0:
-        views = photometric(torch.cat([crops[:, 0], crops[:, 1]]), torch.cat(batch["colours"].unbind(1)))
-        view1, view2 = ((views - mean) / std).chunk(2)
-    if cfg.lam < 1:
-        view_mim = (crops[:, -1] - mean) / std
-    return view1, view2, view_mim, batch["mask"].to(device, non_blocking=True)
+        photometric(crops[:2].flatten(0, 1), batch["colours"].transpose(0, 1).flatten(0, 1))
+    crops = (crops - MEAN.to(device)) / STD.to(device)
+    return *(crops[:2] if cfg.lam > 0 else (None, None)), crops[-1] if cfg.lam < 1 else None, mask
 
 # ==== 7. Optimiser and schedules: how fast, and when? ======================================================
 def lr_at(step, total, warmup, peak):
@@ -649,9 +643,8 @@ def train(cfg, state, rank, ranks):
         saving = done % cfg.save_every == 0 or done == steps or halt
         if due or saving:
             if bad > 0:
-                print(f"loss or gradient not finite at step {int(bad)}; last good line: {rows[-1]}. Go on "
-                      f"from {out}/ckpt.pt with --resume, or start with a lower --lr", file=sys.stderr)
-                return 1
+                raise FloatingPointError(f"loss or gradient not finite at step {int(bad)}; last good line: "
+                    f"{rows[-1]}. Go on from {out}/ckpt.pt with --resume, or start with a lower --lr")
             seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
             speed = (done - since) * cfg.batch_size / seconds
             row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
@@ -703,16 +696,14 @@ def finish(cfg, rows, data):
 def parse(argv):
     """Command line -> (Config with its recipe, {name: value} of the flags given), or UserError."""
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, limits = lambda message: require(False, f"{message}; --help lists all flags"), {}
-    comments = re.findall(r"^    \w+: .*?  # (.*)$", inspect.getsource(Config), re.M)
-    for knob, text in zip(fields(Config), comments):
+    for knob, text in zip(fields(Config), re.findall(r"^    \w+: .*?  # (.*)", inspect.getsource(Config), re.M)):
         head, flag = text.split(":")[0], "--" + knob.name.replace("_", "-")
         how = dict(action="store_true") if knob.type is bool else dict(type=knob.type)
         how |= dict(choices=head.split("|")) if "|" in head else {}
         limits[flag] = [*map(float, head.split(".."))] if ".." in head else (knob.type is int, 1e6)
-        text = f"{text} [{knob.default}]".replace("%", "%%")
-        parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **how)
+        parser.add_argument(flag, help=f"{text} [{knob.default}]".replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
     objective = given.get("objective", "hybrid")
@@ -735,12 +726,10 @@ def prepare(cfg, given, ranks):
         require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
         saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
         free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
-        for name in given.keys() - free:
-            require(given[name] in (saved[name], "auto"), f"--{name.replace('_', '-')} {given[name]}: {path} "
-                    f"has {saved[name]}, which cannot change at --resume")
+        fixed = {name: saved[name] for name in given.keys() - free if given[name] not in (saved[name], "auto")}
+        require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
         cfg = Config(**saved | {name: getattr(cfg, name) for name in free & given.keys() | here})
-    require(state or cfg.overwrite or not path.exists(),
-            f"{path} exists: --resume goes on, --overwrite starts anew, or choose another --out")
+    require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
     cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
     cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
     on_gpu = cfg.device.startswith("cuda")
@@ -773,9 +762,9 @@ def main(argv=None):
             torch.cuda.set_device(cfg.device) if on_gpu else None
             dist.init_process_group("nccl" if on_gpu else "gloo")
         return train(cfg, state, rank, ranks)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except SystemExit as end:                               # argparse: --help
         return end.code
     finally:
