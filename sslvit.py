@@ -9,18 +9,16 @@ A Vision Transformer (ViT) can learn from images without labels in two ways. Con
   torchrun --nproc_per_node 8 sslvit.py --data /imagenet  ViT-B/16, 224 px, the papers' recipe, on 8 GPUs
 
 README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
-d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers: [P] Park et al., What Do
-Self-Supervised Vision Transformers Learn?, ICLR 2023; arXiv [V] ViT 2010.11929, [M] MoCo v3 2104.02057,
-[S] SimMIM 2111.09886, [B] BYOL 2006.07733.
-"""
+d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] the title's
+2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM 2111.09886, [B] BYOL 2006.07733."""
 # fmt: off
-import argparse, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
+import argparse, atexit, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
-import numpy as np
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, torch.utils.checkpoint
+import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 class UserError(ValueError):
@@ -42,7 +40,7 @@ class Config:
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
-    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: steadies MoCo, stops MIM; auto: λ = 1
+    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: calms MoCo [M 5], ends MIM; auto: λ = 1
     decoder_depth: int = 0       # 0..99: Transformer blocks before the pixel head (figure 11); SimMIM: none
     temperature: float = 0.2     # 0.001..99: τ of InfoNCE: smaller looks harder at the nearest negatives
     momentum: float = 0.97       # 0..1: of the key encoder's average, rises from here to 1; 0.99 in MoCo v3
@@ -75,22 +73,18 @@ class Config:
     save_every: int = 500        # steps between checkpoints and k-NN tests
     log_every: int = 25          # steps between console lines
     knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
-
 PRESETS = {  # what a recipe changes: for every objective, then for one
     "micro": {}, "micro-moco": dict(steps=800, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
     "small32": dict(crop_min=0.2, hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
                      crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
-                     warmup=40 / 300, momentum=0.99),
-    "imagenet-moco": dict(clip=0.0), "imagenet-simmim": dict(
+                     momentum=0.99, warmup=40/300), "imagenet-moco": dict(clip=0.0), "imagenet-simmim": dict(
         epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1, positions="relative")}
 SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (("micro", 96, 6, 3), ("tiny", 192, 12, 3),
     ("small", 384, 12, 12), ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
-# What a block did: weights (B, H, 1+N, 1+N) of rows that sum to 1, what each head gathered with them
-# (B, H, 1+N, d), and the state after the attention and after the MLP sub-layer, (B, 1+N, D) each.
-Record = collections.namedtuple("Record", "attn heads mid out")
+Record = collections.namedtuple("Record", "attn heads mid out")     # of a block: see Block.forward
 
 def sincos_positions(width, rows, cols):
     """Fixed positions ([M] section 4): D/4 each for sin x, cos x, sin y, cos y; CLS: zeros -> (1, 1+N, D)."""
@@ -103,7 +97,6 @@ def resize_grid(grid, rows, cols):
     if grid.shape[:2] != (rows, cols):
         grid = F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
     return grid
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then each thinks for itself."""
     def __init__(self, width, heads, layer_scale=None):
@@ -125,20 +118,19 @@ class Block(nn.Module):
         bias = None if bias is None else bias[:, :first].to(q.dtype)
         if record or q.dtype == torch.bfloat16 and not q.is_cuda:  # on a CPU in bf16: 2 to 7 times as fast
             logits = q @ k.mT * q.shape[-1] ** -0.5         # (B, H, 1+N, 1+N)
-            attn = (logits if bias is None else logits + bias).softmax(dim=-1)
+            attn = (logits if bias is None else logits + bias).softmax(dim=-1)      # rows sum to 1
             heads = attn @ v                                # (B, H, 1+N, d)
         else:                                           # one kernel, which never writes the weights to memory
             heads = F.scaled_dot_product_attention(q, k, v, bias)
         y = self.attn["proj"](heads.transpose(1, 2).flatten(2))     # heads side by side: (B, 1+N, D)
-        mid = x + (y * self.ls1["gamma"] if self.ls1 else y)
+        mid = x + (y * self.ls1["gamma"] if self.ls1 else y)        # after attention (B, 1+N, D)
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(mid))))
-        out = mid + (y * self.ls2["gamma"] if self.ls2 else y)
+        out = mid + (y * self.ls2["gamma"] if self.ls2 else y)      # after the MLP (B, 1+N, D)
         return (out, Record(attn, heads, mid, out)) if record else out
 
 class ViT(nn.Module):
-    """Vision Transformer [V], pre-norm. Sizes in px. positions: 'sincos' (fixed), 'learned' or 'none';
-    rel_pos_bias: SimMIM's table, shared by all blocks; layer_scale: its initial value; num_classes > 0 adds a
-    linear `head` for the caller. ValueError where the patch does not divide the image, or heads the width."""
+    """[V], pre-norm; sizes in px. positions: sincos (fixed), learned, none; rel_pos_bias: SimMIM's, one for
+    all blocks; layer_scale: its start; num_classes: of a linear head; ValueError if sizes do not divide."""
     def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
                  rel_pos_bias=False, layer_scale=None):
         super().__init__()
@@ -152,26 +144,23 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # one linear map of patches
         nn.init.zeros_(self.patch_embed["proj"].bias)
-        # rows: (2·grid - 1)² offsets, then CLS to patch, patch to CLS, CLS to CLS
         table = {"relative_position_bias_table": torch.zeros((2 * self.grid - 1) ** 2 + 3, heads)}
         self.rel_pos_bias = nn.ParameterDict(table if rel_pos_bias else {})
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
     def position_bias(self, rows, cols):
-        """SimMIM's positions: a number per head and offset (Δy, Δx), added to the logits -> (H, 1+N, 1+N)."""
+        """SimMIM's positions: a number per head and offset query - key, for the logits -> (H, 1+N, 1+N)."""
         table, side = self.rel_pos_bias["relative_position_bias_table"], 2 * self.grid - 1
         offsets = resize_grid(table[:-3].unflatten(0, (side, side)), 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
         x, y = n % cols, n // cols
-        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]    # query minus key: (N, N, H)
-        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))              # (1+N, 1+N, H)
-        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3], table[-2], table[-1]
+        bias = F.pad(offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1], (0, 0, 1, 0, 1, 0))
+        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3], table[-2], table[-1]  # to patch, to CLS, CLS to CLS
         return bias.permute(2, 0, 1)
     def forward(self, x, mask=None, record=False, mask_token=None, first=None):
-        """x (B, 3, h, w), any size the patch divides -> tokens (B, 1+N, D) after the last norm. mask: bool
-        (B, N), True = embedded as mask_token (1, 1, D; None: zeros). record: also return L Records. first:
-        the last block computes only that many tokens."""
+        """x (B, 3, h, w), any size the patch divides -> normed tokens (B, 1+N, D); record: also L Records;
+        mask (B, N): True becomes mask_token (1, 1, D; None: zeros); first: so many from the last block."""
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.patch_embed["proj"](x).flatten(2).mT       # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:                          # the pixels under the mask end here, their tokens go on
@@ -181,9 +170,8 @@ class ViT(nn.Module):
             grid = resize_grid(self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid)), rows, cols)
             x = x + torch.cat([self.pos_embed[0, :1], grid.flatten(0, 1)])
         bias, records = self.position_bias(rows, cols) if self.rel_pos_bias else None, []
-        save = self.checkpointing and self.training
         for block in self.blocks:
-            run = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False) if save else block
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
             x = run(x, bias, record, first if block is self.blocks[-1] else None)
             if record:
                 records.append(x[1])
@@ -192,27 +180,23 @@ class ViT(nn.Module):
 
 # ==== 3. Contrastive learning: are these two views the same image?   (MoCo v3) =============================
 def mlp_head(*widths):
-    """Linear-BN-ReLU stack. BatchNorm ties the batch together: one embedding for all images is impossible. No
-    bias, and no affine part in the last BN, which could only undo that ([M]'s code)."""
+    """Linear-BN-ReLU as in [M]: BN makes one embedding for all impossible; an affine part could undo it."""
     norm, layers = partial(nn.BatchNorm1d, track_running_stats=False), []       # heads are never evaluated
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), norm(b), nn.ReLU()]
     return nn.Sequential(*layers[:-2], norm(widths[-1], affine=False))
-
 def contrastive_loss(q, k, temperature):
-    """InfoNCE, one direction ([M] equation 1): each query must find its own key among all images' keys. q, k:
-    (B, C), normalised here; all ranks' keys are gathered. -> scalar, 2τ·log(batch) for random embeddings. The
-    factor 2τ is [M]'s: gradients stay comparable when τ changes."""
+    """InfoNCE, one direction ([M] equation 1): a query must find its own key among those of all ranks. q, k
+    (B, C), normalised here -> scalar, 2τ·log(batch) at random. [M]'s 2τ: gradients comparable across τ."""
     with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
         q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (q, k))
         labels = torch.arange(len(q), device=q.device)
         if dist.is_initialized():                           # keys carry no gradient, so gathering needs none
-            labels = labels + len(q) * dist.get_rank()
-            keys = [torch.empty_like(k) for _ in range(dist.get_world_size())]
-            dist.all_gather(keys, k.contiguous())
+            labels, k = labels + len(q) * dist.get_rank(), k.contiguous()
+            dist.all_gather(keys := [torch.empty_like(k) for _ in range(dist.get_world_size())], k)
             k = torch.cat(keys)                             # (ranks·B, C)
+        # [M]'s steps 5 to 7: similarities (B, ranks·B), softmax, cross-entropy
         return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)
-
 def cosine(start, end, progress):
     """Half a cosine from `start` (progress 0) to `end` (progress 1): the one curve behind every schedule."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -231,20 +215,17 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
     order = torch.rand(batch, side * side, generator=generator).argsort(dim=1).argsort(dim=1)
     mask = (order < masked).unflatten(1, (side, side))      # units, then patches
     return mask.repeat_interleave(patches, 1).repeat_interleave(patches, 2).flatten(1)
-
 def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²), each patch's pixels. The way back: F.fold(x.mT, (h, w), p, stride=p)."""
     return F.unfold(images, patch_size, stride=patch_size).mT
-
 def masked_l1(pred, target, mask):
-    """Mean |pred - target| over masked pixels and channels only ([S] equation 1), in the target's unit.
-    pred, target: (B, N, 3p²); mask: bool (B, N) with some True."""
+    """Mean |pred - target|, (B, N, 3p²) each, where mask is True, bool (B, N) with some True ([S] eq. 1)."""
     return ((pred - target).abs().mean(dim=-1) * mask).sum() / mask.sum()       # (B, N) -> scalar
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
 class SSL(nn.Module):
-    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5). λ = 0: no contrastive part, SimMIM; λ = 1: no mask token
-    and no decoder, MoCo v3. A step is one forward(), so that DDP and compile see one module."""
+    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5); λ = 0: SimMIM, λ = 1: MoCo v3, without the other's parts.
+    A step is one forward(), so that DDP and compile see one module."""
     def __init__(self, cfg):
         super().__init__()
         self.lam, self.patch_size, self.temperature = cfg.lam, cfg.patch_size, cfg.temperature
@@ -253,8 +234,7 @@ class SSL(nn.Module):
         look = look if cfg.positions == "relative" else dict(positions=cfg.positions)
         self.encoder = ViT(cfg.image_size, cfg.patch_size, **size, **look)
         self.encoder.checkpointing = cfg.checkpointing
-        if cfg.freeze_patch == "yes" or cfg.freeze_patch == "auto" and cfg.lam == 1:
-            self.encoder.patch_embed.requires_grad_(False)  # [M] section 5: gradient spikes begin here
+        self.encoder.patch_embed.requires_grad_(dict(yes=False, no=True, auto=cfg.lam < 1)[cfg.freeze_patch])
         if self.lam > 0:
             self.projector = mlp_head(width, cfg.proj_hidden, cfg.proj_hidden, 256)
             self.predictor = mlp_head(256, cfg.proj_hidden, 256)                # C = 256
@@ -266,7 +246,7 @@ class SSL(nn.Module):
             blocks += [nn.LayerNorm(width, eps=1e-6)] if blocks else []
             self.decoder = nn.Sequential(*blocks, nn.Linear(width, 3 * cfg.patch_size**2))
     def contrast(self, view1, view2):
-        """MoCo v3's algorithm 1 in its seven steps -> loss, one view's queries (B, C)."""
+        """MoCo v3's algorithm 1 in its seven steps, 5 to 7 in contrastive_loss -> loss, queries (B, C)."""
         views = torch.cat([view1, view2])                   # 1. two views of each image: (2B, 3, h, w)
         z = self.encoder(views, first=1)[:, 0]              # 2. CLS tokens (2B, D), both views in one pass
         # 3. queries (B, C), each view apart: BatchNorm would leak one view's statistics into the other
@@ -274,12 +254,10 @@ class SSL(nn.Module):
         with torch.no_grad():                               # 4. keys, from the average (see update_average)
             z = self.key_encoder(views, first=1)[:, 0]
             k1, k2 = (self.key_projector(half) for half in z.chunk(2))
-        # 5. to 7. similarities, softmax and cross-entropy, in both directions
         return contrastive_loss(q1, k2, self.temperature) + contrastive_loss(q2, k1, self.temperature), q1
     def forward(self, view1, view2, view_mim, mask):
-        """Views (B, 3, h, w), mask bool (B, N) -> scalars {'cl': L_CL, 'mim': L_MIM, 'std': feature spread}.
-        A branch that λ switches off is not computed and gives 0; its views may be None. 'std': of unit-length
-        features over the batch, × √width: near 1 spread out, 0 all alike (collapse)."""
+        """Views (B, 3, h, w), mask bool (B, N) -> scalars cl, mim (switched off by λ: 0, and its views may be
+        None), std: of unit-length features over the batch × √width, 1 spread out, 0 all alike (collapse)."""
         cl = mim = torch.zeros((), device=mask.device)
         if self.lam < 1:                                    # SimMIM: mask, encode ALL tokens, predict pixels
             tokens = self.encoder(view_mim, mask, mask_token=self.mask_token)     # (B, 1+N, D)
@@ -315,10 +293,8 @@ TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must
     "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
 
 class Stimuli:
-    """Procedural images: one object, 8 shapes × 8 textures drawn independently, on a smooth grey background.
-    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of the object: a function
-    of (seed, split, i); pose and colours tell neither label; 'train' and 'test' have no image in common.
-    render(i, shape, texture) is scene i with another shape or texture."""
+    """stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of one object on smooth
+    grey; independent functions of (seed, split, i). render(i, shape, texture): scene i with another two."""
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length, self.size, self.key = length, image_size, (seed, ("train", "test").index(split))
@@ -366,7 +342,6 @@ class ImageFolder(list):
                          if held is None or (i % 10 == 9) == held)
     def load(self, index):
         return Image.open(self[index][0]), self[index][1]
-
 def find_data(cfg):
     """(training set, test set or None) in --data, or the built-in stimuli."""
     if not cfg.data:
@@ -377,7 +352,6 @@ def find_data(cfg):
         return ([ImageFolder(path) for path in paths if os.path.isdir(path)] + [None])[:2]
     whole = ImageFolder(cfg.data)
     return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
-
 def crop_box(width, height, smallest, rng):
     """RandomResizedCrop's (x0, y0, x1, y1): `smallest` to 1 of the area, aspect 3/4 to 4/3; else a square."""
     area, ratio = width * height * rng.uniform(smallest, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10)
@@ -386,15 +360,12 @@ def crop_box(width, height, smallest, rng):
     w, h = (w[fits][0], h[fits][0]) if fits.any() else (min(width, height),) * 2
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
     return x, y, x + w, y + h
-
 def cut(image, size, smallest=(), rng=None):
-    """Decodes an opened image once -> uint8 (crops, 3, size, size): a crop_box for each share in `smallest`,
-    or the largest centred square. Upright (EXIF) and RGB in every mode: 16 bits become 8, transparency is
-    laid on white. A JPEG whose crops are all far larger than `size` is decoded at 1/2, 1/4 or 1/8."""
+    """Decodes an opened image once -> uint8 (crops, 3, size, size), upright RGB on white: a crop_box for each
+    of `smallest`, or the largest centred square. Large JPEGs are decoded at 1/2, 1/4 or 1/8."""
     width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
     x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
-    boxes = [crop_box(width, height, share, rng) for share in smallest]
-    boxes = np.array(boxes or [(x, y, width - x, height - y)])      # in upright pixels
+    boxes = np.array([crop_box(width, height, s, rng) for s in smallest] or [(x, y, width - x, height - y)])
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
     image = ImageOps.exif_transpose(image)
@@ -403,8 +374,8 @@ def cut(image, size, smallest=(), rng=None):
         values = values / (257 if image.mode[0] == "I" else max(values.max(), 1e-9) / 255)
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.mode != "RGB":
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     boxes = np.minimum(boxes * image.width / width, image.size * 2).tolist()    # rounding may pass the edge
     return np.stack([image.resize((size, size), Image.BILINEAR, box) for box in boxes]).transpose(0, 3, 1, 2)
 
@@ -429,26 +400,21 @@ class Views:
             crops[-1] = crops[-1, :, :, ::-1]               # the masked view is cropped and flipped, no more
         return dict(crops=crops, mask=mask, colours=colours, labels=np.array(labels), broken=-1)
     def draw_colours(self, rng, view):
-        """BYOL's recipe ([B] appendix B) in 12 numbers: order of the four jitters (all -1: none), their
-        factors, then grey, blur σ, solarise, flip."""
+        """[B] appendix B, 12 numbers: order of jitters (-1: none), factors, grey, blur σ, solarise, flip."""
         order = rng.permutation(4) if rng.random() < 0.8 else np.full(4, -1)
         reach = np.array([0.4, 0.4, 0.2, self.cfg.hue])     # of brightness, contrast, saturation, hue
         grey, blur, solarise, flip = rng.random(4) < (0.2, (1.0, 0.1)[view], (0.0, 0.2)[view], 0.5)
         blur = blur * rng.uniform(min(0.1, self.cfg.blur), self.cfg.blur)
         return np.float32([*order, *rng.uniform(-reach, reach) + (1, 1, 1, 0), grey, blur, solarise, flip])
-
 def batches(cfg, length, steps, rank, ranks):
-    """Lists of (epoch, index), one per part of a step: each epoch in its own order, without end. The place in
-    this stream follows from the step alone, so that a run resumes by starting it there."""
+    """Lists of (epoch, index), one per part of a step; each epoch has an order; the step tells the place."""
     order = lru_cache(2)(lambda e: np.random.default_rng([cfg.seed, 1, e]).permutation(length).tolist())
     part = cfg.batch_size // (ranks * cfg.accum)
     for piece in range(steps.start * cfg.accum, steps.stop * cfg.accum):
         places = range((piece * ranks + rank) * part, (piece * ranks + rank + 1) * part)
         yield [(place // length, order(place // length)[place % length]) for place in places]
-
 # The rest runs batched on the training device, on images (B, 3, h, w) in [0, 1] with parameters (B, 1, 1, 1).
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
 def greyscale(x):
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)    # (B, 1, h, w)
 def adjust_hue(x, turn):
@@ -466,25 +432,20 @@ def gaussian_blur(x, sigma):
         weight = sum(torch.exp(-0.5 * (distance / sigma) ** 2) for distance in (i - j, *mirrored))
         return weight / weight.sum(dim=-1, keepdim=True)    # (B, 1, n, n)
     return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
-
 OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey, blur, solarise, flip
     lambda x, f: (f * x).clamp(0, 1),
     lambda x, f: torch.lerp(greyscale(x).mean(dim=(2, 3), keepdim=True), x, f).clamp(0, 1),
-    lambda x, f: torch.lerp(greyscale(x), x, f).clamp(0, 1), adjust_hue,
-    lambda x, _: greyscale(x).expand_as(x), gaussian_blur,
-    lambda x, _: torch.where(x >= 0.5, 1 - x, x), lambda x, _: x.flip(-1))
-
+    lambda x, f: torch.lerp(greyscale(x), x, f).clamp(0, 1), adjust_hue, lambda x, _: greyscale(x),
+    gaussian_blur, lambda x, _: torch.where(x >= 0.5, 1 - x, x), lambda x, _: x.flip(-1))
 def photometric(x, colours):
-    """Applies colours (B, 12) of draw_colours in place: the jitters in each image's own order, then the rest. They
-    stay on the CPU, where it is known which images an operation is for; asking a GPU would make it wait."""
+    """Applies draw_colours' (B, 12) in place: the jitters in each image's own order, then the rest."""
     value = colours.to(x.device, non_blocking=True)[..., None, None, None]      # (B, 12, 1, 1, 1)
     todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]   # in each image's own order
     for chosen, n in todo + [(colours[:, 4 + n] > 0, n) for n in range(4, 8)]:
-        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)  # found on the CPU: no GPU must wait
         if len(i):
             x[i] = OPERATIONS[n](x[i], value[i, 4 + n])
     return x
-
 def augment(batch, cfg, device):
     """A loader's batch -> normalised view1, view2, view_mim (B, 3, h, w) or None; mask (B, N)."""
     crops, mask = (batch[name].to(device, non_blocking=True) for name in ("crops", "mask"))
@@ -498,7 +459,6 @@ def augment(batch, cfg, device):
 def lr_at(step, total, warmup, peak):
     """Linear to peak in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at total."""
     return peak * step / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup or 1))
-
 def make_optimizer(model, cfg):
     """AdamW. Decay is for matrices, not for biases, norms and tokens; MoCo v3 (λ = 1) decays everything."""
     groups = [dict(params=[], weight_decay=cfg.weight_decay), dict(params=[], weight_decay=0.0)]
@@ -515,11 +475,9 @@ def knn(bank, known, queries, k=20):
     white = axes * (variance + 1e-3 * variance.mean(dim=-1, keepdim=True) + 1e-12).rsqrt()[..., None, :]
     bank, queries = (F.normalize((x - mean) @ white, dim=-1) for x in (bank, queries))
     return known[(queries @ bank.mT).topk(min(k, len(known))).indices].mode(dim=-2).values
-
 @torch.no_grad()
 def knn_scores(encoder, data, cfg, autocast):
-    """{'knn_<label set>': accuracy in [0, 1]} of knn() on CLS or mean tokens, whichever is best after any
-    layer. {} without labels or a test set."""
+    """{'knn_<label set>': accuracy} of knn(), CLS or mean tokens, after the best layer; {} without labels."""
     if not (cfg.knn_images and data[1] and data[0].label_names):
         return {}
     sets, own = [], torch.Generator()           # loaders draw a seed, which the run's stream must not feel
@@ -531,8 +489,7 @@ def knn_scores(encoder, data, cfg, autocast):
             states = [x for r in records for x in (r.out[:, 0], r.out[:, 1:].mean(dim=1))]
             parts.append((torch.stack(states).float().cpu(), batch["labels"]))
         sets += [torch.cat([x for x, _ in parts], dim=1), torch.cat([y for _, y in parts])]
-    bank, known, queries, truth = sets              # (2L, n, D), (n, label sets), (2L, m, D), (m, label sets)
-    best = (knn(bank, known, queries) == truth).float().mean(dim=1).amax(dim=0)
+    best = (knn(*sets[:3]) == sets[3]).float().mean(dim=1).amax(dim=0)      # bank, known, queries; truth
     return {f"knn_{name}": round(value, 4) for name, value in zip(data[0].label_names, best.tolist())}
 
 def save_checkpoint(path, state):
@@ -550,14 +507,13 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such file, or not a checkpoint that is safe to read") from error
 
 def plan(cfg, model, images, rate, say):
-    """Says what a run costs. FLOPs: a block's linear layers take 24D² a token, attention over T tokens 4TD,
-    backward twice that. Bytes: 16 for a trained weight (gradient and AdamW's averages included), 4 for an
-    averaged one; counted for backward: 36D a token and block, 58D with SimMIM's ViT, 4D if checkpointing."""
-    width, depth, _ = SIZES[cfg.model].values()
-    tokens, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
-    flops = depth * tokens * (24 * width**2 + 4 * tokens * width) * (3 * passes + 2 * (cfg.lam > 0))
-    factor = 4 if cfg.checkpointing else 58 if cfg.positions == "relative" else 36
-    kept, count = factor * passes * depth * tokens * width, sum(p.numel() for p in model.encoder.parameters())
+    """Says what a run costs. FLOPs of a block and token: 24D² in linear layers, 4TD in attention to T tokens,
+    backward twice that. Bytes: 16 a trained weight (with AdamW's averages), 4 an averaged one, and `kept`."""
+    D, L, _ = SIZES[cfg.model].values()
+    T, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
+    flops = L * T * (24 * D**2 + 4 * T * D) * (3 * passes + 2 * (cfg.lam > 0))
+    kept = (4 if cfg.checkpointing else 58 if cfg.positions == "relative" else 36) * passes * L * T * D
+    count = sum(p.numel() for p in model.encoder.parameters())
     weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
     say(f"encoder {count / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per image; memory per GPU about "
         f"{weights / 2**30:.1f} GiB + {kept / 2**20:.0f} MiB for each image of a part")
@@ -565,7 +521,7 @@ def plan(cfg, model, images, rate, say):
     say(f"{images:.3g} images at {rate:.4g} images/s per GPU: {hours}")
 
 def train(cfg, state, rank, ranks):
-    """Trains one model, from checkpoint `state` if there is one, and returns main()'s exit status."""
+    """Trains one model, from checkpoint `state` if there is one -> main()'s exit status, None for 0."""
     device, out, say = torch.device(cfg.device), Path(cfg.out), print if rank == 0 else lambda *_, **__: None
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.dtype]
     autocast = partial(torch.autocast, device.type, dtype, enabled=cfg.dtype != "fp32")
@@ -575,8 +531,7 @@ def train(cfg, state, rank, ranks):
     steps = max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
     say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
         f"{count} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
-        f"{cfg.batch_size // ranks // cfg.accum}, learning rate {cfg.lr:.2g} x {cfg.batch_size}/256 = {peak:.2g}, "
-        f"{cfg.dtype} on {cfg.device}, into {out}; the time left comes with step 3", flush=True)
+        f"{cfg.batch_size // ranks // cfg.accum}, {cfg.dtype} on {cfg.device}, into {out}", flush=True)
     model = SSL(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
@@ -588,20 +543,17 @@ def train(cfg, state, rank, ranks):
             part.load_state_dict(state[name])
     elif rank == 0 and not cfg.dry_run:
         rows[0] |= knn_scores(model.encoder, data, cfg, autocast)
-    cost = partial(plan, cfg, model, steps * cfg.batch_size, say=say)
     if cfg.dry_run and cfg.rate:
-        return cost(cfg.rate) or 0
-    on_gpu, since = device.type == "cuda", rows[-1]["step"]
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks > 1 and on_gpu else model
+        return plan(cfg, model, steps * cfg.batch_size, cfg.rate, say)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks > 1 and device.type == "cuda" else model
     net = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
     net = torch.compile(net) if cfg.compile else net
-    order = batches(cfg, count, range(since, steps), rank, ranks)
-    stream = iter(DataLoader(Views(data[0], cfg), batch_sampler=order, num_workers=cfg.workers,
-                             pin_memory=on_gpu, generator=torch.Generator()))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
-    bad, waited, began = torch.zeros((), device=device), 0.0, time.perf_counter()
-
+    bad, waited, since, began = torch.zeros((), device=device), 0.0, rows[-1]["step"], time.perf_counter()
+    order = batches(cfg, count, range(since, steps), rank, ranks)
+    stream = iter(DataLoader(Views(data[0], cfg), batch_sampler=order, num_workers=cfg.workers,
+                             pin_memory=device.type == "cuda", generator=torch.Generator()))
     for done in range(since + 1, steps + 1):                # the number of steps when this one is done
         # schedules
         lr, momentum = lr_at(done, steps, cfg.warmup * steps, peak), momentum_at(done, steps, cfg.momentum)
@@ -615,8 +567,7 @@ def train(cfg, state, rank, ranks):
             for index in set(batch["broken"].tolist()) - broken - {-1}:
                 broken.add(index)
                 print(f"unreadable, the next file takes its place: {data[0][index][0]!r}", file=sys.stderr)
-            require(len(broken) <= max(1, count / 100),
-                    f"{len(broken)} of {count} images are unreadable, more than 1 %: mend the folder")
+            require(len(broken) <= max(1, count / 100), "over 1 % of the files are broken: mend the folder")
             # losses, backward; ranks exchange gradients with the last piece only
             with net.no_sync() if ranks > 1 and piece < cfg.accum - 1 else contextlib.nullcontext():
                 views = augment(batch, cfg, device)
@@ -634,24 +585,23 @@ def train(cfg, state, rank, ranks):
         # log; the first bad number is remembered on the device, where it makes nobody wait
         finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
         bad = torch.where((bad == 0) & ~finite, done, bad)
-        due = done % cfg.log_every == 0 or done in (3, steps)
+        due = 0 in (done % cfg.log_every, done % cfg.save_every) or done in (3, steps) or stop and ranks == 1
         if ranks > 1 and due:                               # what one rank knows all must know
             dist.all_gather_object(everyone := [None] * ranks, (int(bad), stop, broken))
             bads, stops, brokens = zip(*everyone)
             bad, stop, broken = max(bads), sum(stops, []), set().union(*brokens)
-        halt = bool(stop) and (ranks == 1 or due)
-        saving = done % cfg.save_every == 0 or done == steps or halt
-        if due or saving:
+        saving = due and (done % cfg.save_every == 0 or done == steps or stop)
+        if due:
             if bad > 0:
                 raise FloatingPointError(f"loss or gradient not finite at step {int(bad)}; last good line: "
                     f"{rows[-1]}. Go on from {out}/ckpt.pt with --resume, or start with a lower --lr")
             seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
-            speed = (done - since) * cfg.batch_size / seconds
+            pace, speed = seconds / (done - since), (done - since) * cfg.batch_size / seconds
             row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
-            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken),
-                    "stall": round(waited / seconds, 3)}    # share of time spent waiting for images
+            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken)}
+            row |= {"stall": round(waited / seconds, 3), "minutes left": round((steps - done) * pace / 60, 1)}
             if cfg.dry_run:
-                return cost(speed / ranks) or 0
+                return plan(cfg, model, steps * cfg.batch_size, speed / ranks, say)
             if scaler.is_enabled():                         # steps left out because fp16 overflowed
                 row["skipped"] = done - int(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"])
             if row["std"] < 0.05 <= rows[-1].get("std", 1):
@@ -659,8 +609,7 @@ def train(cfg, state, rank, ranks):
             if saving and rank == 0:
                 row |= knn_scores(model.encoder, data, cfg, autocast)
             rows.append(row)
-            say(*(f"{name} {value:.4g}" for name, value in row.items()),
-                f"left {(steps - done) * cfg.batch_size / speed / 60:.1f} min", flush=True)
+            say(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
             waited, since, began = 0.0, done, time.perf_counter()
         # save
         if saving and rank == 0:
@@ -672,13 +621,11 @@ def train(cfg, state, rank, ranks):
             except OSError as error:
                 say(f"step {done} could not be saved ({error}); {out}/ckpt.pt, if any, is older and whole")
                 require(cfg.on_full == "go", "stopped as --on-full says; make room, then --resume")
-        if halt:
+        if saving and stop:
             say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
             return 128 + stop[0]
     if rank == 0:
         finish(cfg, rows, data)
-    return 0
-
 def finish(cfg, rows, data):
     """Draws loss.png and says what was learnt."""
     from matplotlib.figure import Figure                    # here, as it takes a second to load
@@ -698,7 +645,7 @@ def parse(argv):
     parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, limits = lambda message: require(False, f"{message}; --help lists all flags"), {}
-    for knob, text in zip(fields(Config), re.findall(r"^    \w+: .*?  # (.*)", inspect.getsource(Config), re.M)):
+    for knob, text in zip(fields(Config), re.findall(r"^    \w+: .+# (.*)", inspect.getsource(Config), re.M)):
         head, flag = text.split(":")[0], "--" + knob.name.replace("_", "-")
         how = dict(action="store_true") if knob.type is bool else dict(type=knob.type)
         how |= dict(choices=head.split("|")) if "|" in head else {}
@@ -711,22 +658,20 @@ def parse(argv):
     recipe |= dict(epochs=0.0) if "steps" in given else {}
     cfg = Config(**recipe | given | {"moco": dict(lam=1.0), "simmim": dict(lam=0.0)}.get(objective, {}))
     for (flag, (low, high)), value in zip(limits.items(), asdict(cfg).values()):
-        require(type(value) in (bool, str) or low <= value <= high,
-                f"{flag} {value}: must be between {low:.9g} and {high:.9g}")
+        require(isinstance(value, str) or low <= value <= high, f"{flag} {value}: not in {low:g}..{high:.9g}")
     require(given.get("lam", cfg.lam) == cfg.lam, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
-    sweep = f"-{cfg.lam:g}" if objective == "hybrid" and cfg.lam != Config.lam else ""
-    cfg.out = cfg.out or f"runs/{preset}-{objective}{sweep}"
+    cfg.out = cfg.out or f"runs/{preset}-{objective}" + (f"-{cfg.lam:g}" if "lam" in given else "")
     return cfg, given
 
 def prepare(cfg, given, ranks):
-    """Settles each 'auto', loads the run to resume -> (Config, checkpoint or None), or UserError."""
+    """Settles each 'auto', loads the run to resume, meets the other ranks -> (Config, checkpoint or None)."""
     path, state = Path(cfg.out) / "ckpt.pt", None
     if cfg.resume and not cfg.overwrite:
         state = load_checkpoint(path)
         require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
         saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
         free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
-        fixed = {name: saved[name] for name in given.keys() - free if given[name] not in (saved[name], "auto")}
+        fixed = {name: saved[name] for name in {*given} - free if given[name] not in (saved[name], "auto")}
         require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
         cfg = Config(**saved | {name: getattr(cfg, name) for name in free & given.keys() | here})
     require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
@@ -734,8 +679,7 @@ def prepare(cfg, given, ranks):
     cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
     on_gpu = cfg.device.startswith("cuda")
     require(cuda if on_gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
-    bf16 = cpu.exists() and re.search(r"avx512_bf16|amx_bf16|\bbf16", cpu.read_text())
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bf16
+    bf16 = torch.cuda.is_bf16_supported(False) if on_gpu else cpu.exists() and "bf16" in cpu.read_text()
     cfg.dtype = cfg.dtype.replace("auto", "bf16" if bf16 else "fp16" if on_gpu else "fp32")
     cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
     cfg.workers = cfg.workers if cfg.workers >= 0 else min(8, (os.cpu_count() or 1) // ranks) if on_gpu else 0
@@ -746,6 +690,10 @@ def prepare(cfg, given, ranks):
     if not cfg.dry_run:
         os.makedirs(cfg.out, exist_ok=True)
         (Path(cfg.out) / "log.jsonl").open("a").close()     # a folder without write permission shows here
+    if ranks > 1:                                           # started by torchrun
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if on_gpu else -1)      # -1 changes nothing
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(dist.destroy_process_group)
     return cfg, state
 
 def main(argv=None):
@@ -755,21 +703,11 @@ def main(argv=None):
             ctypes.CDLL("libc.so.6").mallopt(option, number)
     try:
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cfg, state = prepare(*parse(argv), ranks)
-        if ranks > 1:                                       # started by torchrun
-            on_gpu = cfg.device.startswith("cuda")
-            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
-            torch.cuda.set_device(cfg.device) if on_gpu else None
-            dist.init_process_group("nccl" if on_gpu else "gloo")
-        return train(cfg, state, rank, ranks)
+        return train(*prepare(*parse(argv), ranks), rank, ranks) or 0
     except (UserError, OSError, FloatingPointError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except SystemExit as end:                               # argparse: --help
         return end.code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 if __name__ == "__main__":
     sys.exit(main())
