@@ -1,17 +1,15 @@
+# fmt: off
 """What do self-supervised Vision Transformers learn?  This file trains them, analyze.py dissects them.
 
 A Vision Transformer (ViT) can learn from images without labels in two ways. Contrastive learning (CL) asks
 'are these two views the same image?', a question about the whole image. Masked image modelling (MIM) asks
 'what was under the mask?', a question about each patch. Here are both, and L = (1 - λ)·L_MIM + λ·L_CL.
-
   python sslvit.py                                        hybrid on built-in stimuli, minutes on two cores
   python sslvit.py --objective moco      (or simmim)      λ = 1: MoCo v3   (λ = 0: SimMIM)
   torchrun --nproc_per_node 8 sslvit.py --data /imagenet  ViT-B/16, 224 px, the papers' recipe, on 8 GPUs
-
 README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
 d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] the title's
 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM 2111.09886, [B] BYOL 2006.07733."""
-# fmt: off
 import argparse, atexit, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
@@ -30,8 +28,7 @@ def require(condition, message):
 # ==== 1. Config: which knobs are there, and why do they stand where they stand? ============================
 @dataclass
 class Config:
-    """Field `crop_min` is the flag --crop-min. Its comment is the help text, and begins with the choices or
-    limits if there are any; other numbers are 1 or more, other floats 0 or more."""
+    """Fields are flags, comments their help: first choices or limits, without them ints >= 1, floats >= 0."""
     objective: str = "hybrid"    # moco|simmim|hybrid: contrastive (λ = 1), masked (λ = 0), or both
     lam: float = 0.2             # 0..1: λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
     data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
@@ -85,7 +82,6 @@ SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (("micro", 96, 6, 
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
 Record = collections.namedtuple("Record", "attn heads mid out")     # of a block: see Block.forward
-
 def sincos_positions(width, rows, cols):
     """Fixed positions ([M] section 4): D/4 each for sin x, cos x, sin y, cos y; CLS: zeros -> (1, 1+N, D)."""
     frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))                           # (D/4,)
@@ -134,8 +130,7 @@ class ViT(nn.Module):
     def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
                  rel_pos_bias=False, layer_scale=None):
         super().__init__()
-        require(not (image_size % patch_size or width % heads or width % 4),
-                f"patch {patch_size} must divide {image_size} px, {heads} and 4 width {width}")
+        require(image_size % patch_size == width % heads == width % 4 == 0, "patch or heads do not divide")
         self.patch_size, self.grid, self.checkpointing = patch_size, image_size // patch_size, False
         self.cls_token, self.pos_embed = nn.Parameter(1e-6 * torch.randn(1, 1, width)), None
         if positions != "none":
@@ -195,8 +190,7 @@ def contrastive_loss(q, k, temperature):
             labels, k = labels + len(q) * dist.get_rank(), k.contiguous()
             dist.all_gather(keys := [torch.empty_like(k) for _ in range(dist.get_world_size())], k)
             k = torch.cat(keys)                             # (ranks·B, C)
-        # [M]'s steps 5 to 7: similarities (B, ranks·B), softmax, cross-entropy
-        return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)
+        return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)     # (B, ranks·B) -> scalar
 def cosine(start, end, progress):
     """Half a cosine from `start` (progress 0) to `end` (progress 1): the one curve behind every schedule."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -224,8 +218,7 @@ def masked_l1(pred, target, mask):
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
 class SSL(nn.Module):
-    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5); λ = 0: SimMIM, λ = 1: MoCo v3, without the other's parts.
-    A step is one forward(), so that DDP and compile see one module."""
+    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5); λ = 0: SimMIM, 1: MoCo v3; one module for DDP, compile."""
     def __init__(self, cfg):
         super().__init__()
         self.lam, self.patch_size, self.temperature = cfg.lam, cfg.patch_size, cfg.temperature
@@ -270,8 +263,7 @@ class SSL(nn.Module):
         return {"cl": cl, "mim": mim, "std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5}
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query. [M]: between a step's query and key pass. Here: at the end of the step
-        before, with this step's momentum, which gives every key pass the same average."""
+        """key ← m·key + (1 - m)·query at a step's end; [M]: before the next key pass, which sees the same."""
         if self.lam > 0:
             for key, query in (self.key_encoder, self.encoder), (self.key_projector, self.projector):
                 torch._foreach_lerp_([*key.parameters()], [*query.parameters()], 1 - momentum)
@@ -491,7 +483,6 @@ def knn_scores(encoder, data, cfg, autocast):
         sets += [torch.cat([x for x, _ in parts], dim=1), torch.cat([y for _, y in parts])]
     best = (knn(*sets[:3]) == sets[3]).float().mean(dim=1).amax(dim=0)      # bank, known, queries; truth
     return {f"knn_{name}": round(value, 4) for name, value in zip(data[0].label_names, best.tolist())}
-
 def save_checkpoint(path, state):
     """Writes beside the target and renames: whatever happens, `path` is the old or the new one, and whole."""
     with open(f"{path}.tmp", "wb") as file:
@@ -590,7 +581,7 @@ def train(cfg, state, rank, ranks):
             dist.all_gather_object(everyone := [None] * ranks, (int(bad), stop, broken))
             bads, stops, brokens = zip(*everyone)
             bad, stop, broken = max(bads), sum(stops, []), set().union(*brokens)
-        saving = due and (done % cfg.save_every == 0 or done == steps or stop)
+        halt, saving = due and bool(stop), due and (done % cfg.save_every == 0 or done == steps or bool(stop))
         if due:
             if bad > 0:
                 raise FloatingPointError(f"loss or gradient not finite at step {int(bad)}; last good line: "
@@ -621,13 +612,12 @@ def train(cfg, state, rank, ranks):
             except OSError as error:
                 say(f"step {done} could not be saved ({error}); {out}/ckpt.pt, if any, is older and whole")
                 require(cfg.on_full == "go", "stopped as --on-full says; make room, then --resume")
-        if saving and stop:
+        if halt:
             say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
             return 128 + stop[0]
     if rank == 0:
         finish(cfg, rows, data)
 def finish(cfg, rows, data):
-    """Draws loss.png and says what was learnt."""
     from matplotlib.figure import Figure                    # here, as it takes a second to load
     axis = Figure(figsize=(7, 4), layout="constrained").subplots()
     for key, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE"))[cfg.lam == 1:1 + (cfg.lam > 0)]:
@@ -663,47 +653,44 @@ def parse(argv):
     cfg.out = cfg.out or f"runs/{preset}-{objective}" + (f"-{cfg.lam:g}" if "lam" in given else "")
     return cfg, given
 
-def prepare(cfg, given, ranks):
-    """Settles each 'auto', loads the run to resume, meets the other ranks -> (Config, checkpoint or None)."""
-    path, state = Path(cfg.out) / "ckpt.pt", None
-    if cfg.resume and not cfg.overwrite:
-        state = load_checkpoint(path)
-        require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
-        saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
-        free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
-        fixed = {name: saved[name] for name in {*given} - free if given[name] not in (saved[name], "auto")}
-        require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
-        cfg = Config(**saved | {name: getattr(cfg, name) for name in free & given.keys() | here})
-    require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
-    cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
-    cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
-    on_gpu = cfg.device.startswith("cuda")
-    require(cuda if on_gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
-    bf16 = torch.cuda.is_bf16_supported(False) if on_gpu else cpu.exists() and "bf16" in cpu.read_text()
-    cfg.dtype = cfg.dtype.replace("auto", "bf16" if bf16 else "fp16" if on_gpu else "fp32")
-    cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
-    cfg.workers = cfg.workers if cfg.workers >= 0 else min(8, (os.cpu_count() or 1) // ranks) if on_gpu else 0
-    part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
-    require(rest == 0 and part > (cfg.lam > 0), f"--batch-size {cfg.batch_size} does not divide into {ranks} "
-            f"ranks x {cfg.accum} parts of at least two images, as the contrastive loss needs")
-    random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio)   # do the sizes divide?
-    if not cfg.dry_run:
-        os.makedirs(cfg.out, exist_ok=True)
-        (Path(cfg.out) / "log.jsonl").open("a").close()     # a folder without write permission shows here
-    if ranks > 1:                                           # started by torchrun
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if on_gpu else -1)      # -1 changes nothing
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return cfg, state
-
 def main(argv=None):
     """Runs a command line -> exit status: 0, 1 (number not finite), 2 (bad input), 130 or 143 (signal)."""
     with contextlib.suppress(OSError, AttributeError):      # glibc: keep large blocks, do not return them
         for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, number)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        return train(*prepare(*parse(argv), ranks), rank, ranks) or 0
+        cfg, given = parse(argv)
+        path, state = Path(cfg.out) / "ckpt.pt", None
+        if cfg.resume and not cfg.overwrite:
+            state = load_checkpoint(path)
+            require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
+            saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
+            free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
+            fixed = {k: saved[k] for k in {*given} - free if given[k] not in (saved[k], "auto")}
+            require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
+            cfg = Config(**saved | {name: getattr(cfg, name) for name in free & {*given} | here})
+        require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
+        cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
+        cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
+        gpu = cfg.device.startswith("cuda")
+        require(cuda if gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
+        bf16 = torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
+        cfg.dtype = cfg.dtype.replace("auto", "bf16" if bf16 else "fp16" if gpu else "fp32")
+        cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
+        cfg.workers = min(8, (os.cpu_count() or 1) // ranks) * gpu if cfg.workers < 0 else cfg.workers
+        part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
+        require(rest == 0 and part > (cfg.lam > 0), f"--batch-size {cfg.batch_size} does not divide into "
+                f"{ranks} ranks x {cfg.accum} parts of at least two images, as the contrastive loss needs")
+        random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio)   # do the sizes divide?
+        if not cfg.dry_run:
+            os.makedirs(cfg.out, exist_ok=True)
+            path.with_name("log.jsonl").open("a").close()   # a folder without write permission shows here
+        if ranks > 1:                                       # started by torchrun
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if gpu else -1)     # -1 changes nothing
+            dist.init_process_group("nccl" if gpu else "gloo")
+            atexit.register(dist.destroy_process_group)
+        return train(cfg, state, rank, ranks) or 0
     except (UserError, OSError, FloatingPointError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
