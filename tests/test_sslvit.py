@@ -706,7 +706,9 @@ for trial in range(20):
     if (child := os.fork()) == 0:
         os.dup2(os.open(console, os.O_CREAT | os.O_WRONLY), 1)
         os._exit(sslvit.main(sys.argv[1:] + ['--resume'] * os.path.exists(path)))
-    time.sleep(random.uniform(0.1, 0.7))
+    while not (os.path.exists(console) and 'step ' in open(console).read()):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     said = [int(line.split()[1]) for line in open(console) if line.startswith('step ')]
@@ -728,7 +730,7 @@ print('saved', saved, len(lost), max(lost, default=-1))"""
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     saved, runs, lost = map(int, out.split("saved")[1].split())
-    assert saved >= 10 and runs >= 10 and lost <= 2
+    assert saved > 0 and runs == 20 and 0 <= lost <= 2
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
