@@ -263,7 +263,7 @@ class SSL(nn.Module):
         return {"cl": cl, "mim": mim, "std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5}
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query at a step's end: the next key pass sees what [M]'s update would give."""
+        """key ← m·key + (1 - m)·query at a step's end: the next key pass sees what [M]'s would give."""
         if self.lam > 0:
             for key, query in (self.key_encoder, self.encoder), (self.key_projector, self.projector):
                 torch._foreach_lerp_([*key.parameters()], [*query.parameters()], 1 - momentum)
@@ -499,7 +499,7 @@ def load_checkpoint(path):
 
 def plan(cfg, model, images, rate, say):
     """Says what a run costs. FLOPs of a block and token: 24D² in linear layers, 4TD in attention to T tokens,
-    backward twice that. Bytes: 16 a trained weight, 4 an averaged one, 36D a block and token (SimMIM's ViT 58D)."""
+    backward twice that. Bytes: 16 a trained weight, 4 an averaged one, 36D a block and token (SimMIM 58D)."""
     D, L, _ = SIZES[cfg.model].values()
     T, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
     flops = L * T * (24 * D**2 + 4 * T * D) * (3 * passes + 2 * (cfg.lam > 0))
