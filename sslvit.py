@@ -8,7 +8,7 @@ A Vision Transformer (ViT) can learn from images without labels in two ways. Con
   python sslvit.py --objective moco      (or simmim)      λ = 1: MoCo v3   (λ = 0: SimMIM)
   torchrun --nproc_per_node 8 sslvit.py --data /imagenet  ViT-B/16, 224 px, the papers' recipe, on 8 GPUs
 README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
-d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] the title's
+d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] Park et al.
 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM 2111.09886, [B] BYOL 2006.07733."""
 import argparse, atexit, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
 from dataclasses import asdict, dataclass, fields
@@ -37,7 +37,7 @@ class Config:
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
-    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: calms MoCo [M 5], ends MIM; auto: λ = 1
+    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: calms MoCo, stops MIM; auto: λ = 1
     decoder_depth: int = 0       # 0..99: Transformer blocks before the pixel head (figure 11); SimMIM: none
     temperature: float = 0.2     # 0.001..99: τ of InfoNCE: smaller looks harder at the nearest negatives
     momentum: float = 0.97       # 0..1: of the key encoder's average, rises from here to 1; 0.99 in MoCo v3
@@ -145,7 +145,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
     def position_bias(self, rows, cols):
-        """SimMIM's positions: a number per head and offset query - key, for the logits -> (H, 1+N, 1+N)."""
+        """SimMIM's positions: a number per head and offset query - key, to add to logits -> (H, 1+N, 1+N)."""
         table, side = self.rel_pos_bias["relative_position_bias_table"], 2 * self.grid - 1
         offsets = resize_grid(table[:-3].unflatten(0, (side, side)), 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
@@ -213,7 +213,7 @@ def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²), each patch's pixels. The way back: F.fold(x.mT, (h, w), p, stride=p)."""
     return F.unfold(images, patch_size, stride=patch_size).mT
 def masked_l1(pred, target, mask):
-    """Mean |pred - target|, (B, N, 3p²) each, where mask is True, bool (B, N) with some True ([S] eq. 1)."""
+    """Mean |pred - target|, (B, N, 3p²) each, in their unit, where mask, bool (B, N), is True ([S] eq. 1)."""
     return ((pred - target).abs().mean(dim=-1) * mask).sum() / mask.sum()       # (B, N) -> scalar
 
 # ==== 5. The hybrid: both questions, one encoder ===========================================================
@@ -263,7 +263,7 @@ class SSL(nn.Module):
         return {"cl": cl, "mim": mim, "std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5}
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query at a step's end; [M]: before the next key pass, which sees the same."""
+        """key ← m·key + (1 - m)·query at a step's end: the next key pass sees what [M]'s would give."""
         if self.lam > 0:
             for key, query in (self.key_encoder, self.encoder), (self.key_projector, self.projector):
                 torch._foreach_lerp_([*key.parameters()], [*query.parameters()], 1 - momentum)
@@ -286,7 +286,7 @@ TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must
 
 class Stimuli:
     """stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of one object on smooth
-    grey; independent functions of (seed, split, i). render(i, shape, texture): scene i with another two."""
+    grey; drawn independently from (seed, split, i). render(i, shape, texture): scene i with other labels."""
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length, self.size, self.key = length, image_size, (seed, ("train", "test").index(split))
@@ -402,7 +402,7 @@ class Views:
         blur = blur * rng.uniform(min(0.1, self.cfg.blur), self.cfg.blur)
         return np.float32([*order, *rng.uniform(-reach, reach) + (1, 1, 1, 0), grey, blur, solarise, flip])
 def batches(cfg, length, steps, rank, ranks):
-    """Lists of (epoch, index), one per part of a step; each epoch has an order; the step tells the place."""
+    """Lists of (epoch, index), one per part of a step; order and place follow from epoch and step alone."""
     order = lru_cache(2)(lambda e: np.random.default_rng([cfg.seed, 1, e]).permutation(length).tolist())
     part = cfg.batch_size // (ranks * cfg.accum)
     for piece in range(steps.start * cfg.accum, steps.stop * cfg.accum):
@@ -500,7 +500,7 @@ def load_checkpoint(path):
 
 def plan(cfg, model, images, rate, say):
     """Says what a run costs. FLOPs of a block and token: 24D² in linear layers, 4TD in attention to T tokens,
-    backward twice that. Bytes: 16 a trained weight (with AdamW's averages), 4 an averaged one, and `kept`."""
+    backward twice that. Bytes: 16 a trained weight, 4 an averaged one, 36D a block and token (SimMIM 58D)."""
     D, L, _ = SIZES[cfg.model].values()
     T, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
     flops = L * T * (24 * D**2 + 4 * T * D) * (3 * passes + 2 * (cfg.lam > 0))
