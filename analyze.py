@@ -174,7 +174,6 @@ RENAMES = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                   # DINOv2
            (r"^(reg_token|register_tokens)$", REGISTERS))               # timm, DINOv2
 NOT_ENCODER = re.compile(r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)|"
                          r".*(relative_position_index|num_batches_tracked)$")       # listed as skipped
-
 def tidy(state, prefix):
     """Tensors under `prefix` by this project's names -> (weights, keys of heads and buffers, bias tables)."""
     weights, skipped = {}, []
@@ -203,22 +202,18 @@ def tidy(state, prefix):
         cls = table[:, :1] * (extra > 0)                            # timm's no_embed_class: CLS at 0
         weights["pos_embed"] = torch.cat([cls, table[:, extra:]], dim=1)
     return weights, skipped, len(tables)
-
 def own_bias(block, args):
     """Of all blocks' position biases (L·H, 1+N, 1+N) side by side, this block's (H, 1+N, 1+N)."""
     return args[0], args[1].unflatten(0, (-1, block.heads))[block.number], *args[2:]
-
 def add_registers(block, args):
     """DINOv2's registers: tokens without a place, added before block 0, at the end."""
     return torch.cat([args[0], block.register_tokens.expand(len(args[0]), -1, -1)], dim=1), *args[1:]
-
 def drop_registers(vit, args, result):
     """... so that nobody outside sees them."""
     tokens, records = result if type(result) is tuple else (result, None)
     n = -vit.blocks[0].register_tokens.shape[1]
     cut = [r._make((r.attn[:, :, :n, :n], *(x[..., :n, :] for x in r[1:]))) for r in records or ()]
     return (tokens[:, :n], cut) if records else tokens[:, :n]
-
 def load_encoder(path, heads=None):
     """File -> ViT in eval mode; prints what it is and every missing, unexpected and skipped key. Told by
     content, not name; sizes come from shapes, `heads` is for files whose shapes do not tell. The ViT carries
@@ -298,7 +293,6 @@ def progress(items, label):
         if (now := time.monotonic()) > said + 5:
             left, said = (now - began) * (len(items) / done - 1), now
             print(f"  {label}: {done}/{len(items)}, {left:.0f} s left", flush=True)
-
 def read_images(source, indices, size, masks=None, label="images"):
     """Centre squares: images uint8 (n, 3, S, S), labels (n, label sets), masks (n, S, S) or None. masks:
     (image folder, folder of PNGs of the same names). Files that cannot be read are named and left out."""
@@ -318,20 +312,16 @@ def read_images(source, indices, size, masks=None, label="images"):
     need(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
     images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
     return images, labels.long(), drawn.long() if drawn.ndim == 3 else None
-
 def normalise(images, device):
     """Brightness 0 .. 255 -> what the networks were trained on."""
     return (images.to(device) / 255 - MEAN.to(device)) / STD.to(device)
-
 def features(tokens):
     """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
     return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
-
 @torch.no_grad()
 def encode(vit, images, read_out=features):
     """read_out(tokens after the last norm) of all images (n, 3, S, S)."""
     return torch.cat([read_out(vit(normalise(x, vit.cls_token.device))).cpu() for x in images.split(64)])
-
 @torch.no_grad()
 def collect(vit, batches, measure=True):
     """One pass over batches of images serves every metric -> arrays with one row per image. pooled, cls
@@ -361,7 +351,6 @@ def collect(vit, batches, measure=True):
                 for name in layers[-1]}
         kept.append(rows | dict(output=features(tokens).cpu()))
     return {name: torch.cat([rows[name] for rows in kept]).numpy() for name in kept[0]}
-
 @torch.no_grad()
 def examples(vit, images):
     """Numbers for pictures. maps, pixels: rows of (image, title, boxes (row, column, side)), attention of two
@@ -415,7 +404,6 @@ def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
         if val > best["val"]:
             best = dict(val=val, accuracy=accuracy, predicted=predicted[1].numpy())
     return best
-
 def best_probe(train, val, test):
     """Linear probes of K alternative features, one for each label set: features (n, K, D), labels (n, label
     sets). Of the alternative that is best on `val`: which (of K), predicted and right (n, label sets) on
@@ -428,13 +416,11 @@ def best_probe(train, val, test):
         found.append(dict(which=k, predicted=predicted, right=predicted == np.asarray(test[1]),
                           val=float(np.mean([probe["val"] for probe in probes]))))
     return max(found, key=lambda probe: probe["val"])
-
 def knn(bank, known, queries, labels, k=20):
     """Share of queries to which sslvit.knn() gives the right label. Features (n, D), (m, D); known (n, sets),
     labels (m, sets), a column for each label set -> (sets,) in [0, 1]. Nothing is trained or tuned."""
     votes = sslvit.knn(*map(torch.as_tensor, (bank, known, queries)), k)
     return (votes == torch.as_tensor(labels)).double().mean(dim=0).numpy()
-
 def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, label="fine-tuning"):
     """Trains a linear head on the standardised patch tokens, or on their mean if `pooled`, with `tune` the
     encoder too, by AdamW and half a cosine; returns images -> logits. Block l of L learns at
@@ -462,7 +448,6 @@ def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, la
         solver.step()
     head.eval()
     return lambda images: encode(vit, images, logits)
-
 def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, **how):
     """All weights of a copy trained on labels, mean patch token ([P] figure 1). train, test: (images uint8
     (n, 3, S, S), labels (n, label sets)); classes: number per label set; how: fit's decay and label.
@@ -472,7 +457,6 @@ def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, **how):
     predict = fit(deepcopy(vit), sum(classes), True, loss, train, epochs, lr, **how)
     parts = predict(test[0]).split(classes, dim=1)
     return torch.stack([(p.argmax(dim=1) == y).float() for p, y in zip(parts, test[1].T)], dim=1).numpy()
-
 def dense_probe(vit, train, test, classes, epochs=10, tune=False):
     """Segmentation: one linear layer per token predicts the classes of its p × p pixels; tune: the encoder
     learns too ([P] figure 1 right). train, test: (images uint8, masks (n, S, S)) -> IoU per image (n,)."""
@@ -485,7 +469,6 @@ def dense_probe(vit, train, test, classes, epochs=10, tune=False):
     predict = fit(deepcopy(vit), classes * p * p, False, loss, train, epochs, tune=tune, **how)
     parts = zip(test[0].split(64), test[1].split(64))
     return torch.cat([mean_iou(fold(predict(x), m).argmax(dim=1), m, classes) for x, m in parts]).numpy()
-
 def cue_conflict(options, train, test, lesson, size, count):
     """-> images and classes to learn from; images to decide on, their shapes, their textures. Stimuli: shape
     and texture of the same number to learn from, of different numbers to decide on. A folder of Geirhos'
@@ -511,7 +494,6 @@ def cue_conflict(options, train, test, lesson, size, count):
 BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]   # rings, rad/px, up to Nyquist
 VOID = 255   # in a mask: a pixel of no class, which neither the loss nor the score counts
 NOISE = 25.5  # the noise's root mean square: a tenth of full brightness
-
 def study(vit, options, scratch):
     """One model -> (numbers for results.json, arrays with a row per image for the claims)."""
     print(vit.facts["name"], flush=True)
@@ -602,7 +584,6 @@ def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
         middle = x[k:-k] if len(x) > 2 * k else x
         return float(dict(early=x[:k], middle=middle, late=x[-k:], last=x[-1:], all=x)[which].mean())
     return value
-
 def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
     first, last = free_spectrum(x).mean(dim=1)
@@ -639,7 +620,6 @@ CLAIMS = {
          ("NMI: last < mid", over("nmi", "last"), lambda v: v("hybrid", over("nmi", "middle")) - v("hybrid")),
          ("Δ at π: early ≥ CL, late ≤ MIM", over("pi", "late"), lambda v: min(
              v("hybrid", over("pi", "early")) - v("CL", over("pi", "early")), v("MIM") - v("hybrid")))]}
-
 def groups_of(models, samples):
     """Role -> arrays of its models; several seeds are several models. The plain roles take the size that most
     models have, without decoder; 'hybrid' is the λ nearest 0.2, 'best hybrid' the λ best on validation."""
@@ -660,7 +640,6 @@ def groups_of(models, samples):
         groups["hybrid"] = hybrids[min(hybrids, key=lambda lam: abs((0.2 if lam is None else lam) - 0.2))]
         groups["best hybrid"] = hybrids[max(score, key=score.get)]
     return dict(groups)
-
 def evaluate(test, value, groups, rng=None):
     """test(v) for all seeds and images, or, with rng, for a bootstrap sample: seeds first, then images.
     KeyError: a role without a model, or what was not measured."""
@@ -669,7 +648,6 @@ def evaluate(test, value, groups, rng=None):
         draw = rng.random(max(len(m["nmi"]) for ms in groups.values() for m in ms))
     take = (lambda x: x[(draw[:len(x)] * len(x)).astype(int)]) if rng else lambda x: x
     return test(lambda role, f=value: float(np.mean([f(m, take) for m in groups[role]])))
-
 def judge(groups, draws=1000):
     """The claims table. A part holds when its difference and its 95 % bootstrap interval are above 0.
     'agrees': all parts hold. 'weak': all differences above 0, or half of the parts hold. Else 'disagrees'."""
@@ -698,7 +676,6 @@ def judge(groups, draws=1000):
         verdict = "not testable" if None in held else verdict
         table.append(dict(claim=int(number), figure=figure, text=claim, verdict=verdict, parts=rows))
     return table
-
 def claims_table(table):
     lines = [f"{'':41}     CL     MIM  hybrid   difference [95 % interval]"]
     for claim in table:
@@ -719,10 +696,8 @@ AXES = {  # x label -> x of n values from a model of L layers
     "rank": lambda n, L: np.arange(1, n + 1),
     "frequency (π rad per patch)": lambda n, L: np.linspace(0, 1, n),
     "noise frequency (π rad per pixel)": lambda n, L: (np.arange(n) + 0.5) / n}
-
 def canvas(rows, cols, w=4.3, h=3.7):
     return plt.subplots(rows, cols, figsize=(w * cols, h * rows), squeeze=False, layout="constrained")
-
 def fig_curves(panels, models):
     """Panels (beginning of keys in the results, y label, x label): one curve per model along depth, rank or
     frequency, values (layers, heads) as mean and band, and a panel for each key; or hollow points, the keys
@@ -760,7 +735,6 @@ def fig_curves(panels, models):
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
     axes[0, 0].legend(fontsize=9)
     return fig
-
 def fig_images(key, models):
     """Attention maps or reconstructions, one row per model."""
     fig, axes = canvas(len(models), len(models[0]["examples"][key]), 1.4, 1.7)
@@ -773,7 +747,6 @@ def fig_images(key, models):
                 corner = c * side - 0.5, r * side - 0.5
                 axis.add_patch(plt.Rectangle(corner, side, side, fill=False, ec="#56B4E9", lw=2))
     return fig
-
 def fig_plane(key, models):
     """Tokens on their principal plane, a colour per image: around the last attention, or at the end."""
     fig, axes = canvas(1, len(models), 3.8, 4)
@@ -789,7 +762,6 @@ def fig_plane(key, models):
     if key == "plane":
         axes[0, 0].legend(title="colour: image", fontsize=9)
     return fig
-
 def fig_cka(key, models):
     """Linear CKA of every layer of every model with every other."""
     fig, [[axis]] = canvas(1, 1, 6.5, 5)
@@ -829,7 +801,6 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "cka": (fig_cka, "equally many images")}
 
 VARY = dict(scaling=("parameters", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))  # values at least
-
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
     rows = {name: (claim, figure) for _, claim, figures, names in MAP
@@ -879,7 +850,6 @@ def parse(argv):
     for folder in (options.masks, options.cue_conflict):
         need(os.path.isdir(folder or "."), f"{folder}: no such folder")
     return options
-
 def analyse(options):
     """Checkpoints -> the contents of results.json."""
     loaded, scratch = [], {}
@@ -901,7 +871,6 @@ def analyse(options):
     results = dict(settings=vars(options), models=models, claims=judge(groups_of(models, samples)))
     text = json.dumps(results, default=lambda array: array.tolist())    # 5 significant digits, nan as null:
     return json.loads(text, parse_float=lambda x: float(f"{float(x):.5g}"), parse_constant=lambda nan: None)
-
 def main(argv=None):
     """Runs the command line; returns the exit status: 0, or 2 for bad input with one line on what to mend."""
     try:

@@ -373,7 +373,6 @@ def cut(image, size, smallest=(), rng=None):
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]    # (1, 3, h, w)
     crops = [F.interpolate(x[..., b:d, a:c], size, mode="bilinear", antialias=True) for a, b, c, d in boxes]
     return torch.cat(crops).numpy()
-
 class Views:
     """(epoch, index) -> all crops of a file, every random choice for it; epoch None: centre, for tests."""
     def __init__(self, source, cfg):
@@ -497,7 +496,6 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # a damaged file can raise anything
         raise UserError(f"{path}: no such file, or not a checkpoint that is safe to read") from error
-
 def plan(cfg, model, images, rate, say):
     """Says what a run costs. FLOPs of a block and token: 24D² in linear layers, 4TD in attention to T tokens,
     backward twice that. Bytes: 16 a trained weight, 4 an averaged one, 36D a block and token (SimMIM 58D)."""
@@ -523,7 +521,8 @@ def train(cfg, state, rank, ranks):
     steps = max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
     say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
         f"{count} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
-        f"{cfg.batch_size // ranks // cfg.accum}, {cfg.dtype} on {cfg.device}, into {out}", flush=True)
+        f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
+        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}; step 3 tells the minutes left", flush=True)
     model = SSL(cfg).to(device)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
