@@ -729,7 +729,7 @@ def fig_curves(panels, models):
             x, *ys = zip(*sorted(line))
             for y, word, style in zip(ys, words, STYLES):
                 axis.plot(x, y, style, color=colour, lw=1, zorder=0)
-                axis.annotate(word, (x[-1], y[-1]), fontsize=9)
+                axis.annotate(word, (x[-1], y[-1]), (-6, 5), textcoords="offset points", ha="right")
         axis.set(xlabel={"lam": "λ (0: MIM, 1: CL)"}.get(x_label, x_label), ylabel=y_label)
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
@@ -816,7 +816,7 @@ def draw(models, names, out):
             print(f"skipped {name}: needs {needs}")
             continue
         fig = fig_curves(what, able) if type(what) is list else what(name, able)
-        fig.suptitle(f"{claim}?", wrap=True)
+        fig.suptitle(f"{claim[0].upper()}{claim[1:]}?", wrap=True)
         number, *side = figure.split()
         file = name if number == "-" else "_".join(["fig" + number.zfill(2), *side, name])
         fig.savefig(out / f"{file}.png", dpi=130)
