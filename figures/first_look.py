@@ -45,7 +45,8 @@ def reconstruction(path):
     images = (torch.from_numpy(np.stack(crops)) / 255 - sslvit.MEAN) / sslvit.STD
     generator, sizes = torch.Generator().manual_seed(0), (cfg.image_size, cfg.patch_size, cfg.mask_unit)
     mask = sslvit.random_mask(8, *sizes, cfg.mask_ratio, generator)[..., None]
-    true, predicted = sslvit.patchify(images, cfg.patch_size), model.reconstruct(images, mask[..., 0])[1]
+    tokens = model.encoder(images, mask[..., 0], mask_token=model.mask_token)
+    true, predicted = sslvit.patchify(images, cfg.patch_size), model.decoder(tokens)[:, 1:]
     rows = {
         "image": true,
         "60 % masked": torch.where(mask, 0, true),

@@ -2,6 +2,7 @@
 
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,3 +64,34 @@ def test_analyze(tmp_path, capfd):
             words += [flag, *rng.sample(pool, rng.choice([0, 1, 1, 2]))]
         seen.append(check(analyze, [*words, *last], capfd))
     assert seen.count(0) > 2 and seen.count(2) > 30
+
+
+def test_the_first_pictures(tmp_path):
+    """README's `python figures/first_look.py CHECKPOINT`, on a copy of its folder so that nothing is overwritten."""
+    root, run = Path(__file__).resolve().parents[1], str(tmp_path / "run")
+    (tmp_path / "figures").mkdir()
+    for name in ("sslvit.py", "figures/first_look.py"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    assert (
+        sslvit.main(
+            [
+                "--objective",
+                "simmim",
+                "--model",
+                "tiny",
+                *"--steps 1 --batch-size 4 --knn-images 0 --device cpu".split(),
+                "--out",
+                run,
+            ]
+        )
+        == 0
+    )
+    code = (
+        "import sys; sys.path.insert(0, '.'); import sslvit; sslvit.SIZES['tiny'] = dict(width=24, depth=2, heads=3); "
+        "sys.argv = ['first_look.py', sys.argv[1]]; import runpy; runpy.run_path('figures/first_look.py', run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", code, f"{run}/ckpt.pt"], cwd=tmp_path, check=True)
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {
+        "stimuli.png",
+        "reconstruction.png",
+    }
