@@ -421,6 +421,16 @@ def test_exif_orientation_one_pixel_and_large_jpegs(tmp_path):
     assert abs(fast.astype(float) - full).mean() < 4  # decoded at 1/8: the same crop
 
 
+def test_crops_are_rounded_to_whole_pixels_and_keep_one(monkeypatch):
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)  # row, column: 8 · row + column
+    monkeypatch.setattr(
+        sslvit, "crop_box", lambda *_: (2.4, 0.4, 6.4, 4.4)
+    )  # nearest whole pixels: 2, 0, 6, 4
+    assert (sslvit.cut(Image.fromarray(pixels), 4, [0.5])[0, 0] == pixels[0:4, 2:6]).all()
+    monkeypatch.setattr(sslvit, "crop_box", lambda *_: (7.6, 5.6, 7.9, 5.9))  # 8 to 8 and 6 to 6: empty
+    assert (sslvit.cut(Image.fromarray(pixels), 4, [0.5])[0, 0] == pixels[5, 7]).all()
+
+
 def test_crop_boxes():
     rng = np.random.default_rng(0)
     boxes = np.array([sslvit.crop_box(50, 40, 0.2, rng) for _ in range(2000)])
