@@ -20,7 +20,7 @@ Section of the paper [P] -> claim -> figure, and its name for --only. This table
   not in [P]   - do the tokens of an image stay together                  -                tokens
                - what was under the mask                                  -                pixels
                - which layers see the same differences between images     -                cka
-               - what contrastive learning ignores: crops and blur        -                views
+               - does contrastive learning ignore what crops destroy      -                views
 
 [P] Park et al., What Do Self-Supervised Vision Transformers Learn?, ICLR 2023, arXiv 2305.00729.
 Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers, F frequencies, n rows
@@ -494,7 +494,8 @@ def study(vit, options, scratch):
     result = {key: array.mean(axis=0) for key, array in sample.items()}
     sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
     fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples=examples(vit, images[:10]))
+    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1],
+                   examples={} if vit.facts["run"] else examples(vit, images[:10]))     # of the first seed
     sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
     for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
         result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
@@ -687,7 +688,7 @@ def claims_table(table):
 
 # ==== 6. Figures: drawn from the results alone =============================================================
 COLOURS = {"CL": "#D55E00", "MIM": "#0072B2", "hybrid": "#009E73", "other": "#7F7F7F"}     # colour-blind safe
-STYLES, MARKERS = ("-", "--", ":", "-."), "osD^"            # models of one objective differ in these
+STYLES, MARKERS = ("-", "--", ":", "-."), "osD^vP"          # models of one objective differ in these
 AXES = {  # x label -> x of n values from a model of L layers
     "layer": lambda n, L: np.arange(L - n + 1, L + 1),
     "layer (half: after its attention)": lambda n, L: np.arange(1, n + 1) / 2,
@@ -712,13 +713,12 @@ def fig_curves(panels, models):
         for aside, name in zip(np.linspace(-0.3, 0.3, len(names) + 2)[1:], names):
             m, *_ = seeds = [m for m in models if m["name"] == name]
             y = np.array([[m[key] for m in seeds] for key in keys], dtype=float)    # (keys, seeds, …)
-            colour, nth = COLOURS[m["role"]], m["nth"] % 4
-            style = dict(color=colour, marker=MARKERS[nth])
+            style = dict(color=(colour := COLOURS[m["role"]]), marker=MARKERS[m["nth"] % 6])
             if x_label in AXES:
                 y = np.moveaxis(y[0], 0, -1).reshape(y.shape[2], -1)                # (x, heads · seeds)
                 x = AXES[x_label](len(y), m["depth"])
                 axis.fill_between(x, y.min(axis=1), y.max(axis=1), color=colour, alpha=0.15, lw=0)
-                axis.plot(x, y.mean(axis=1), ls=STYLES[nth], ms=5 * (len(y) <= 30), label=name, **style)
+                axis.plot(x, y.mean(axis=1), STYLES[m["nth"] % 4], ms=5 * (len(y) <= 30), label=name, **style)
             else:
                 x = [m[x_label]] * len(keys) if x_label else np.arange(len(keys)) + aside
                 axis.plot(x, y, ls="", ms=7, mfc="none", label=[name] + ["_"] * (len(seeds) - 1), **style)
@@ -776,13 +776,13 @@ def fig_cka(key, models):
 
 LABELS = "labels and a training set (the stimuli, or class folders in --data)"
 LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
-NMI, AT_PI = ("nmi", "NMI (band: heads)", LAYER), ("pi", "Δ log amplitude at π", HALF)
+NMI, AT_PI = ("nmi", "NMI (band: heads, seeds)", LAYER), ("pi", "Δ log amplitude at π", HALF)
 PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
 FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it needs)
     "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
     "scaling": ([(*TUNED, "parameters")], "checkpoints of two model sizes, " + LABELS),
     "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
-    "distance": ([("distance", "attention distance (px; band: heads)", LAYER)], ""),
+    "distance": ([("distance", "attention distance (px; band: heads, seeds)", LAYER)], ""),
     "nmi": ([NMI], ""),
     "similarity": ([(key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")],
                    "two layers and two heads"),
