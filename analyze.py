@@ -28,7 +28,6 @@ of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM 
 """
 
 # fmt: off
-# (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
 from collections import Counter, defaultdict
 from copy import deepcopy
@@ -534,7 +533,8 @@ def study(vit, options, scratch):
         shape = tuple(vit.facts[key] for key in ("image_size", "patch_size", "width", "depth", "heads"))
         if shape not in scratch:                            # one new network serves all models of its size
             scratch[shape] = fine_tune(ViT(*shape).to(options.device), *work, decay=1.0, label="new network")
-        for label, right in (("fine-tuned", fine_tune(vit, *work)), ("from scratch", scratch[shape])):
+        tuned = fine_tune(vit, *work, decay=options.decay)
+        for label, right in (("fine-tuned", tuned), ("from scratch", scratch[shape])):
             sample |= {label: right[:len(images)], f"{label} val": right[len(images):].mean()}
             result |= by_name(label, sample[label].mean(axis=0))
     if "dense" in wanted and masks is not None:
@@ -680,8 +680,7 @@ def claims_table(table):
             text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
             lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
             if seeds:
-                values = (np.std([one.get(role, 0) for one in seeds], ddof=1) for role in ROLES)
-                values = " ".join(f"±{value:6.3f}" for value in values)
+                values = " ".join(f"± {np.std([s.get(r, 0) for s in seeds], ddof=1):5.3f}" for r in ROLES)
                 holds = sum(one["holds"] for one in seeds)
                 lines.append(f"{'':41} {values}   holds in {holds} of {len(seeds)} seeds")
     return "\n".join(lines)
@@ -839,6 +838,7 @@ def parse(argv):
     add("--from", dest="results", default="", help="a results.json: draw again, compute nothing")
     add("--images", type=int, default=1000, help="test images; probes learn from three times as many [1000]")
     add("--epochs", type=int, default=10, help="of fine-tuning and of the segmentation heads [10]")
+    add("--decay", type=float, default=0.75, help="fine-tuning: rate of a layer / of the next [0.75]")
     add("--heads", type=int, help="attention heads, for files whose shapes do not tell")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     options = parser.parse_args(argv)
@@ -848,6 +848,7 @@ def parse(argv):
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     require(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
     require(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
+    require(0 < options.decay <= 1, "--decay is above 0 and at most 1")
     for folder in filter(None, (options.masks, options.cue_conflict)):
         require(os.path.isdir(folder), f"{folder}: no such folder")
     return options
@@ -895,6 +896,5 @@ def main(argv=None):
         message = error if known else f"--from {old}: not results ({type(error).__name__})"
         print(f"analyze.py: {message}", file=sys.stderr)
         return 2
-
 if __name__ == "__main__":
     sys.exit(main())
