@@ -22,9 +22,10 @@ code = {name: (root / name).read_text() for name in ("sslvit.py", "analyze.py", 
 
 
 def commands():
-    """Every command in README.md's sh blocks, loops and variables expanded by a shell in which python, torchrun
+    """Every command in README.md's sh blocks and between backticks, loops and variables expanded by a shell in which python, torchrun
     and pip only say how they were called."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    blocks += re.findall(r"`((?:OMP_NUM_THREADS=1 )?(?:python|torchrun) [^`…]+)`", text.replace("\n", " "))
     say = "".join(
         name + "() { printf '%s\\t' " + name + ' "$@"; echo; }\n' for name in ("python", "torchrun", "pip")
     )
@@ -44,7 +45,7 @@ def test_every_command_parses(monkeypatch):
             assert words[0] == "pip" or words[1:4] == ["-m", "pytest", "-q"], words
             continue
         assert (root / program).exists(), words
-        if program in programs:
+        if program in programs and "--help" not in words:
             programs[program](words[words.index(program) + 1 :])
     assert seen >= {*programs, "tests/bench.py", "figures/first_look.py", "tests/exercises.py", None}
 
