@@ -493,8 +493,9 @@ def study(vit, options, scratch):
     result = {key: array.mean(axis=0) for key, array in sample.items()}
     sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
     fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1],
-                   examples={} if vit.facts["run"] else examples(vit, images[:10]))     # of the first seed
+    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples={})
+    if wanted & {"maps", "plane", "tokens", "pixels"} and vit.facts["run"] == 0:    # of the first seed
+        result["examples"] = examples(vit, images[:10])
     sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
     for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
         result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
@@ -509,8 +510,7 @@ def study(vit, options, scratch):
         return (x[:cut], lesson[1][:cut]), (x[cut:], lesson[1][cut:]), (x_test, labels)
     def by_name(label, accuracies):                         # one for each label set
         return {f"{label} {name}": value for name, value in zip(test.label_names, accuracies)}
-    output = splits(seen["output"], got["output"])
-    best = best_probe(*output)
+    best = best_probe(*(output := splits(seen["output"], got["output"])))
     sample |= {"linear probe": best["right"], "linear probe val": best["val"]}
     result["probe of"] = ("pooled patch tokens", "CLS")[best["which"]]
     result |= by_name("linear probe", best["right"].mean(axis=0))
