@@ -572,8 +572,7 @@ def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
     return value
 def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
-    first, last = free_spectrum(x).mean(dim=1)
-    return float(last - first)
+    return float(free_spectrum(x).mean(dim=1).diff())
 
 ROLES = "CL", "MIM", "hybrid"
 CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
@@ -820,8 +819,9 @@ def draw(models, names, out):
         fig = fig_curves(what, able) if type(what) is list else what(name, [m for m in able if m["run"] == 0])
         fig.suptitle(f"{claim[0].upper()}{claim[1:]}?", wrap=True)
         number, *side = figure.split()
-        file = name if number == "-" else "_".join(["fig" + number.zfill(2), *side, name])
-        fig.savefig(out / f"{file}.png", dpi=130)
+        file = out / ("_".join([f"fig{number:0>2}"] * (number != "-") + [*side, name]) + ".png")
+        fig.savefig(file, dpi=130)
+        Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)     # a third of the bytes
         plt.close(fig)
 
 # ==== 7. Command line ======================================================================================
