@@ -663,10 +663,9 @@ def judge(groups, draws=1000):
                 role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
                 needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
                 row["why"] = f"needs {needs}"
-        held = [row.get("holds") for row in rows]           # None: not testable
-        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * held.count(True) >= len(held)
-        verdict = "agrees" if all(held) else "weak" if weak else "disagrees"
-        verdict = "not testable" if None in held else verdict
+        ok = [row.get("holds") for row in rows]             # None: not testable
+        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * ok.count(True) >= len(ok)
+        verdict = "not testable" if None in ok else "agrees" if all(ok) else "weak" if weak else "disagrees"
         table.append(dict(claim=int(number), figure=figure, text=claim, verdict=verdict, parts=rows))
     return table
 def claims_table(table):
@@ -726,12 +725,13 @@ def fig_curves(panels, models):
             x, *ys = zip(*sorted(line))
             for j, (y, word) in enumerate(zip(ys, words)):
                 axis.plot(x, y, STYLES[(i if blur else j) % 4], color=colour, lw=1, zorder=0)
-                axis.annotate(word + blur, (x[-1], y[-1]), (-6, 5), textcoords="offset points", ha="right")
+                axis.text(x[i % 2 - 1], y[i % 2 - 1], f"  {word}{blur}  ", ha=("right", "left")[i % 2])
         titles = dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)")
         axis.set(xlabel=titles.get(x_label, x_label), ylabel=y_label)
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
-    axes[0, 0].legend(fontsize=9)
+    columns = int(43 * wrap / (6 + max(map(len, names)))) or 1
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9)
     return fig
 def fig_images(key, models):
     """Attention maps or reconstructions, one row per model."""
