@@ -20,6 +20,7 @@ Section of the paper [P] -> claim -> figure, and its name for --only. This table
   not in [P]   - do the tokens of an image stay together                  -                tokens
                - what was under the mask                                  -                pixels
                - which layers see the same differences between images     -                cka
+               - does contrastive learning ignore what crops destroy      -                views
 
 [P] Park et al., What Do Self-Supervised Vision Transformers Learn?, ICLR 2023, arXiv 2305.00729.
 Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers, F frequencies, n rows
@@ -27,7 +28,6 @@ of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM 
 """
 
 # fmt: off
-# (laid out by hand: it is to be read, and projected on a wall)
 import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
 from collections import Counter, defaultdict
 from copy import deepcopy
@@ -36,14 +36,9 @@ import matplotlib.pyplot as plt
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
 import sslvit
-from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT
+from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT, require
 
 MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)  # number, claim, figures, names
-
-def need(condition, message):
-    """What the user can mend ends the program with one line."""
-    if not condition:
-        raise UserError(message)
 
 # ==== 1. Metrics of one batch: pure functions of tensors ===================================================
 def attention_distance(attn, grid, patch_size):
@@ -54,7 +49,6 @@ def attention_distance(attn, grid, patch_size):
     n = torch.arange(rows * cols, device=attn.device)
     x = torch.stack([n // cols, n % cols], dim=1).to(attn.dtype) * patch_size       # (N, 2) px
     return (attn * (x[:, None] - x).norm(dim=-1)).sum(dim=-1).mean(dim=-1)
-
 def attention_nmi(attn):
     """Does it matter who asks?  Normalised mutual information of query and key ([P] figure 4).
     With p(q) = 1/N and p(k) = mean_q A[q,k]: I = Σ p(q) A log(A / p(k)) = H(k) - mean_q H(A[q]), and
@@ -64,24 +58,20 @@ def attention_nmi(attn):
     information = entropy - torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
     nmi = information / (entropy * math.log(attn.shape[-2])).sqrt()
     return torch.where(entropy > 0, nmi, 0.0).clamp(0, 1)   # rounding may step over the ends
-
 def token_similarity(tokens):
     """Are the tokens of an image told apart?  Mean cosine of the N(N - 1) pairs of different tokens, from
     |Σu|² = Σ|u|² + Σ_pairs ([P] figure 5 right). tokens (..., N, D) -> (...) in [-1/(N-1), 1]; 1: alike."""
     unit, n = F.normalize(tokens, dim=-1), tokens.shape[-2]
     pairs = unit.sum(dim=-2).square().sum(dim=-1) - unit.square().sum(dim=(-2, -1))
     return pairs / (n * (n - 1) or math.nan)
-
 def head_similarity(heads):
     """Do the heads read different things?  Mean cosine between the heads' outputs A_h·V_h of the same token
     ([P] figure 5 left). heads (B, H, N, d) -> (B,) in [-1, 1]. 1: all alike, 0: orthogonal; one head: nan."""
     return token_similarity(heads.transpose(1, 2)).mean(dim=-1)
-
 def depth_similarity(a, b):
     """Do neighbouring layers add different things?  Mean cosine of the same token's attention outputs in two
     layers ([P] figure 5 middle). a, b (B, N, D) -> (B,) in [-1, 1]. 1: the second layer repeats the first."""
     return F.cosine_similarity(a, b, dim=-1).mean(dim=-1)
-
 def fourier_amplitude(tokens, grid):
     """Which frequencies does a token map keep?  Δ log amplitude along the half diagonal 0 … π ([P] figure 8).
     X(ω) = Σ x[r,c]·exp(-iω(r + c)) for each channel; log|X(ω)| - log|X(0)|, mean over channels. On an even
@@ -95,7 +85,6 @@ def fourier_amplitude(tokens, grid):
     real, imag = (wave.to(tokens.dtype) @ tokens for wave in (phase.cos(), phase.sin()))    # (..., F, D)
     log = torch.hypot(real, imag).clamp(min=1e-37).log().mean(dim=-1)               # keeps log 0 finite
     return log - log[..., :1]
-
 def singular_spectrum(x):
     """How many directions do the rows of a matrix fill?  Log singular values, largest first ([P] figure 7).
     x (..., n, D), centred over n here -> (..., min(n, D)). Equal values: the rows fill all directions alike;
@@ -105,25 +94,21 @@ def singular_spectrum(x):
     square = torch.linalg.eigvalsh(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).flip(-1)
     floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.maximum(square, floor).log() / 2
-
 def free_spectrum(x):
     """singular_spectrum(x) without the value that is 0 only because n ≤ D rows were centred."""
     return singular_spectrum(x)[..., :min(x.shape[-2] - 1, x.shape[-1])]
-
 def cka(x, y):
     """Do two layers see the same differences between images?  Linear CKA (Kornblith et al. 2019),
     ‖XᵀY‖² / (‖XᵀX‖·‖YᵀY‖), Frobenius norms of centred features x (n, D), y (n, D') -> scalar in [0, 1].
     1: the same up to rotation and scale. 0: unrelated."""
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
-
 def nearest_purity(tokens):
     """Share of tokens whose nearest neighbour (Euclidean) is of the same image; tokens (B, N, D) -> scalar
     in [0, 1]. 1: images are islands. Chance: (N - 1) / (BN - 1)."""
     flat, image = tokens.flatten(0, 1), torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
     distance = torch.cdist(flat, flat).fill_diagonal_(math.inf)
     return (image[distance.argmin(dim=1).cpu()] == image).float().mean()
-
 def mean_iou(pred, target, classes):
     """Intersection over union, mean over the classes in either map; pred, target (B, h, w) of class numbers,
     target VOID where nobody knows -> (B,) in [0, 1]. 1: every pixel right ([P] figure 1 right)."""
@@ -131,14 +116,12 @@ def mean_iou(pred, target, classes):
     p, t = (F.one_hot(m, classes + 1)[..., :-1].bool() for m in maps)               # (B, hw, classes)
     both, either = (p & t).sum(dim=1), (p | t).sum(dim=1)
     return (both / either.clamp(min=1)).sum(dim=1) / (either > 0).sum(dim=1)
-
 def shape_bias(decisions, shapes, textures):
     """Outline or surface?  Among cue-conflict decisions that match either cue, the share that match the shape
     (Geirhos et al. 2019; [P] figure 9 left). Three arrays (n,) of class numbers -> scalar in [0, 1], nan if
     no decision matches. 1: always the shape, 0: always the texture."""
     shape, texture = (decisions == shapes).sum(), (decisions == textures).sum()
     return float(shape / (shape + texture)) if shape + texture else math.nan
-
 def band_noise(size, low, high, generator=None):
     """Gaussian noise of the spatial frequencies low ≤ |ω| < high (rad/px), (B, 3, h, w) like `size`: each
     image's root mean square is 1 ([P] figure 9 right)."""
@@ -147,7 +130,6 @@ def band_noise(size, low, high, generator=None):
     radius = (y[:, None].square() + x.square()).sqrt()                              # (h, w)
     noise = torch.fft.ifft2(noise * ((radius >= low) & (radius < high))).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-
 def band_noise_drop(clean, noisy):
     """What does noise cost?  1 - accuracy(noisy) / accuracy(clean) ([P] figure 9 right). clean (n,), noisy
     (bands, n): 1 where right -> (bands,), at most 1. 0: does not matter, 1: all is lost; nan: never right."""
@@ -196,7 +178,7 @@ def tidy(state, prefix):
     if "pos_embed" in weights:
         table, registers = weights["pos_embed"], weights.get(REGISTERS, torch.zeros(1, 0, 1))
         extra = table.shape[1] - math.isqrt(table.shape[1]) ** 2    # tokens with a place beside the patches
-        need(extra in (0, 1, 1 + registers.shape[1]), f"{table.shape[1]} positions, which is no square")
+        require(extra in (0, 1, 1 + registers.shape[1]), f"{table.shape[1]} positions, which is no square")
         if extra > 1:
             weights[REGISTERS] = registers + table[:, 1:extra]
         cls = table[:, :1] * (extra > 0)                            # timm's no_embed_class: CLS at 0
@@ -221,7 +203,7 @@ def load_encoder(path, heads=None):
     stem, doubt = "patch_embed.proj.weight", ""
     try:
         names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
-        need("constants.pkl" not in names, "a TorchScript program, which torch.load would interpret")
+        require("constants.pkl" not in names, "a TorchScript program, which torch.load would interpret")
         raw = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
         raw = raw if isinstance(raw, dict) else {}
         config = raw["config"] if isinstance(raw.get("config"), dict) and "objective" in raw["config"] else {}
@@ -229,7 +211,7 @@ def load_encoder(path, heads=None):
             raw = raw[box] if isinstance(raw.get(box), dict) else raw
         state = {str(key): value for key, value in raw.items() if isinstance(value, torch.Tensor)}
         prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
-        need(prefixes, f"no {stem} in {len(state)} tensors {list(state)[:3]}")
+        require(prefixes, f"no {stem} in {len(state)} tensors {list(state)[:3]}")
         prefix = min(prefixes, key=lambda p: ("momentum" in p or "key" in p, len(p)))   # average: if alone
         moco = re.search("base_encoder|momentum", prefix)
         weights, skipped, own = tidy(state, prefix)
@@ -258,7 +240,7 @@ def load_encoder(path, heads=None):
             vit.register_forward_hook(drop_registers)
         missing, unexpected = vit.load_state_dict(weights, strict=False)
         absent = [key for key in missing if not key.startswith("norm.")]
-        need(not absent, f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
+        require(not absent, f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
     except Exception as error:                              # a damaged file can raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: no Vision Transformer that can be taken apart here: {reason}") from error
@@ -267,6 +249,7 @@ def load_encoder(path, heads=None):
     role = "other" if lam is None else {1: "CL", 0: "MIM"}.get(lam, "hybrid")
     vit.facts = dict(path=str(path), role=role, lam=lam, width=width, depth=depth, heads=heads,
                      patch_size=patch, image_size=grid * patch, decoder_depth=deep, config=config,
+                     crop_min=config.get("crop_min"), blur=config.get("blur"),
                      parameters=sum(p.numel() for p in vit.parameters()))
     print(f"{path}: {role}, patches of {patch} px, {width} wide, {depth} deep, {heads} heads{doubt}")
     for title, keys in (("missing", missing), ("unexpected, not used", unexpected), ("skipped", skipped)):
@@ -308,8 +291,8 @@ def read_images(source, indices, size, masks=None, label="images"):
             rows.append((sslvit.cut(image, size)[0], labels, mask))
         except Exception as error:
             print(f"  left out: {source[i][0]!r} ({type(error).__name__}: {error})")
-    need(rows, "not one image could be read")
-    need(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
+    require(rows, "not one image could be read")
+    require(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
     images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
     return images, labels.long(), drawn.long() if drawn.ndim == 3 else None
 def normalise(images, device):
@@ -444,7 +427,9 @@ def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, la
         for part in (x, y) if y.ndim == 3 else (x,):
             part[flip] = part[flip].flip(-1)
         solver.zero_grad()
-        loss(logits(vit(normalise(x, device))), y.to(device)).backward()
+        with torch.autocast(device.type, torch.bfloat16, sslvit.has_bf16(device.type == "cuda")):
+            lost = loss(logits(vit(normalise(x, device))), y.to(device))
+        lost.backward()
         solver.step()
     head.eval()
     return lambda images: encode(vit, images, logits)
@@ -454,8 +439,7 @@ def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, **how):
     Returns 1 for right, 0 for wrong (n, label sets): the mean is the accuracy."""
     def loss(logits, labels):
         return sum(map(F.cross_entropy, logits.split(classes, dim=1), labels.T))
-    predict = fit(deepcopy(vit), sum(classes), True, loss, train, epochs, lr, **how)
-    parts = predict(test[0]).split(classes, dim=1)
+    parts = fit(deepcopy(vit), sum(classes), True, loss, train, epochs, lr, **how)(test[0]).split(classes, 1)
     return torch.stack([(p.argmax(dim=1) == y).float() for p, y in zip(parts, test[1].T)], dim=1).numpy()
 def dense_probe(vit, train, test, classes, epochs=10, tune=False):
     """Segmentation: one linear layer per token predicts the classes of its p × p pixels; tune: the encoder
@@ -485,7 +469,7 @@ def cue_conflict(options, train, test, lesson, size, count):
         return None
     source, classes = sslvit.ImageFolder(options.cue_conflict), {c: i for i, c in enumerate(test.classes[0])}
     found = [re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(file).name) for file, _ in source]
-    need(all(found) and {cue for m in found for cue in m.groups()} <= classes.keys(),
+    require(all(found) and {cue for m in found for cue in m.groups()} <= classes.keys(),
          f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
     cues = np.array([[classes[cue] for cue in m.groups()] for m in found])
     known = np.isin(lesson[1][:, 0], cues)
@@ -509,7 +493,9 @@ def study(vit, options, scratch):
     result = {key: array.mean(axis=0) for key, array in sample.items()}
     sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
     fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples=examples(vit, images[:10]))
+    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples={})
+    if wanted & {"maps", "plane", "tokens", "pixels"} and vit.facts["run"] == 0:    # of the first seed
+        result["examples"] = examples(vit, images[:10])
     sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
     for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
         result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
@@ -524,8 +510,7 @@ def study(vit, options, scratch):
         return (x[:cut], lesson[1][:cut]), (x[cut:], lesson[1][cut:]), (x_test, labels)
     def by_name(label, accuracies):                         # one for each label set
         return {f"{label} {name}": value for name, value in zip(test.label_names, accuracies)}
-    output = splits(seen["output"], got["output"])
-    best = best_probe(*output)
+    best = best_probe(*(output := splits(seen["output"], got["output"])))
     sample |= {"linear probe": best["right"], "linear probe val": best["val"]}
     result["probe of"] = ("pooled patch tokens", "CLS")[best["which"]]
     result |= by_name("linear probe", best["right"].mean(axis=0))
@@ -548,7 +533,8 @@ def study(vit, options, scratch):
         shape = tuple(vit.facts[key] for key in ("image_size", "patch_size", "width", "depth", "heads"))
         if shape not in scratch:                            # one new network serves all models of its size
             scratch[shape] = fine_tune(ViT(*shape).to(options.device), *work, decay=1.0, label="new network")
-        for label, right in (("fine-tuned", fine_tune(vit, *work)), ("from scratch", scratch[shape])):
+        tuned = fine_tune(vit, *work, decay=options.decay)
+        for label, right in (("fine-tuned", tuned), ("from scratch", scratch[shape])):
             sample |= {label: right[:len(images)], f"{label} val": right[len(images):].mean()}
             result |= by_name(label, sample[label].mean(axis=0))
     if "dense" in wanted and masks is not None:
@@ -557,7 +543,7 @@ def study(vit, options, scratch):
         iou = {"mIoU linear": dense_probe(vit, *work), "mIoU fine-tuned": dense_probe(vit, *work, tune=True)}
         sample, result = sample | iou, result | {key: array.mean() for key, array in iou.items()}
     # shape against texture, and band-limited noise
-    if "bias" in wanted and (cues := cue_conflict(options, train, test, lesson, size, n)):
+    if wanted & {"bias", "views"} and (cues := cue_conflict(options, train, test, lesson, size, n)):
         known, y, conflict, shapes, textures = cues
         known, conflict, edge = encode(vit, known), encode(vit, conflict), 3 * len(y) // 4
         parts = (known[:edge], y[:edge, None]), (known[edge:], y[edge:, None]), (conflict, shapes[:, None])
@@ -586,9 +572,9 @@ def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
     return value
 def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
     x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
-    first, last = free_spectrum(x).mean(dim=1)
-    return float(last - first)
+    return float(free_spectrum(x).mean(dim=1).diff())
 
+ROLES = "CL", "MIM", "hybrid"
 CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
 # Number: parts (what, value function, test). test(v) > 0 is what the claim says; v(role) is the value's mean
 # over the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
@@ -632,7 +618,7 @@ def groups_of(models, samples):
         elif own == common:
             groups[f"{m['role']} with decoder"].append(sample)
         for word, end in (("smallest", min(size)), ("largest", max(size))):
-            if own == end and min(size) < max(size):
+            if own == end and min(size) < max(size) and not m["decoder_depth"]:
                 groups[f"{word} {m['role']}"].append(sample)
     if hybrids:
         score = {lam: np.mean([s.get("linear probe val", 0) + s.get("fine-tuned val", 0) for s in group])
@@ -648,32 +634,38 @@ def evaluate(test, value, groups, rng=None):
         draw = rng.random(max(len(m["nmi"]) for ms in groups.values() for m in ms))
     take = (lambda x: x[(draw[:len(x)] * len(x)).astype(int)]) if rng else lambda x: x
     return test(lambda role, f=value: float(np.mean([f(m, take) for m in groups[role]])))
+def compare(row, test, value, groups, draws):
+    """Adds to `row` the roles' values, their difference, its 95 % bootstrap interval and whether it holds."""
+    row |= {role: evaluate(lambda v, role=role: v(role), value, groups) for role in ROLES if role in groups}
+    row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
+    if math.isnan(row["difference"]):
+        raise KeyError("a number")
+    count = draws // 5 if value is image_growth else draws  # each draw decomposes matrices
+    drawn = [evaluate(test, value, groups, rng) for _ in range(count)]
+    row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
+    row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
+    return row
 def judge(groups, draws=1000):
     """The claims table. A part holds when its difference and its 95 % bootstrap interval are above 0.
-    'agrees': all parts hold. 'weak': all differences above 0, or half of the parts hold. Else 'disagrees'."""
-    table = []
+    'agrees': all parts hold. 'weak': all differences above 0, or half of the parts hold. Else 'disagrees'.
+    Roles with several seeds are also compared seed by seed."""
+    table, seeds = [], max(map(len, groups.values()))
     for number, claim, figure, names in MAP[:len(CLAIMS)]:
         rows = []
         for (what, value, test), name in zip(CLAIMS[int(number)], names.split() * 4):
             rows.append(row := {"part": what})
             try:
-                row |= {role: evaluate(lambda v, role=role: v(role), value, groups)
-                        for role in ("CL", "MIM", "hybrid") if role in groups}
-                row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
-                if math.isnan(row["difference"]):
-                    raise KeyError("a number")
-                count = draws // 5 if value is image_growth else draws      # each draw decomposes matrices
-                drawn = [evaluate(test, value, groups, rng) for _ in range(count)]
-                row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
-                row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
+                compare(row, test, value, groups, draws)
+                for i in range(seeds if seeds > 1 else 0):
+                    one = {role: [ms[i % len(ms)]] for role, ms in groups.items()}
+                    row.setdefault("seeds", []).append(compare({}, test, value, one, draws))
             except KeyError as key:
                 role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
                 needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
                 row["why"] = f"needs {needs}"
-        held = [row.get("holds") for row in rows]           # None: not testable
-        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * held.count(True) >= len(held)
-        verdict = "agrees" if all(held) else "weak" if weak else "disagrees"
-        verdict = "not testable" if None in held else verdict
+        ok = [row.get("holds") for row in rows]             # None: not testable
+        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * ok.count(True) >= len(ok)
+        verdict = "not testable" if None in ok else "agrees" if all(ok) else "weak" if weak else "disagrees"
         table.append(dict(claim=int(number), figure=figure, text=claim, verdict=verdict, parts=rows))
     return table
 def claims_table(table):
@@ -681,15 +673,19 @@ def claims_table(table):
     for claim in table:
         lines.append("{claim:2} {text} (figure {figure}): ".format(**claim) + claim["verdict"].upper())
         for row in claim["parts"]:
-            values = [row.get(role) for role in ("CL", "MIM", "hybrid")]
+            seeds, values = row.get("seeds", []), [row.get(role) for role in ROLES]
             values = " ".join("      -" if value is None else f"{value:7.3f}" for value in values)
             text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
             lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
+            if seeds:
+                values = " ".join(f"± {np.std([s.get(r, 0) for s in seeds], ddof=1):5.3f}" for r in ROLES)
+                holds = sum(one["holds"] for one in seeds)
+                lines.append(f"{'':41} {values}   holds in {holds} of {len(seeds)} seeds")
     return "\n".join(lines)
 
 # ==== 6. Figures: drawn from the results alone =============================================================
 COLOURS = {"CL": "#D55E00", "MIM": "#0072B2", "hybrid": "#009E73", "other": "#7F7F7F"}     # colour-blind safe
-STYLES, MARKERS = ("-", "--", ":", "-."), "osD^"            # models of one objective differ in these
+STYLES, MARKERS = ("-", "--", ":", "-."), "osD^vP"          # models of one objective differ in these
 AXES = {  # x label -> x of n values from a model of L layers
     "layer": lambda n, L: np.arange(L - n + 1, L + 1),
     "layer (half: after its attention)": lambda n, L: np.arange(1, n + 1) / 2,
@@ -699,10 +695,10 @@ AXES = {  # x label -> x of n values from a model of L layers
 def canvas(rows, cols, w=4.3, h=3.7):
     return plt.subplots(rows, cols, figsize=(w * cols, h * rows), squeeze=False, layout="constrained")
 def fig_curves(panels, models):
-    """Panels (beginning of keys in the results, y label, x label): one curve per model along depth, rank or
-    frequency, values (layers, heads) as mean and band, and a panel for each key; or hollow points, the keys
-    side by side or along λ or size, there joined by lines (along λ: of all roles)."""
-    rows = []
+    """Panels (beginning of keys in the results, y label, x label): one curve per name along depth, rank or
+    frequency, heads and seeds as mean and band, and a panel for each key; or hollow points, a point per seed,
+    the keys side by side or along λ or size, there joined by lines (along λ: of all roles)."""
+    rows, names = [], list(dict.fromkeys(m["name"] for m in models))
     for stem, y_label, x_label in panels:
         keys = [key for key in models[0] if key.startswith(stem)]
         each = [([key], y_label + key.removeprefix(stem), x_label) for key in keys]
@@ -711,29 +707,31 @@ def fig_curves(panels, models):
     fig, axes = canvas(-(-len(rows) // wrap), wrap)
     for axis, (keys, y_label, x_label) in zip(axes.flat, rows):
         words, lines = [key.split(" ")[-1] for key in keys], defaultdict(list)
-        for aside, m in zip(np.linspace(-0.3, 0.3, len(models) + 2)[1:], models):
-            colour, nth, y = COLOURS[m["role"]], m["nth"] % 4, np.array([m[key] for key in keys], dtype=float)
-            style = dict(color=colour, marker=MARKERS[nth], label=m["name"])
+        for aside, name in zip(np.linspace(-0.3, 0.3, len(names) + 2)[1:], names):
+            m, *_ = seeds = [m for m in models if m["name"] == name]
+            y = np.array([[m[key] for m in seeds] for key in keys], dtype=float)    # (keys, seeds, …)
+            style = dict(color=(colour := COLOURS[m["role"]]), marker=MARKERS[m["nth"] % 6])
             if x_label in AXES:
-                y = y[0]
+                y = np.moveaxis(y[0], 0, -1).reshape(y.shape[2], -1)                # (x, heads · seeds)
                 x = AXES[x_label](len(y), m["depth"])
-                if y.ndim == 2:
-                    axis.fill_between(x, y.min(axis=1), y.max(axis=1), color=colour, alpha=0.15, lw=0)
-                    y = y.mean(axis=1)
-                axis.plot(x, y, ls=STYLES[nth], ms=5 * (len(y) <= 30), **style)
+                axis.fill_between(x, y.min(axis=1), y.max(axis=1), color=colour, alpha=0.15, lw=0)
+                axis.plot(x, y.mean(axis=1), STYLES[m["nth"] % 4], ms=5 * (len(y) <= 30), label=name, **style)
             else:
                 x = [m[x_label]] * len(keys) if x_label else np.arange(len(keys)) + aside
-                axis.plot(x, y, ls="", ms=7, mfc="none", **style)
-                lines["black" if x_label == "lam" else colour].append((x[0], *y))
-        for colour, line in lines.items() if x_label else ():
+                axis.plot(x, y, ls="", ms=7, mfc="none", label=[name] + ["_"] * (len(seeds) - 1), **style)
+                blur = f", blur {m['blur']} px" * (x_label == "crop_min")
+                lines["black" if x_label == "lam" else colour, blur].append((x[0], *y.mean(axis=1)))
+        for i, ((colour, blur), line) in enumerate(lines.items() if x_label else ()):
             x, *ys = zip(*sorted(line))
-            for y, word, style in zip(ys, words, STYLES):
-                axis.plot(x, y, style, color=colour, lw=1, zorder=0)
-                axis.annotate(word, (x[-1], y[-1]), (-6, 5), textcoords="offset points", ha="right")
-        axis.set(xlabel={"lam": "λ (0: MIM, 1: CL)"}.get(x_label, x_label), ylabel=y_label)
+            for j, (y, word) in enumerate(zip(ys, words)):
+                axis.plot(x, y, STYLES[(i if blur else j) % 4], color=colour, lw=1, zorder=0)
+                axis.text(x[i % 2 - 1], y[i % 2 - 1], f"  {word}{blur}  ", ha=("right", "left")[i % 2])
+        titles = dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)")
+        axis.set(xlabel=titles.get(x_label, x_label), ylabel=y_label)
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
-    axes[0, 0].legend(fontsize=9)
+    columns = int(43 * wrap / (6 + max(map(len, names)))) or 1
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9)
     return fig
 def fig_images(key, models):
     """Attention maps or reconstructions, one row per model."""
@@ -776,13 +774,13 @@ def fig_cka(key, models):
 
 LABELS = "labels and a training set (the stimuli, or class folders in --data)"
 LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
-NMI, AT_PI = ("nmi", "NMI (band: heads)", LAYER), ("pi", "Δ log amplitude at π", HALF)
+NMI, AT_PI = ("nmi", "NMI (band: heads, seeds)", LAYER), ("pi", "Δ log amplitude at π", HALF)
 PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
 FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it needs)
     "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
     "scaling": ([(*TUNED, "parameters")], "checkpoints of two model sizes, " + LABELS),
     "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
-    "distance": ([("distance", "attention distance (px; band: heads)", LAYER)], ""),
+    "distance": ([("distance", "attention distance (px; band: heads, seeds)", LAYER)], ""),
     "nmi": ([NMI], ""),
     "similarity": ([(key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")],
                    "two layers and two heads"),
@@ -796,11 +794,14 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "decoder": ([("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI],
                 "MIM with and without decoder, " + LABELS),
     "sweep": ([(*PROBE, "lam"), (*TUNED, "lam"), NMI, AT_PI], "λ = 0, 1 and between, " + LABELS),
+    "views": ([("shape bias ", "share of shape decisions", "crop_min"), (*PROBE, "crop_min")],
+              "checkpoints of two --crop-min, " + LABELS),
     "maps": (fig_images, ""), "plane": (fig_plane, ""), "tokens": (fig_plane, ""),
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
 
-VARY = dict(scaling=("parameters", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))  # values at least
+VARY = dict(scaling=("parameters", 2), views=("crop_min", 2), sweep=("lam", 3),      # so many values at least
+            decoder=("decoder_depth", 2))
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
     rows = {name: (claim, figure) for _, claim, figures, names in MAP
@@ -815,20 +816,19 @@ def draw(models, names, out):
         if len({m[key] for m in able}) < least:
             print(f"skipped {name}: needs {needs}")
             continue
-        fig = fig_curves(what, able) if type(what) is list else what(name, able)
+        fig = fig_curves(what, able) if type(what) is list else what(name, [m for m in able if m["run"] == 0])
         fig.suptitle(f"{claim[0].upper()}{claim[1:]}?", wrap=True)
         number, *side = figure.split()
-        file = name if number == "-" else "_".join(["fig" + number.zfill(2), *side, name])
-        fig.savefig(out / f"{file}.png", dpi=130)
+        file = out / ("_".join([f"fig{number:0>2}"] * (number != "-") + [*side, name]) + ".png")
+        fig.savefig(file, dpi=130)
+        Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)     # a third of the bytes
         plt.close(fig)
 
 # ==== 7. Command line ======================================================================================
 def parse(argv):
-    def fail(message):
-        raise UserError(f"{message} (see --help)")
     parser = argparse.ArgumentParser("analyze.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
+    parser.error, add = lambda message: require(False, f"{message} (see --help)"), parser.add_argument
     add("checkpoints", nargs="*", help="files; NAME=FILE names one, cl=, mim=, hybrid= say what it is")
     add("--data", default="", help="folder of images as for sslvit.py; without it, the built-in stimuli")
     add("--masks", default="", help="folder with <same path>.png of class numbers per pixel")
@@ -838,6 +838,7 @@ def parse(argv):
     add("--from", dest="results", default="", help="a results.json: draw again, compute nothing")
     add("--images", type=int, default=1000, help="test images; probes learn from three times as many [1000]")
     add("--epochs", type=int, default=10, help="of fine-tuning and of the segmentation heads [10]")
+    add("--decay", type=float, default=0.75, help="fine-tuning: rate of a layer / of the next [0.75]")
     add("--heads", type=int, help="attention heads, for files whose shapes do not tell")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     options = parser.parse_args(argv)
@@ -845,10 +846,11 @@ def parse(argv):
         torch.zeros(1, device=options.device)
     except Exception as error:                              # torch has many kinds
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    need(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
-    need(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
-    for folder in (options.masks, options.cue_conflict):
-        need(os.path.isdir(folder or "."), f"{folder}: no such folder")
+    require(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
+    require(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
+    require(0 < options.decay <= 1, "--decay is above 0 and at most 1")
+    for folder in filter(None, (options.masks, options.cue_conflict)):
+        require(os.path.isdir(folder), f"{folder}: no such folder")
     return options
 def analyse(options):
     """Checkpoints -> the contents of results.json."""
@@ -860,13 +862,15 @@ def analyse(options):
             vit.facts |= dict(role=role, lam=dict(CL=1.0, MIM=0.0).get(role, vit.facts["lam"]))
         role, file = vit.facts["role"], Path(path)
         vit.facts["name"] = name or f"{role}: {file.parent.name if file.stem == 'ckpt' else file.stem}"
-        vit.facts["nth"] = sum(other.facts["role"] == role for other in loaded)
+        names = [other.facts["name"] for other in loaded if other.facts["role"] == role]
+        vit.facts |= dict(nth=len({*names} - {vit.facts["name"]}), run=names.count(vit.facts["name"]))
         loaded.append(vit)
     studies = [study(vit, options, scratch) for vit in loaded]
     models = [vit.facts | result for vit, (result, _) in zip(loaded, studies)]
     samples = [sample for _, sample in studies]
     if len({len(sample["pooled"]) for sample in samples}) == 1:
-        layers = [torch.from_numpy(layer) for sample in samples for layer in sample["pooled"].swapaxes(0, 1)]
+        layers = [torch.from_numpy(layer) for m, sample in zip(models, samples) if m["run"] == 0
+                  for layer in sample["pooled"].swapaxes(0, 1)]
         models[0]["cka"] = [[float(cka(a, b)) for a in layers] for b in layers]
     results = dict(settings=vars(options), models=models, claims=judge(groups_of(models, samples)))
     text = json.dumps(results, default=lambda array: array.tolist())    # 5 significant digits, nan as null:
@@ -874,7 +878,7 @@ def analyse(options):
 def main(argv=None):
     """Runs the command line; returns the exit status: 0, or 2 for bad input with one line on what to mend."""
     try:
-        options = parse(argv)
+        old, options = "", parse(argv)
         out, old = Path(options.out), options.results
         out.mkdir(parents=True, exist_ok=True)
         results = json.loads(Path(old).read_text()) if old else analyse(options)
@@ -883,16 +887,14 @@ def main(argv=None):
         draw(results["models"], options.only, out)
         print(claims_table(results["claims"]), f"what was drawn and computed is in {out}", sep="\n")
         return 0
-    except (UserError, OSError) as error:
-        message = error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if not old:
-            raise
-        message = f"--from {old}: not results ({type(error).__name__})"
     except SystemExit as end:                               # argparse: --help
         return end.code
-    print(f"analyze.py: {message}", file=sys.stderr)
-    return 2
-
+    except Exception as error:
+        known = isinstance(error, (UserError, OSError))
+        if not (known or old):
+            raise
+        message = error if known else f"--from {old}: not results ({type(error).__name__})"
+        print(f"analyze.py: {message}", file=sys.stderr)
+        return 2
 if __name__ == "__main__":
     sys.exit(main())

@@ -653,6 +653,8 @@ def parse(argv):
     cfg.out = cfg.out or f"runs/{preset}-{objective}" + (f"-{cfg.lam:g}" if "lam" in given else "")
     return cfg, given
 
+def has_bf16(gpu, cpu=Path("/proc/cpuinfo")):
+    return torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
 def main(argv=None):
     """Runs a command line -> exit status: 0, 1 (number not finite), 2 (bad input), 130 or 143 (signal)."""
     with contextlib.suppress(OSError, AttributeError):      # glibc: keep large blocks, do not return them
@@ -671,12 +673,10 @@ def main(argv=None):
             require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
             cfg = Config(**saved | {name: getattr(cfg, name) for name in free & {*given} | here})
         require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
-        cpu, cuda = Path("/proc/cpuinfo"), torch.cuda.is_available()
-        cfg.device = cfg.device.replace("auto", "cuda" if cuda else "cpu")
+        cfg.device = cfg.device.replace("auto", "cuda" if (cuda := torch.cuda.is_available()) else "cpu")
         gpu = cfg.device.startswith("cuda")
         require(cuda if gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
-        bf16 = torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
-        cfg.dtype = cfg.dtype.replace("auto", "bf16" if bf16 else "fp16" if gpu else "fp32")
+        cfg.dtype = cfg.dtype.replace("auto", "bf16" if has_bf16(gpu) else "fp16" if gpu else "fp32")
         cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
         cfg.workers = min(8, (os.cpu_count() or 1) // ranks) * gpu if cfg.workers < 0 else cfg.workers
         part, rest = divmod(cfg.batch_size, ranks * cfg.accum)

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,6 +19,13 @@ import matplotlib.pyplot as plt
 here = Path(__file__).parent
 sys.path.insert(0, str(here.parent))
 import sslvit
+
+
+def save(fig, name):
+    fig.savefig(here / name, dpi=100)
+    Image.open(here / name).convert("RGB").quantize(256).save(
+        here / name, optimize=True
+    )  # a third of the bytes
 
 
 def stimuli():
@@ -31,7 +39,7 @@ def stimuli():
     for texture, axis in enumerate(axes[0]):
         axis.set_title(source.classes[1][texture], fontsize=11)
     fig.suptitle("Stimuli: 8 shapes × 8 textures, independent of each other", fontsize=13)
-    fig.savefig(here / "stimuli.png", dpi=100)
+    save(fig, "stimuli.png")
 
 
 @torch.no_grad()
@@ -61,7 +69,7 @@ def reconstruction(path):
         row[0].set_ylabel(name, fontsize=12)
     error = sslvit.masked_l1(predicted, true, mask[..., 0])
     fig.suptitle(f"SimMIM fills in what it cannot see (L1 under the mask: {error:.2f} standard deviations)")
-    fig.savefig(here / "reconstruction.png", dpi=100)
+    save(fig, "reconstruction.png")
 
 
 if __name__ == "__main__":

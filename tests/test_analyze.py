@@ -414,6 +414,17 @@ def test_verdicts():
     verdicts = {row["claim"]: row["verdict"] for row in analyze.judge({"CL": [cl], "MIM": [mim]}, draws=50)}
     assert verdicts[4] == "agrees" and verdicts[5] == "weak" and verdicts[8] == "disagrees"
     assert all(verdicts[k] == "not testable" for k in (1, 2, 3, 6, 9, 10, 11, 12))
+    # two seeds: the first differs by +2 as claimed, the second by -1; together +0.5, which no interval carries
+    seeds = {"CL": [arrays(n, 2.0), arrays(n, 0.0)], "MIM": [arrays(n, 0.0), arrays(n, 1.0)]}
+    table = analyze.judge(seeds, draws=200)
+    late = table[3]["parts"][0]
+    assert [one["difference"] for one in late["seeds"]] == pytest.approx([2, -1])
+    assert [one["holds"] for one in late["seeds"]] == [True, False]
+    assert late["difference"] == pytest.approx(0.5) and not late["holds"] and late["interval"][0] < 0
+    lines = analyze.claims_table(table).split("attention distance, late, px")[1].splitlines()
+    assert lines[0].split()[:2] == ["2.000", "1.500"]  # means of 3 and 1, of 1 and 2
+    assert lines[1].split()[:4] == ["±", "1.414", "±", "0.707"]  # by hand: |3 - 1|/√2, |1 - 2|/√2
+    assert "holds in 1 of 2 seeds" in lines[1]
     noise = np.random.default_rng(0).normal(size=(n, 1))
     one_head = {**cl, "heads": np.full((n, 6), np.nan), "depths": cl["tokens"]}
     row = analyze.judge({"CL": [one_head], "MIM": [one_head]}, draws=50)[5]
@@ -435,6 +446,7 @@ def checkpoints(tmp_path_factory):
     for name, change in {
         "moco": {"lam": 1.0}, "simmim": {"lam": 0.0}, "hybrid": {"lam": 0.2},
         "decoder": {"lam": 0.0, "decoder_depth": 1}, "large": {"lam": 0.0, "model": "tiny"},
+        "crops": {"lam": 1.0, "crop_min": 0.5, "blur": 0.5},
     }.items():  # fmt: skip
         torch.manual_seed(0)
         cfg = sslvit.Config(**{"image_size": 16, "proj_hidden": 16, **change})
@@ -447,7 +459,8 @@ def checkpoints(tmp_path_factory):
 
 def test_end_to_end(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(analyze.judge, "__defaults__", (50,))  # bootstrap draws
-    files = [str(checkpoints / name / "ckpt.pt") for name in ("moco", "simmim", "hybrid", "decoder", "large")]
+    names = "moco", "simmim", "hybrid", "decoder", "large", "crops"
+    files = [str(checkpoints / name / "ckpt.pt") for name in names]
     out = tmp_path / "figures"
     assert analyze.main([*files, "--images", "24", "--epochs", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -457,7 +470,7 @@ def test_end_to_end(checkpoints, tmp_path, capsys, monkeypatch):
     assert "not testable" in {
         c["verdict"] for c in results["claims"] if c["claim"] == 2
     }  # no small CL beside a large one
-    assert [m["role"] for m in results["models"]] == ["CL", "MIM", "hybrid", "MIM", "MIM"]
+    assert [m["role"] for m in results["models"]] == ["CL", "MIM", "hybrid", "MIM", "MIM", "CL"]
     names = {f.name for f in out.glob("*.png")}
     assert len(names) == len(analyze.FIGURES), (names, printed)
     assert "skipped " not in printed.replace("skipped: ", "")

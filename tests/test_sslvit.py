@@ -716,7 +716,7 @@ for trial in range(20):
     if (child := os.fork()) == 0:
         os.dup2(os.open(console, os.O_CREAT | os.O_WRONLY), 1)
         os._exit(sslvit.main(sys.argv[1:] + ['--resume'] * os.path.exists(path)))
-    while not (os.path.exists(console) and 'step ' in open(console).read()):
+    while not (os.path.exists(console) and '\\nstep ' in open(console).read()):
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
     os.kill(child, signal.SIGKILL)

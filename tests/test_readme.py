@@ -1,0 +1,112 @@
+"""README.md keeps its promises: its command lines parse, its links, figures, functions, tests and flags exist."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+root = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(root), str(root / "tests")]
+import analyze  # noqa: E402
+import exercises  # noqa: E402
+import sslvit  # noqa: E402
+
+text = (root / "README.md").read_text()
+code = {name: (root / name).read_text() for name in ("sslvit.py", "analyze.py", "tests/bench.py")}
+
+
+def commands():
+    """Every command in README.md's sh blocks and between backticks, loops and variables expanded by a shell in which python, torchrun
+    and pip only say how they were called."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    blocks += re.findall(r"`((?:OMP_NUM_THREADS=1 )?(?:python|torchrun) [^`…]+)`", text.replace("\n", " "))
+    say = "".join(
+        name + "() { printf '%s\\t' " + name + ' "$@"; echo; }\n' for name in ("python", "torchrun", "pip")
+    )
+    shell = say + "\n".join(blocks)
+    said = subprocess.run(["bash", "-eu", "-c", shell], capture_output=True, text=True, check=True, cwd=root)
+    assert not said.stderr, said.stderr
+    return [line.rstrip("\t").split("\t") for line in said.stdout.splitlines()]
+
+
+def test_every_command_parses(monkeypatch):
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)  # /imagenet is the reader's
+    programs, seen = {"sslvit.py": sslvit.parse, "analyze.py": analyze.parse}, set()
+    for words in commands():
+        program = next((word for word in words if word.endswith(".py")), None)
+        seen.add(program)
+        if program is None:
+            assert words[0] == "pip" or words[1:4] == ["-m", "pytest", "-q"], words
+            continue
+        assert (root / program).exists(), words
+        if program in programs and "--help" not in words:
+            programs[program](words[words.index(program) + 1 :])
+    assert seen >= {*programs, "tests/bench.py", "figures/first_look.py", "tests/exercises.py", None}
+
+
+def test_every_name_exists():
+    for path in re.findall(r"\]\(([^)#]+?)\)", text):
+        assert path.startswith("http") or (root / path).exists(), path
+    for module, name in re.findall(r"`(sslvit|analyze)\.(?!py)(\w+)", text):
+        assert hasattr({"sslvit": sslvit, "analyze": analyze}[module], name), (module, name)
+    functions = {
+        node.name
+        for path in (root / "tests").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    for name in re.findall(r"\btest_\w+(?!\w|\.py)", text):
+        assert name in functions or (root / "tests" / f"{name}.py").exists(), name
+    known = {"--" + field.name.replace("_", "-") for field in sslvit.fields(sslvit.Config)} | {"--help"}
+    known |= set(re.findall(r'"(--[a-z-]+)"', code["analyze.py"] + code["tests/bench.py"]))
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+    assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known, (
+        set(re.findall(r"--[a-z][a-z_-]+", text)) - known
+    )
+
+
+def test_every_field_of_the_log_is_in_the_glossary():
+    glossary = text.split("\n## Glossary", 1)[1].split("\n## ", 1)[0]
+    for name in ("cl", "mim", "loss", "std", "norm", "lr", "momentum", "images/s", "broken", "stall", "minutes left",
+                 "skipped", "knn_shape", "knn_texture"):  # fmt: skip
+        assert re.search(rf"^\| .*`{name}`", glossary, re.M), name
+
+
+SOLUTIONS = {
+    "info_nce": lambda q, k, t: sslvit.contrastive_loss(q, k, t) / (2 * t),
+    "looked_at_keys": lambda attn: torch.special.entr(attn).sum(dim=-1).exp(),
+    "first_good_layer": lambda curve, share: 1 + int((curve >= share * curve.max() - 1e-6).float().argmax()),
+}
+
+
+def low_pass(images, cutoff):
+    y, x = (torch.fft.fftfreq(side) * 2 * torch.pi for side in images.shape[-2:])
+    return torch.fft.ifft2(
+        torch.fft.fft2(images) * (torch.hypot(*torch.meshgrid(y, x, indexing="ij")) <= cutoff)
+    ).real
+
+
+def gradient_cosine(a, b, parameters):
+    def flat(loss):
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        return torch.cat([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters)])
+
+    return F.cosine_similarity(flat(a), flat(b), dim=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["info_nce", "looked_at_keys", "low_pass", "first_good_layer", "gradient_cosine"]
+)
+def test_exercises_fail_until_solved(name, monkeypatch):
+    assert f"`{name}`" in text
+    check = getattr(exercises, f"test_{name}")
+    with pytest.raises(NotImplementedError):
+        check()
+    monkeypatch.setattr(exercises, name, SOLUTIONS.get(name) or globals()[name])
+    check()
