@@ -481,6 +481,25 @@ def test_end_to_end(checkpoints, tmp_path, capsys, monkeypatch):
     assert all((out / n).read_bytes() == (out / n).with_suffix(".first").read_bytes() for n in names)
 
 
+def test_seeds_are_drawn_as_mean_and_range():
+    facts = {"name": "a", "role": "CL", "nth": 0, "depth": 2, "blur": 1.0}
+    models = [
+        {**facts, "nmi": [[0.0, 0.2], [0.5, 0.5]], "mIoU linear": 0.4},  # layers, heads
+        {**facts, "nmi": [[0.2, 0.4], [0.7, 0.9]], "mIoU linear": 0.8},
+    ]
+    axis = analyze.fig_curves([analyze.NMI], models).axes[0]
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([0.2, 0.65]) and len(axis.lines) == 1
+    band = axis.collections[0].get_paths()[0].vertices
+    assert {(x, round(y, 3)) for x, y in band} >= {(1.0, 0.0), (1.0, 0.4), (2.0, 0.5), (2.0, 0.9)}
+    points = analyze.fig_curves([("mIoU ", "mIoU", "")], models)
+    assert [list(line.get_ydata()) for line in points.axes[0].lines] == [
+        [0.4],
+        [0.8],
+    ]  # a point for each seed
+    assert [text.get_text() for text in points.legends[0].texts] == ["a"]
+    analyze.plt.close("all")
+
+
 def test_only_and_folders(checkpoints, tmp_path, capsys):
     from PIL import Image
 
@@ -556,7 +575,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoints, tmp_path, capsys):
         [str(good), "--data", str(tmp_path / "nowhere")],
     ]
     cases += [["--from", str(tmp_path / "text.pt")], ["--from", str(good)], [str(good), "--masks", "nowhere"]]
-    cases += [[str(good), "--device", "abacus"]]
+    cases += [[str(good), "--device", "abacus"], [str(good), "--decay", "0"], [str(good), "--decay", "1.5"]]
     for argv in cases:
         try:
             status = analyze.main([*argv, "--out", str(tmp_path / "out")])
