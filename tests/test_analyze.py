@@ -481,6 +481,27 @@ def test_end_to_end(checkpoints, tmp_path, capsys, monkeypatch):
     assert all((out / n).read_bytes() == (out / n).with_suffix(".first").read_bytes() for n in names)
 
 
+def test_decay_is_for_the_trained_network_alone(checkpoints, tmp_path, monkeypatch):
+    seen = []
+
+    def fine_tune(vit, train, test, classes, epochs, decay, **_):
+        seen.append(decay)
+        return np.ones((len(test[0]), len(classes)))
+
+    monkeypatch.setattr(analyze, "fine_tune", fine_tune)
+    argv = [
+        str(checkpoints / "moco" / "ckpt.pt"),
+        "--images",
+        "20",
+        "--only",
+        "accuracy",
+        "--out",
+        str(tmp_path),
+    ]
+    assert analyze.main([*argv, "--decay", "0.5"]) == 0
+    assert seen == [1.0, 0.5]  # a new network, all of whose layers have to learn; the checkpoint's
+
+
 def test_seeds_are_drawn_as_mean_and_range():
     facts = {"name": "a", "role": "CL", "nth": 0, "depth": 2, "blur": 1.0}
     models = [
