@@ -726,8 +726,8 @@ def fig_curves(panels, models):
             for j, (y, word) in enumerate(zip(ys, words)):
                 axis.plot(x, y, STYLES[(i if blur else j) % 4], color=colour, lw=1, zorder=0)
                 axis.text(x[i % 2 - 1], y[i % 2 - 1], f"  {word}{blur}  ", ha=("right", "left")[i % 2])
-        titles = dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)")
-        axis.set(xlabel=titles.get(x_label, x_label), ylabel=y_label)
+        axis.set(xlabel=dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)").get(
+            x_label, x_label), ylabel=y_label, xscale=dict(parameters="log").get(x_label, "linear"))
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
     columns = int(43 * wrap / (6 + max(map(len, names)))) or 1

@@ -33,7 +33,7 @@ class Config:
     lam: float = 0.2             # 0..1: λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
     data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
     preset: str = "micro"        # micro|small32|imagenet: stimuli; 32-px photographs; default with --data
-    model: str = "micro"         # micro|tiny|small|base|large|huge: small has MoCo v3's 12 heads, timm's 6
+    model: str = "micro"         # nano|micro|tiny|small|base|large|huge: small has 12 heads as in [M], not 6
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
@@ -77,8 +77,9 @@ PRESETS = {  # what a recipe changes: for every objective, then for one
                      crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
                      momentum=0.99, warmup=40/300), "imagenet-moco": dict(clip=0.0), "imagenet-simmim": dict(
         epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1, positions="relative")}
-SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (("micro", 96, 6, 3), ("tiny", 192, 12, 3),
-    ("small", 384, 12, 12), ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
+SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (
+    ("nano", 48, 6, 3), ("micro", 96, 6, 3), ("tiny", 192, 12, 3), ("small", 384, 12, 12),
+    ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
 # ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
 Record = collections.namedtuple("Record", "attn heads mid out")     # of a block: see Block.forward
@@ -652,7 +653,6 @@ def parse(argv):
     require(given.get("lam", cfg.lam) == cfg.lam, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     cfg.out = cfg.out or f"runs/{preset}-{objective}" + (f"-{cfg.lam:g}" if "lam" in given else "")
     return cfg, given
-
 def has_bf16(gpu, cpu=Path("/proc/cpuinfo")):
     return torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
 def main(argv=None):
