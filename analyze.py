@@ -800,8 +800,7 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
 
-VARY = dict(scaling=("parameters", 2), views=("crop_min", 2), sweep=("lam", 3),      # so many values at least
-            decoder=("decoder_depth", 2))
+VARY = dict(scaling=("parameters", 2), views=("crop_min", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
     rows = {name: (claim, figure) for _, claim, figures, names in MAP
@@ -809,9 +808,10 @@ def draw(models, names, out):
     for name in names:
         (what, needs), (claim, figure) = FIGURES[name], rows[name]
         stems = [stem for stem, *_ in what] if type(what) is list else [name]
-        able = [m for m in models if all(any(k.startswith(s) for k in (*m, *m["examples"])) for s in stems)]
+        where = "examples" if what in (fig_images, fig_plane) else ""
+        able = [m for m in models if all(any(k.startswith(s) for k in m.get(where, m)) for s in stems)]
         able = models if name == "cka" and able else able   # one table for all
-        key, least = VARY.get(name, ("name", 1))
+        key, least = VARY.get(name, ("name", 1))            # so many values of it, or more
         able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
         if len({m[key] for m in able}) < least:
             print(f"skipped {name}: needs {needs}")
@@ -820,8 +820,8 @@ def draw(models, names, out):
         fig.suptitle(f"{claim[0].upper()}{claim[1:]}?", wrap=True)
         number, *side = figure.split()
         file = out / ("_".join([f"fig{number:0>2}"] * (number != "-") + [*side, name]) + ".png")
-        fig.savefig(file, dpi=130)
-        Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)     # a third of the bytes
+        fig.savefig(file, dpi=130)          # then 256 colours, rare ones among them: a third of the bytes
+        Image.open(file).convert("RGB").quantize(256, 1, 1).save(file, optimize=True)     # MAXCOVERAGE
         plt.close(fig)
 
 # ==== 7. Command line ======================================================================================

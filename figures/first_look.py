@@ -23,7 +23,7 @@ import sslvit
 
 def save(fig, name):
     fig.savefig(here / name, dpi=100)
-    Image.open(here / name).convert("RGB").quantize(256).save(
+    Image.open(here / name).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, 1).save(
         here / name, optimize=True
     )  # a third of the bytes
 

@@ -479,6 +479,18 @@ def test_end_to_end(checkpoints, tmp_path, capsys, monkeypatch):
     assert analyze.main(["--from", str(out / "results.json"), "--out", str(out)]) == 0
     assert {f.name for f in out.glob("*.png")} == names
     assert all((out / n).read_bytes() == (out / n).with_suffix(".first").read_bytes() for n in names)
+    photos = np.asarray(analyze.Image.open(out / "pixels.png").convert("RGB")).astype(int)
+    for role in ("MIM", "hybrid"):  # 256 colours keep the rare ones: those of the names
+        colour = [int(analyze.COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(photos - colour).max(axis=-1) < 20).sum() > 20
+
+
+def test_results_of_one_figure_are_drawn_again(checkpoints, tmp_path, capsys):
+    argv = [str(checkpoints / "moco" / "ckpt.pt"), "--images", "20", "--only", "similarity"]
+    assert analyze.main([*argv, "--out", str(tmp_path)]) == 0
+    (tmp_path / "fig05_similarity.png").unlink()
+    assert analyze.main(["--from", str(tmp_path / "results.json"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "fig05_similarity.png").exists() and "skipped tokens" in capsys.readouterr().out
 
 
 def test_decay_is_for_the_trained_network_alone(checkpoints, tmp_path, monkeypatch):
