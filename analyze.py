@@ -151,9 +151,8 @@ class SafePickle:       # what torch.load takes for the pickle module
     load = staticmethod(lambda file, **options: SafePickle.Unpickler(file, **options).load())
 
 TABLE, REGISTERS, BLOCK = "relative_position_bias_table", "blocks.0.register_tokens", r"blocks\.(\d+)\."
-RENAMES = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                   # DINOv2 in chunks; in this order
-           (r"\.gamma_([12])$", r".ls\1.gamma"),                        # SimMIM, BEiT
-           (r"^(reg_token|register_tokens)$", REGISTERS))               # timm, DINOv2
+RENAMES = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"\.gamma_([12])$", r".ls\1.gamma"),    # in order:
+           (r"^(reg_token|register_tokens)$", REGISTERS))     # DINOv2 in chunks; SimMIM, BEiT; timm, DINOv2
 NOT_ENCODER = re.compile(r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)|"
                          r".*(relative_position_index|num_batches_tracked)$")       # listed as skipped
 def tidy(state, prefix):
@@ -636,13 +635,14 @@ def evaluate(test, value, groups, rng=None):
     return test(lambda role, f=value: float(np.mean([f(m, take) for m in groups[role]])))
 def compare(row, test, value, groups, draws):
     """Adds to `row` the roles' values, their difference, its 95 % bootstrap interval and whether it holds."""
-    row |= {role: evaluate(lambda v, role=role: v(role), value, groups) for role in ROLES if role in groups}
+    size = next((word for word in ("smallest ", "largest ") if word in row["part"]), "")    # claim 2
+    names = {role: size + role for role in ROLES if size + role in groups}
+    row |= {role: evaluate(lambda v, name=name: v(name), value, groups) for role, name in names.items()}
     row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
     if math.isnan(row["difference"]):
         raise KeyError("a number")
-    count = draws // 5 if value is image_growth else draws  # each draw decomposes matrices
-    drawn = [evaluate(test, value, groups, rng) for _ in range(count)]
-    row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
+    drawn = [evaluate(test, value, groups, rng) for _ in range(draws // (5 if value is image_growth else 1))]
+    row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()     # image_growth decomposes matrices
     row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
     return row
 def judge(groups, draws=1000):
@@ -658,7 +658,7 @@ def judge(groups, draws=1000):
                 compare(row, test, value, groups, draws)
                 for i in range(seeds if seeds > 1 else 0):
                     one = {role: [ms[i % len(ms)]] for role, ms in groups.items()}
-                    row.setdefault("seeds", []).append(compare({}, test, value, one, draws))
+                    row.setdefault("seeds", []).append(compare({"part": what}, test, value, one, draws))
             except KeyError as key:
                 role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
                 needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
@@ -726,11 +726,11 @@ def fig_curves(panels, models):
             for j, (y, word) in enumerate(zip(ys, words)):
                 axis.plot(x, y, STYLES[(i if blur else j) % 4], color=colour, lw=1, zorder=0)
                 axis.text(x[i % 2 - 1], y[i % 2 - 1], f"  {word}{blur}  ", ha=("right", "left")[i % 2])
-        axis.set(xlabel=dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)").get(
-            x_label, x_label), ylabel=y_label, xscale=dict(parameters="log").get(x_label, "linear"))
+        titles = dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)")
+        axis.set(xlabel=titles.get(x_label, x_label), ylabel=y_label)
         if not x_label:
             axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
-    columns = int(43 * wrap / (6 + max(map(len, names)))) or 1
+    columns = int(46 * wrap / (6 + max(map(len, names)))) or 1
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9)
     return fig
 def fig_images(key, models):
@@ -778,7 +778,7 @@ NMI, AT_PI = ("nmi", "NMI (band: heads, seeds)", LAYER), ("pi", "Δ log amplitud
 PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
 FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it needs)
     "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
-    "scaling": ([(*TUNED, "parameters")], "checkpoints of two model sizes, " + LABELS),
+    "scaling": ([(*TUNED, "width")], "checkpoints of two model sizes, " + LABELS),
     "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
     "distance": ([("distance", "attention distance (px; band: heads, seeds)", LAYER)], ""),
     "nmi": ([NMI], ""),
@@ -800,7 +800,7 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
 
-VARY = dict(scaling=("parameters", 2), views=("crop_min", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))
+VARY = dict(scaling=("width", 2), views=("crop_min", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
     rows = {name: (claim, figure) for _, claim, figures, names in MAP

@@ -430,6 +430,11 @@ def test_verdicts():
     row = analyze.judge({"CL": [one_head], "MIM": [one_head]}, draws=50)[5]
     assert row["verdict"] == "not testable" and "two heads" in row["parts"][0]["why"]
     assert "holds" in row["parts"][2] and row["claim"] == 6
+    tuned = {name: [arrays(n, 0.0) | {"fine-tuned": np.full((n, 1), value)}] for name, value in
+             (("CL", 0.3), ("MIM", 0.4), ("smallest CL", 0.6), ("smallest MIM", 0.5), ("largest CL", 0.7), ("largest MIM", 0.9))}  # fmt: skip
+    small, large = analyze.judge(tuned, draws=20)[1]["parts"]  # values of the sizes compared, no others
+    assert (small["CL"], small["MIM"], large["CL"], large["MIM"]) == pytest.approx((0.6, 0.5, 0.7, 0.9))
+    assert (small["difference"], large["difference"]) == pytest.approx((0.1, 0.2)) and small["holds"]
     row = analyze.judge({"CL": [arrays(n, noise)], "MIM": [arrays(n, -noise)]}, draws=200)[7]
     assert row["verdict"] in ("weak", "disagrees") and row["parts"][0]["interval"][0] < 0
 
