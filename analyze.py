@@ -678,8 +678,8 @@ def claims_table(table):
             text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
             lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
             if seeds:
-                values = " ".join(f"± {np.std([s.get(r, 0) for s in seeds], ddof=1):5.3f}" for r in ROLES)
-                holds = sum(one["holds"] for one in seeds)
+                stds = {r: f"± {np.std([s[r] for s in seeds], ddof=1):5.3f}" for r in ROLES if r in row}
+                holds, values = sum(s["holds"] for s in seeds), " ".join(stds.get(r, " " * 7) for r in ROLES)
                 lines.append(f"{'':41} {values}   holds in {holds} of {len(seeds)} seeds")
     return "\n".join(lines)
 

@@ -423,7 +423,7 @@ def test_verdicts():
     assert late["difference"] == pytest.approx(0.5) and not late["holds"] and late["interval"][0] < 0
     lines = analyze.claims_table(table).split("attention distance, late, px")[1].splitlines()
     assert lines[0].split()[:2] == ["2.000", "1.500"]  # means of 3 and 1, of 1 and 2
-    assert lines[1].split()[:4] == ["±", "1.414", "±", "0.707"]  # by hand: |3 - 1|/√2, |1 - 2|/√2
+    assert lines[1].split()[:5] == ["±", "1.414", "±", "0.707", "holds"]  # by hand: |3 - 1|/√2, |1 - 2|/√2
     assert "holds in 1 of 2 seeds" in lines[1]
     noise = np.random.default_rng(0).normal(size=(n, 1))
     one_head = {**cl, "heads": np.full((n, 6), np.nan), "depths": cl["tokens"]}
