@@ -808,7 +808,7 @@ def draw(models, names, out):
     for name in names:
         (what, needs), (claim, figure) = FIGURES[name], rows[name]
         stems = [stem for stem, *_ in what] if type(what) is list else [name]
-        where = "examples" if what in (fig_images, fig_plane) else ""
+        where = "examples" if what in (fig_images, fig_plane) else ""     # numbers of pictures lie apart
         able = [m for m in models if all(any(k.startswith(s) for k in m.get(where, m)) for s in stems)]
         able = models if name == "cka" and able else able   # one table for all
         key, least = VARY.get(name, ("name", 1))            # so many values of it, or more

@@ -33,7 +33,7 @@ class Config:
     lam: float = 0.2             # 0..1: λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
     data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
     preset: str = "micro"        # micro|small32|imagenet: stimuli; 32-px photographs; default with --data
-    model: str = "micro"         # nano|micro|tiny|small|base|large|huge: small has 12 heads as in [M], not 6
+    model: str = "micro"         # nano|micro|tiny|small|base|large|huge: small has [M]'s 12 heads, timm's 6
     image_size: int = 32         # px; every crop is resized to this square
     patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
