@@ -284,13 +284,13 @@ TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must
     "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v), "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
     "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
     "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
-
 class Stimuli:
     """stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of one object on smooth
     grey; drawn independently from (seed, split, i). render(i, shape, texture): scene i with other labels."""
     label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
     def __init__(self, length, image_size=32, seed=0, split="train"):
-        self.length, self.size, self.key = length, image_size, (seed, ("train", "test").index(split))
+        self.length, self.size, self.drawn = length, image_size, {}
+        self.key = seed, ("train", "test").index(split)
     def __len__(self):
         return self.length
     def __getitem__(self, index):
@@ -298,8 +298,9 @@ class Stimuli:
         image, mask = self.render(index, shape, texture)
         return image, shape, texture, mask
     def load(self, index):
-        image, *labels, _ = self[index]
-        return Image.fromarray(image), labels
+        if index not in self.drawn:                         # drawing is a third of all that loading costs
+            self.drawn[index] = (Image.fromarray((scene := self[index])[0]), [*scene[1:3]])
+        return self.drawn[index]
     def render(self, index, shape, texture):
         rng = np.random.default_rng([*self.key, index, 1])
         tilt, radius = np.radians(rng.uniform(-18, 18)), rng.uniform(0.75, 1.0)
@@ -318,7 +319,6 @@ class Stimuli:
         ground = (grey + slope_x * x + slope_y * y)[..., None]
         image = ground + inside[..., None] * (light - ground)
         return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
-
 class ImageFolder(list):
     """(path, labels) of all images below `root`; its folders that hold them, if two or more, are the classes.
     held: None for all, False for nine images in ten, True for the tenth. UserError if there is no image."""

@@ -505,6 +505,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone():
     a, b, c = views[(0, 5)], views[(0, 5)], views[(1, 5)]
     assert all(np.array_equal(a[k], b[k]) for k in a) and not np.array_equal(a["crops"], c["crops"])
     assert a["crops"].shape == (3, 3, 16, 16) and a["mask"].sum() == 10
+    kept, labels = views.source.load(5)  # a scene is drawn once and kept as it was
+    assert kept is views.source.load(5)[0] and labels == [*Stimuli(20, 16)[5][1:3]]
+    assert np.array_equal(np.asarray(kept), Stimuli(20, 16)[5][0])
     assert sslvit.Views(Stimuli(20, 16), config(lam=0.0))[(0, 5)]["crops"].shape == (1, 3, 16, 16)
     assert sslvit.Views(Stimuli(20, 16), config())[(None, 5)]["crops"].shape == (1, 3, 16, 16)
 
