@@ -37,7 +37,6 @@ import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageOps
 import sslvit
 from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT, require
-
 MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)  # number, claim, figures, names
 
 # ==== 1. Metrics of one batch: pure functions of tensors ===================================================
@@ -500,7 +499,6 @@ def study(vit, options, scratch):
         result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
     if not labelled or not any(LABELS in FIGURES[name][1] for name in wanted):
         return result, sample
-
     # probes of the output, by regression and by nearest neighbours; three quarters to learn, one to choose
     lesson = read_images(train, rng.permutation(len(train))[:4 * n], size, folders, "training images")
     seen = collect(vit, progress(lesson[0].split(batch), "training features"), measure=False)
@@ -799,7 +797,6 @@ FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it 
     "maps": (fig_images, ""), "plane": (fig_plane, ""), "tokens": (fig_plane, ""),
     "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
     "cka": (fig_cka, "equally many images")}
-
 VARY = dict(scaling=("width", 2), views=("crop_min", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))
 def draw(models, names, out):
     """Each figure that the results can support; for every other a line that says what would enable it."""
@@ -862,8 +859,11 @@ def analyse(options):
             vit.facts |= dict(role=role, lam=dict(CL=1.0, MIM=0.0).get(role, vit.facts["lam"]))
         role, file = vit.facts["role"], Path(path)
         vit.facts["name"] = name or f"{role}: {file.parent.name if file.stem == 'ckpt' else file.stem}"
-        names = [other.facts["name"] for other in loaded if other.facts["role"] == role]
-        vit.facts |= dict(nth=len({*names} - {vit.facts["name"]}), run=names.count(vit.facts["name"]))
+        seeds = [other.facts for other in loaded if other.facts["name"] == vit.facts["name"]]
+        require(all(vit.facts[key] == m[key] for m in seeds for key in ("role", "lam", "width", "depth")),
+                f"{vit.facts['name']} is another model already: one NAME= is for seeds of one model")
+        names = {other.facts["name"] for other in loaded if other.facts["role"] == role}
+        vit.facts |= dict(nth=len(names - {vit.facts["name"]}), run=len(seeds))
         loaded.append(vit)
     studies = [study(vit, options, scratch) for vit in loaded]
     models = [vit.facts | result for vit, (result, _) in zip(loaded, studies)]

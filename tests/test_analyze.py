@@ -613,6 +613,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoints, tmp_path, capsys):
         [str(good), "--data", str(tmp_path / "nowhere")],
     ]
     cases += [["--from", str(tmp_path / "text.pt")], ["--from", str(good)], [str(good), "--masks", "nowhere"]]
+    cases += [[f"a={good}", f"a={checkpoints / 'moco' / 'ckpt.pt'}"]]  # one name for two models
     cases += [[str(good), "--device", "abacus"], [str(good), "--decay", "0"], [str(good), "--decay", "1.5"]]
     for argv in cases:
         try:
