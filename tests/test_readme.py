@@ -1,6 +1,7 @@
 """README.md keeps its promises: its command lines parse, its links, figures, functions, tests and flags exist."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -29,8 +30,8 @@ def commands():
     blocks += re.findall(
         r"(?<!`)`((?:OMP_NUM_THREADS=1 )?(?:python|torchrun) [^`…]+)`", text.replace("\n", " ")
     )
-    say = "".join(
-        name + "() { printf '%s\\t' " + name + ' "$@"; echo; }\n' for name in ("python", "torchrun", "pip")
+    say = "".join(  # a line in one piece, as some run side by side
+        f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\"; }}\n" for name in ("python", "torchrun", "pip")
     )
     shell = say + "\n".join(blocks)
     said = subprocess.run(["bash", "-eu", "-c", shell], capture_output=True, text=True, check=True, cwd=root)
@@ -129,3 +130,43 @@ def test_exercises_fail_until_solved(name, monkeypatch):
         check()
     monkeypatch.setattr(exercises, name, SOLUTIONS.get(name) or globals()[name])
     check()
+
+
+def test_the_claims_table_says_what_was_measured():
+    def claims(folder):
+        return {
+            c["claim"]: c
+            for c in json.loads((root / "figures" / folder / "results.json").read_text())["claims"]
+        }
+
+    def numbers(cell):
+        return [float(x) for x in re.findall(r"[-+]?\d+\.\d+", cell.replace("−", "-"))]
+
+    ours, photographs = claims("."), claims("cifar10")
+    ours |= {2: claims("sizes")[2], 11: claims("decoder")[11]}
+    table = re.search(r"^\| # \| claim.*\n\|.*\n((?:\|.*\n)+)", text, re.M)[1].splitlines()
+    rows = iter([cell.strip() for cell in line.split(" | ")] for line in table)
+    for number in range(1, 13):
+        for i, (part, photo) in enumerate(zip(ours[number]["parts"], photographs[number]["parts"])):
+            _, name, *roles, difference, seeds, last = next(rows)
+            assert part["part"] in name and ("does not hold" in name) != part["holds"], name
+            for role, cell in zip(("CL", "MIM", "hybrid"), roles):
+                close = 0.006 if abs(part.get(role, 0)) > 3 else 0.0006
+                assert not cell or numbers(cell)[0] == pytest.approx(part[role], abs=close), (name, role)
+            assert numbers(difference) == pytest.approx([part["difference"], *part["interval"]], abs=6e-4), (
+                name
+            )
+            if count := part.get("seeds"):
+                assert f"{sum(seed['holds'] for seed in count)}/{len(count)}" in seeds, name
+            if "difference" in photo:
+                assert numbers(last) == pytest.approx([photo["difference"], *photo["interval"]], abs=6e-4), (
+                    name
+                )
+                assert ("(no)" in last) != photo["holds"], name
+            if i == 0:
+                assert f"**{ours[number]['text']}: {ours[number]['verdict']}**" in name
+                assert photographs[number]["verdict"] in (
+                    re.sub(r"\W", "", last.split("<br>")[0]),
+                    "not testable",
+                )
+    assert next(rows, None) is None
