@@ -472,7 +472,6 @@ def cue_conflict(options, train, test, lesson, size, count):
     cues = np.array([[classes[cue] for cue in m.groups()] for m in found])
     known = np.isin(lesson[1][:, 0], cues)
     return lesson[0][known], lesson[1][known, 0], read_images(source, np.arange(len(found)), size)[0], *cues.T
-
 BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]   # rings, rad/px, up to Nyquist
 VOID = 255   # in a mask: a pixel of no class, which neither the loss nor the score counts
 NOISE = 25.5  # the noise's root mean square: a tenth of full brightness
@@ -529,6 +528,7 @@ def study(vit, options, scratch):
         work = [x[:cut] for x in lesson[:2]], both, classes, options.epochs
         shape = tuple(vit.facts[key] for key in ("image_size", "patch_size", "width", "depth", "heads"))
         if shape not in scratch:                            # one new network serves all models of its size
+            torch.manual_seed(0)                            # and is the same in every analysis
             scratch[shape] = fine_tune(ViT(*shape).to(options.device), *work, decay=1.0, label="new network")
         tuned = fine_tune(vit, *work, decay=options.decay)
         for label, right in (("fine-tuned", tuned), ("from scratch", scratch[shape])):

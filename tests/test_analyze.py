@@ -499,10 +499,11 @@ def test_results_of_one_figure_are_drawn_again(checkpoints, tmp_path, capsys):
 
 
 def test_decay_is_for_the_trained_network_alone(checkpoints, tmp_path, monkeypatch):
-    seen = []
+    seen, new = [], []
 
     def fine_tune(vit, train, test, classes, epochs, decay, **_):
         seen.append(decay)
+        new.extend([vit.blocks[0].attn["qkv"].weight] * (decay == 1))
         return np.ones((len(test[0]), len(classes)))
 
     monkeypatch.setattr(analyze, "fine_tune", fine_tune)
@@ -517,6 +518,9 @@ def test_decay_is_for_the_trained_network_alone(checkpoints, tmp_path, monkeypat
     ]
     assert analyze.main([*argv, "--decay", "0.5"]) == 0
     assert seen == [1.0, 0.5]  # a new network, all of whose layers have to learn; the checkpoint's
+    torch.rand(1)
+    assert analyze.main([*argv, "--decay", "0.5"]) == 0
+    assert torch.equal(*new)  # whatever was drawn before: one yardstick for all analyses
 
 
 def test_seeds_are_drawn_as_mean_and_range():
