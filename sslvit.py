@@ -71,7 +71,7 @@ class Config:
     log_every: int = 25          # steps between console lines
     knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
 PRESETS = {  # what a recipe changes: for every objective, then for one
-    "micro": {}, "micro-moco": dict(steps=800, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
+    "micro": {}, "micro-moco": dict(steps=1200, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
     "small32": dict(hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
     "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
                      crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
