@@ -18,7 +18,6 @@ import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.f
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-
 class UserError(ValueError):
     """Something the user can mend: main() prints it as one line and returns exit status 2."""
 def require(condition, message):
@@ -298,9 +297,10 @@ class Stimuli:
         image, mask = self.render(index, shape, texture)
         return image, shape, texture, mask
     def load(self, index):
-        if index not in self.drawn:                         # drawing is a third of all that loading costs
-            self.drawn[index] = (Image.fromarray((scene := self[index])[0]), [*scene[1:3]])
-        return self.drawn[index]
+        drawn = self.drawn if self.size <= 64 else {}       # drawing is nearly half of loading; 250 MB
+        if index not in drawn:
+            drawn[index] = (Image.fromarray((scene := self[index])[0]), [*scene[1:3]])
+        return drawn[index]
     def render(self, index, shape, texture):
         rng = np.random.default_rng([*self.key, index, 1])
         tilt, radius = np.radians(rng.uniform(-18, 18)), rng.uniform(0.75, 1.0)

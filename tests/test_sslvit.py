@@ -508,6 +508,8 @@ def test_samples_depend_on_seed_epoch_and_index_alone():
     kept, labels = views.source.load(5)  # a scene is drawn once and kept as it was
     assert kept is views.source.load(5)[0] and labels == [*Stimuli(20, 16)[5][1:3]]
     assert np.array_equal(np.asarray(kept), Stimuli(20, 16)[5][0])
+    large = Stimuli(20, 96)
+    assert large.load(5)[0].size == (96, 96) and not large.drawn  # 20,000 of 224 px would be 3 GB
     assert sslvit.Views(Stimuli(20, 16), config(lam=0.0))[(0, 5)]["crops"].shape == (1, 3, 16, 16)
     assert sslvit.Views(Stimuli(20, 16), config())[(None, 5)]["crops"].shape == (1, 3, 16, 16)
 
