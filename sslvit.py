@@ -10,7 +10,7 @@ A Vision Transformer (ViT) can learn from images without labels in two ways. Con
 README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
 d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] Park et al.
 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM 2111.09886, [B] BYOL 2006.07733."""
-import argparse, atexit, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
+import argparse, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -123,7 +123,6 @@ class Block(nn.Module):
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(mid))))
         out = mid + (y * self.ls2["gamma"] if self.ls2 else y)      # after the MLP (B, 1+N, D)
         return (out, Record(attn, heads, mid, out)) if record else out
-
 class ViT(nn.Module):
     """[V], pre-norm; sizes in px. positions: sincos (fixed), learned, none; rel_pos_bias: SimMIM's, one for
     all blocks; layer_scale: its start; num_classes: of a linear head; ValueError if sizes do not divide."""
@@ -689,7 +688,6 @@ def main(argv=None):
         if ranks > 1:                                       # started by torchrun
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if gpu else -1)     # -1 changes nothing
             dist.init_process_group("nccl" if gpu else "gloo")
-            atexit.register(dist.destroy_process_group)
         return train(cfg, state, rank, ranks) or 0
     except (UserError, OSError, FloatingPointError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
@@ -697,4 +695,6 @@ def main(argv=None):
     except SystemExit as end:                               # argparse: --help
         return end.code
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()      # ranks leave at once: gloo's threads may abort a Python that shuts down (pytorch
+    (os._exit if dist.is_initialized() else sys.exit)(status)                               # issue 190489)
