@@ -18,6 +18,9 @@ import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.f
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+with contextlib.suppress(OSError, AttributeError):          # glibc: keep large blocks, do not return them
+    for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+        ctypes.CDLL("libc.so.6").mallopt(option, number)
 class UserError(ValueError):
     """Something the user can mend: main() prints it as one line and returns exit status 2."""
 def require(condition, message):
@@ -656,9 +659,6 @@ def has_bf16(gpu, cpu=Path("/proc/cpuinfo")):
     return torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
 def main(argv=None):
     """Runs a command line -> exit status: 0, 1 (number not finite), 2 (bad input), 130 or 143 (signal)."""
-    with contextlib.suppress(OSError, AttributeError):      # glibc: keep large blocks, do not return them
-        for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-            ctypes.CDLL("libc.so.6").mallopt(option, number)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         cfg, given = parse(argv)

@@ -13,7 +13,6 @@ and use nothing of the files they are compared with.
 """
 
 import argparse
-import ctypes
 import resource
 import subprocess
 import sys
@@ -379,11 +378,6 @@ def bench_analyze(args):
 
 
 def main():
-    with suppress(
-        OSError, AttributeError
-    ):  # as sslvit.main() does: glibc keeps large blocks; both forms gain
-        for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):
-            ctypes.CDLL("libc.so.6").mallopt(option, number)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
