@@ -27,7 +27,6 @@ Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L
 of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM masked image modelling.
 """
 
-# fmt: off
 import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
 from collections import Counter, defaultdict
 from copy import deepcopy
@@ -480,7 +479,7 @@ def study(vit, options, scratch):
     print(vit.facts["name"], flush=True)
     size, L, n, wanted = vit.facts["image_size"], len(vit.blocks), options.images, set(options.only)
     train, test = sslvit.find_data(Config(data=options.data, image_size=size))
-    labelled, test = bool(test and test.label_names), test or train
+    labelled, test = bool(test) and train.classes == test.classes != (), test or train
     rng, folders = np.random.default_rng(0), (options.data, Path(options.masks)) if options.masks else None
     images, labels, masks = read_images(test, rng.permutation(len(test))[:n], size, folders, "test images")
     batch = max(1, min(64, 10**8 // (L * vit.facts["heads"] * vit.grid**4)))    # 400 MB of attention weights
@@ -770,7 +769,7 @@ def fig_cka(key, models):
     fig.colorbar(shown, label="linear CKA of pooled tokens")
     return fig
 
-LABELS = "labels and a training set (the stimuli, or class folders in --data)"
+LABELS = "labels and a training set (the stimuli, or --data with the same class folders in both)"
 LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
 NMI, AT_PI = ("nmi", "NMI (band: heads, seeds)", LAYER), ("pi", "Δ log amplitude at π", HALF)
 PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
@@ -887,8 +886,6 @@ def main(argv=None):
         draw(results["models"], options.only, out)
         print(claims_table(results["claims"]), f"what was drawn and computed is in {out}", sep="\n")
         return 0
-    except SystemExit as end:                               # argparse: --help
-        return end.code
     except Exception as error:
         known = isinstance(error, (UserError, OSError))
         if not (known or old):

@@ -1,4 +1,3 @@
-# fmt: off
 """What do self-supervised Vision Transformers learn?  This file trains them, analyze.py dissects them.
 
 A Vision Transformer (ViT) can learn from images without labels in two ways. Contrastive learning (CL) asks
@@ -326,14 +325,18 @@ class ImageFolder(list):
     held: None for all, False for nine images in ten, True for the tenth. UserError if there is no image."""
     def __init__(self, root, held=None):
         kinds = tuple(kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN)
-        found = sorted((top, os.path.join(folder, name)) for folder, _, names in os.walk(root)
-                       for top in [os.path.relpath(folder, root).split(os.sep)[0]]
-                       for name in names if name.lower().endswith(kinds))
+        found, seen = [], {os.path.realpath(root)}
+        for folder, inner, names in os.walk(root, followlinks=True):
+            real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(inner)}
+            inner[:] = [real[path] for path in real.keys() - seen]      # links may run in circles
+            seen |= real.keys()
+            top = os.path.relpath(folder, root).split(os.sep)[0]
+            found += [(top, os.path.join(folder, name)) for name in names if name.lower().endswith(kinds)]
         require(found, f"--data {root}: no image that can be read (JPEG, PNG, WebP, TIFF ...)")
         classes = sorted({top for top, _ in found} - {"."})
         self.label_names, self.classes = (("class",), (classes,)) if len(classes) > 1 else ((), ())
         numbers = {name: [i] for i, name in enumerate(classes)}
-        super().__init__((path, numbers.get(top, [0])) for i, (top, path) in enumerate(found)
+        super().__init__((path, numbers.get(top, [0])) for i, (top, path) in enumerate(sorted(found))
                          if held is None or (i % 10 == 9) == held)
     def load(self, index):
         return Image.open(self[index][0]), self[index][1]
@@ -473,7 +476,7 @@ def knn(bank, known, queries, k=20):
 @torch.no_grad()
 def knn_scores(encoder, data, cfg, autocast):
     """{'knn_<label set>': accuracy} of knn(), CLS or mean tokens, after the best layer; {} without labels."""
-    if not (cfg.knn_images and data[1] and data[0].label_names):
+    if not (cfg.knn_images and data[1] and data[0].classes == data[1].classes != ()):
         return {}
     sets, own = [], torch.Generator()           # loaders draw a seed, which the run's stream must not feel
     for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
@@ -512,7 +515,6 @@ def plan(cfg, model, images, rate, say):
         f"{weights / 2**30:.1f} GiB + {kept / 2**20:.0f} MiB for each image of a part")
     hours = ", ".join(f"{images / rate / 3600 / gpus:.3g} h on {gpus}" for gpus in (1, 8, 64))
     say(f"{images:.3g} images at {rate:.4g} images/s per GPU: {hours}")
-
 def train(cfg, state, rank, ranks):
     """Trains one model, from checkpoint `state` if there is one -> main()'s exit status, None for 0."""
     device, out, say = torch.device(cfg.device), Path(cfg.out), print if rank == 0 else lambda *_, **__: None
@@ -692,8 +694,6 @@ def main(argv=None):
     except (UserError, OSError, FloatingPointError) as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    except SystemExit as end:                               # argparse: --help
-        return end.code
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()      # ranks leave at once: gloo's threads may abort a Python that shuts down (pytorch

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import analyze
 import sslvit
 from sslvit import SSL, Config, Stimuli, ViT
 
@@ -462,6 +463,35 @@ def test_folder_layouts(tmp_path, layout):
         assert len(train) == 36 and len(test) == 4 and not {p for p, _ in train} & {p for p, _ in test}
     if layout == "flat":
         assert len(train) == 18 and train.label_names == ()
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    """cat is a link (as in subsets of ImageNet), dog links to a folder above it and to a folder that links back."""
+    store, root = tmp_path / "store" / "felines", tmp_path / "root"
+    for folder in (store, root / "dog", tmp_path / "aside"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "0.png")
+    (root / "cat").symlink_to(store)
+    (root / "dog" / "up").symlink_to(root)
+    (root / "dog" / "aside").symlink_to(tmp_path / "aside")
+    (tmp_path / "aside" / "back").symlink_to(root / "dog")
+    whole = sslvit.ImageFolder(root)
+    assert whole.classes == (["cat", "dog"],) and [labels for _, labels in whole] == [[0], [1], [1]]
+    assert [os.path.relpath(path, root) for path, _ in whole] == ["cat/0.png", "dog/0.png", "dog/aside/0.png"]
+
+
+@pytest.mark.parametrize("val", [("",), ("dog",), ("cat", "emu")])
+def test_no_accuracy_where_the_classes_of_train_and_val_differ(tmp_path, capfd, val):
+    """A flat val/ (as ImageNet's comes), one with fewer classes, one with others: numbers would not match."""
+    for folder in ["train/cat", "train/dog", *(f"val/{name}" for name in val)]:
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / folder / f"{i:02}.png")
+    out = str(tmp_path / "run")
+    argv = [*QUICK, "--data", str(tmp_path), "--preset", "micro", "--steps", "2", "--knn-images", "20"]
+    assert sslvit.main([*argv, "--out", out]) == 0 and "knn" not in capfd.readouterr().out
+    assert analyze.main([f"{out}/ckpt.pt", "--data", str(tmp_path), "--images", "20", "--out", out]) == 0
+    assert "skipped layers: needs labels" in capfd.readouterr().out
 
 
 def test_a_broken_image_is_named_counted_and_replaced(tmp_path, capfd):
