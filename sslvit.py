@@ -328,7 +328,7 @@ class ImageFolder(list):
         found, seen = [], {os.path.realpath(root)}
         for folder, inner, names in os.walk(root, followlinks=True):
             real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(inner)}
-            inner[:] = [real[path] for path in real.keys() - seen]      # links may run in circles
+            inner[:] = [real[path] for path in sorted(real.keys() - seen)]      # links may run in circles
             seen |= real.keys()
             top = os.path.relpath(folder, root).split(os.sep)[0]
             found += [(top, os.path.join(folder, name)) for name in names if name.lower().endswith(kinds)]

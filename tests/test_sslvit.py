@@ -478,6 +478,15 @@ def test_linked_folders_are_followed_once(tmp_path):
     whole = sslvit.ImageFolder(root)
     assert whole.classes == (["cat", "dog"],) and [labels for _, labels in whole] == [[0], [1], [1]]
     assert [os.path.relpath(path, root) for path, _ in whole] == ["cat/0.png", "dog/0.png", "dog/aside/0.png"]
+    for (
+        name
+    ) in "abcdefgh":  # one folder linked from eight belongs to the first, in every process: ranks must agree
+        (tmp_path / "many" / name).mkdir(parents=True)
+        (tmp_path / "many" / name / "link").symlink_to(store)
+    assert [
+        os.path.basename(os.path.dirname(os.path.dirname(path)))
+        for path, _ in sslvit.ImageFolder(tmp_path / "many")
+    ] == ["a"]
 
 
 @pytest.mark.parametrize("val", [("",), ("dog",), ("cat", "emu")])
