@@ -1,700 +1,2053 @@
-"""What do self-supervised Vision Transformers learn?  This file trains them, analyze.py dissects them.
+"""What do self-supervised Vision Transformers learn?
 
-A Vision Transformer (ViT) can learn from images without labels in two ways. Contrastive learning (CL) asks
-'are these two views the same image?', a question about the whole image. Masked image modelling (MIM) asks
-'what was under the mask?', a question about each patch. Here are both, and L = (1 - λ)·L_MIM + λ·L_CL.
-  python sslvit.py                                        hybrid on built-in stimuli, minutes on two cores
-  python sslvit.py --objective moco      (or simmim)      λ = 1: MoCo v3   (λ = 0: SimMIM)
-  torchrun --nproc_per_node 8 sslvit.py --data /imagenet  ViT-B/16, 224 px, the papers' recipe, on 8 GPUs
-README.md has times and accuracies. Letters: B batch, N patch tokens (1+N with CLS), D width, H heads,
-d = D/H, L layers, p patch size in px, C width of the contrastive embedding. Papers on arXiv: [P] Park et al.
-2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM 2111.09886, [B] BYOL 2006.07733."""
-import argparse, collections, contextlib, copy, ctypes, inspect, json, math, os, re, signal, sys, time
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+This file trains them, analyze.py takes them apart. A Vision Transformer (ViT) can learn
+from images without labels in two ways. Contrastive learning (CL) asks: are these two
+views the same image? That is a question about the whole image. Masked image modelling
+(MIM) asks: what was under the mask? That is a question about each patch. Here are both,
+and their hybrid  L = (1 - λ)·L_MIM + λ·L_CL.
+
+  python sslvit.py                                        hybrid, on built-in stimuli
+  python sslvit.py --objective moco                       λ = 1: MoCo v3
+  python sslvit.py --objective simmim                     λ = 0: SimMIM
+  python sslvit.py --data /imagenet --dry-run             what ViT-B on ImageNet costs
+  torchrun --nproc_per_node 8 sslvit.py --data /imagenet  and how it is trained
+
+1 two questions · 2 the ViT · 3 both questions, one encoder · 4 views · 5 optimiser and
+schedules · 6 training loop · 7 command line · 8 workshop (stimuli, files, k-NN, plan).
+Letters: B batch, N patch tokens (1+N with CLS), D embed_dim, H heads, d = D/H, L
+blocks, p patch size in px, C width of the contrastive embedding. Papers on arXiv:
+[P] Park et al. 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM
+2111.09886, [B] BYOL 2006.07733, [G] gradient caching 2101.06983.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-with contextlib.suppress(OSError, AttributeError):          # glibc: keep large blocks, do not return them
-    for option, number in ((-1, 2**30), (-2, 2**26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-        ctypes.CDLL("libc.so.6").mallopt(option, number)
+
+
 class UserError(ValueError):
-    """Something the user can mend: main() prints it as one line and returns exit status 2."""
+    """What the user can mend: main() prints it as one line and returns status 2."""
+
+
 def require(condition, message):
     if not condition:
         raise UserError(message)
 
-# ==== 1. Config: which knobs are there, and why do they stand where they stand? ============================
-@dataclass
-class Config:
-    """Fields are flags, comments their help: first choices or limits, without them ints >= 1, floats >= 0."""
-    objective: str = "hybrid"    # moco|simmim|hybrid: contrastive (λ = 1), masked (λ = 0), or both
-    lam: float = 0.2             # 0..1: λ of L = (1 - λ) L_MIM + λ L_CL; 0.2 is what the paper analyses
-    data: str = ""               # folder of images: train/ and val/, class folders, or flat; empty: stimuli
-    preset: str = "micro"        # micro|small32|imagenet: stimuli; 32-px photographs; default with --data
-    model: str = "micro"         # nano|micro|tiny|small|base|large|huge: small has [M]'s 12 heads, timm's 6
-    image_size: int = 32         # px; every crop is resized to this square
-    patch_size: int = 4          # px; one token per patch: 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    positions: str = "sincos"    # sincos|learned|relative: fixed (MoCo v3), or SimMIM's biases and LayerScale
-    freeze_patch: str = "auto"   # auto|yes|no: fixed patch embedding: calms MoCo, stops MIM; auto: λ = 1
-    decoder_depth: int = 0       # 0..99: Transformer blocks before the pixel head (figure 11); SimMIM: none
-    temperature: float = 0.2     # 0.001..99: τ of InfoNCE: smaller looks harder at the nearest negatives
-    momentum: float = 0.97       # 0..1: of the key encoder's average, rises from here to 1; 0.99 in MoCo v3
-    proj_hidden: int = 512       # hidden width of projector and predictor; 4096 in MoCo v3
-    crop_min: float = 0.2        # 0.01..1: smallest contrastive crop as a share of the image; ImageNet: 0.08
-    hue: float = 0.5             # 0..0.5: hue jitter; 0.5 is the whole circle: colour must not tell the image
-    blur: float = 1.0            # 0..99: largest blur σ in px: always in view 1, one time in ten in view 2
-    mask_unit: int = 4           # px, side of what is masked at once: 1/8 of the image, in SimMIM 1/7
-    mask_ratio: float = 0.6      # 0.01..1: masked share: high, as copying the neighbour should not be enough
-    epochs: float = 0.0          # passes over the training set; 0: --steps counts
-    steps: int = 1500            # optimiser steps
-    batch_size: int = 64         # images per optimiser step, over all ranks and accumulated parts
-    accum: int = 0               # 0..9999: parts per step; 0: as few as keep a rank's part at 128 images
-    lr: float = 12e-3            # base learning rate: the peak is lr x batch_size / 256
-    weight_decay: float = 0.05   # AdamW's, decoupled from the gradient
-    warmup: float = 0.1          # 0..1: share of the steps in which the learning rate rises
-    clip: float = 5.0            # largest gradient norm; 0: no clipping
-    device: str = "auto"         # cpu, cuda, cuda:1, mps; auto: CUDA where there is one
-    dtype: str = "auto"          # auto|bf16|fp16|fp32: auto takes bf16 where there are units for it
-    workers: int = -1            # -1..256: loading processes per rank; -1: none on a CPU, up to 8 with a GPU
-    compile: bool = False        # torch.compile: a slow start, then faster steps
-    checkpointing: bool = False  # recompute activations in the backward pass: large models in less memory
-    seed: int = 0                # 0..999999999: of the weights, the stimuli, the order and every crop
-    out: str = ""                # run folder; empty: runs/<preset>-<objective>
-    resume: bool = False         # go on with the run in --out
-    overwrite: bool = False      # start anew although --out holds a run
-    on_full: str = "stop"        # stop|go: when a checkpoint cannot be written; the last one stays
-    dry_run: bool = False        # print what the run costs (memory, FLOPs, hours on 1, 8, 64 GPUs) and stop
-    rate: float = 0.0            # images/s of one device for --dry-run; 0: time three steps on this one
-    save_every: int = 500        # steps between checkpoints and k-NN tests
-    log_every: int = 25          # steps between console lines
-    knn_images: int = 4000       # 0..999999: labelled images in the k-NN bank, tested: a quarter; 0: no k-NN
-PRESETS = {  # what a recipe changes: for every objective, then for one
-    "micro": {}, "micro-moco": dict(steps=1200, batch_size=128, lr=4e-3), "micro-simmim": dict(steps=4000),
-    "small32": dict(hue=0.1, blur=0.3, epochs=100, batch_size=128, lr=4e-3, momentum=0.99),
-    "imagenet": dict(model="base", image_size=224, patch_size=16, mask_unit=32, proj_hidden=4096, hue=0.1,
-                     crop_min=0.08, blur=2.0, epochs=300, batch_size=4096, lr=1.5e-4, weight_decay=0.1,
-                     momentum=0.99, warmup=40/300), "imagenet-moco": dict(clip=0.0), "imagenet-simmim": dict(
-        epochs=100, batch_size=2048, lr=0.5e-4, weight_decay=0.05, warmup=0.1, positions="relative")}
-SIZES = {n: dict(width=w, depth=d, heads=h) for n, w, d, h in (
-    ("nano", 48, 6, 3), ("micro", 96, 6, 3), ("tiny", 192, 12, 3), ("small", 384, 12, 12),
-    ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16))}
 
-# ==== 2. ViT: how does an image become tokens, and how do tokens talk?   (names and shapes are timm's) =====
-Record = collections.namedtuple("Record", "attn heads mid out")     # of a block: see Block.forward
-def sincos_positions(width, rows, cols):
-    """Fixed positions ([M] section 4): D/4 each for sin x, cos x, sin y, cos y; CLS: zeros -> (1, 1+N, D)."""
-    frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))                           # (D/4,)
-    n = torch.arange(rows * cols)[:, None]                  # patches are numbered row by row
-    x, y = n % cols * frequency, n // cols * frequency      # (N, D/4)
-    return F.pad(torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1), (0, 0, 1, 0))[None]
+# ==== 1. Two questions ================================================================
+# Are these two views the same image?   (contrastive learning, MoCo v3)
+
+
+def contrastive_loss(q, k, temperature):
+    """InfoNCE, one direction: each query looks for its own key ([M] algorithm 1, ctr).
+
+    q, k (B, C): row i of both comes from image i, the other rows are its negatives.
+    -> scalar, 2τ·log(B) if nothing is told apart, towards 0 if everything is. The
+    factor 2τ keeps gradients comparable between temperatures τ.
+    """
+    # bf16 has three digits, too few for this softmax
+    with torch.autocast(q.device.type, enabled=False):
+        precision = torch.promote_types(q.dtype, torch.float32)
+        q = F.normalize(q.to(precision), dim=-1)
+        k = F.normalize(k.to(precision), dim=-1)
+        logits = q @ k.T / temperature  # (B, B)
+        own_key = torch.arange(len(q), device=q.device)
+        return 2 * temperature * F.cross_entropy(logits, own_key)
+
+
+# What was under the mask?   (masked image modelling, SimMIM)
+
+
+def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
+    """-> bool (B, N), True = masked: ceil(ratio × units) square units in each image.
+
+    A unit is so large that the next visible pixel does not tell what it hides ([S]
+    section 3.2). Sizes in px; UserError, a ValueError, where they do not divide.
+    """
+    divides = unit % patch_size == 0 and image_size % unit == 0
+    sizes = f"patch size {patch_size}, mask unit {unit}, image size {image_size}"
+    require(divides, f"{sizes}: each must divide the next")
+    side = image_size // unit
+    patches = unit // patch_size
+    # 1e-9: 0.28 × 25 units is 7, not 7.000000000000001
+    masked = math.ceil(ratio * side * side - 1e-9)
+    # the ranks of random numbers are a random order of the units
+    ranking = torch.rand(batch, side * side, generator=generator)
+    ranking = ranking.argsort(dim=1).argsort(dim=1)
+    units = (ranking < masked).unflatten(1, (side, side))
+    mask = units.repeat_interleave(patches, dim=1).repeat_interleave(patches, dim=2)
+    return mask.flatten(1)
+
+
+def patchify(images, patch_size):
+    """(B, 3, h, w) -> (B, N, 3p²): the pixels of each patch, patches row by row."""
+    return F.unfold(images, patch_size, stride=patch_size).mT
+
+
+def unpatchify(patches, size, patch_size):
+    """The way back: (B, N, 3p²) and size (h, w) -> (B, 3, h, w)."""
+    return F.fold(patches.mT, size, patch_size, stride=patch_size)
+
+
+def masked_l1(pred, target, mask):
+    """Mean |pred - target| over the masked patches ([S] equation 1) -> scalar.
+
+    pred, target (B, N, 3p²) in any unit, mask bool (B, N), True = masked.
+    """
+    return ((pred - target).abs().mean(dim=-1) * mask).sum() / mask.sum()
+
+
+# ==== 2. ViT: how does an image become tokens, and how do tokens talk? ================
+# Names and shapes of the weights are timm's, so that both read each other's files.
+
+SIZES = {
+    "nano": {"embed_dim": 48, "depth": 6, "num_heads": 3},
+    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    # 12 heads as in [M]; timm's has 6
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+class Attention(nn.Module):
+    """Every token asks all tokens: softmax(Q·Kᵀ / √d)·V in H heads ([V] appendix A)."""
+
+    def __init__(self, embed_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x, bias=None, cls_only=False, explicit=False):
+        """x (B, 1+N, D) -> output (B, 1+N, D), heads (B, H, 1+N, d), weights.
+
+        bias (H, 1+N, 1+N): for the logits. weights (B, H, 1+N, 1+N), rows sum to 1; a
+        fused kernel never writes them to memory: None, unless `explicit`. cls_only:
+        only CLS asks, so that what comes back has one query instead of 1+N.
+        """
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, 1+N, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1+N, d) each
+        if cls_only:
+            q = q[:, :, :1]
+        if bias is not None:
+            bias = bias[:, : q.shape[2]].to(q.dtype)
+        # where there is no CUDA, bf16's fused kernel is 2 to 7 times slower than this
+        fused_is_slow = q.dtype == torch.bfloat16 and not q.is_cuda
+        if explicit or fused_is_slow:
+            logits = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1+N, 1+N)
+            if bias is not None:
+                logits = logits + bias
+            weights = logits.softmax(dim=-1)
+            heads = weights @ v  # (B, H, 1+N, d)
+        else:
+            weights = None
+            heads = F.scaled_dot_product_attention(q, k, v, bias)
+        side_by_side = heads.transpose(1, 2).flatten(2)  # (B, 1+N, D)
+        return self.proj(side_by_side), heads, weights
+
+
+class Mlp(nn.Module):
+    """Then each token thinks for itself: D -> 4D -> D."""
+
+    def __init__(self, embed_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """What a sub-layer adds starts small: a learned factor for each channel."""
+
+    def __init__(self, embed_dim, start):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), start))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+# What analyze.py looks at. attn: attention weights; heads: what each head reads;
+# mid, out: the tokens after attention, and after the MLP.
+Record = collections.namedtuple("Record", ["attn", "heads", "mid", "out"])
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then think."""
+
+    def __init__(self, embed_dim, num_heads, layer_scale=None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads)
+        self.mlp = Mlp(embed_dim)
+        self.ls1 = nn.Identity()
+        self.ls2 = nn.Identity()
+        if layer_scale is not None:
+            self.ls1 = LayerScale(embed_dim, layer_scale)
+            self.ls2 = LayerScale(embed_dim, layer_scale)
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier ([M]), for Q, K and V apart: as one (3D, D) matrix their weights would
+        be √2 smaller, and attention stay uniform for long."""
+        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            nn.init.zeros_(linear.bias)
+            matrices = [linear.weight.data]
+            if linear is self.attn.qkv:
+                matrices = linear.weight.data.chunk(3)
+            for matrix in matrices:
+                nn.init.xavier_uniform_(matrix)
+
+    def record(self, x, bias=None, cls_only=False, explicit=True):
+        """x (B, 1+N, D) -> Record: the forward pass and what happens on the way."""
+        y, heads, attn = self.attn(self.norm1(x), bias, cls_only, explicit)
+        if cls_only:
+            x = x[:, :1]
+        mid = x + self.ls1(y)
+        out = mid + self.ls2(self.mlp(self.norm2(mid)))
+        return Record(attn, heads, mid, out)
+
+    def forward(self, x, bias=None, cls_only=False):
+        """x (B, 1+N, D) -> (B, 1+N, D), or (B, 1, D) if only CLS is asked for."""
+        return self.record(x, bias, cls_only, explicit=False).out
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of each patch's pixels."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
+
+
+def sincos_positions(embed_dim, rows, cols):
+    """Fixed positions ([M] section 4): sin x, cos x, sin y, cos y; CLS: zeros.
+
+    A quarter of the channels each -> (1, 1+N, D).
+    """
+    quarter = embed_dim // 4
+    frequency = 10000.0 ** -(torch.arange(quarter) / quarter)  # (D/4,)
+    n = torch.arange(rows * cols)[:, None]  # patches are numbered row by row
+    x = (n % cols) * frequency  # (N, D/4)
+    y = (n // cols) * frequency
+    patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, D)
+    return F.pad(patches, (0, 0, 1, 0))[None]  # a row of zeros for CLS, in front
+
+
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    if grid.shape[:2] != (rows, cols):
-        grid = F.interpolate(grid.permute(2, 0, 1)[None], (rows, cols), mode="bicubic")[0].permute(1, 2, 0)
-    return grid
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): tokens talk, then each thinks for itself."""
-    def __init__(self, width, heads, layer_scale=None):
+    if grid.shape[:2] == (rows, cols):
+        return grid
+    channels_first = grid.permute(2, 0, 1)[None]
+    resized = F.interpolate(channels_first, (rows, cols), mode="bicubic")
+    return resized[0].permute(1, 2, 0)
+
+
+class RelativePositionBias(nn.Module):
+    """SimMIM's positions: a number per head and offset, one table for all blocks.
+
+    The last three rows are CLS to patch, patch to CLS and CLS to CLS, as in BEiT.
+    """
+
+    def __init__(self, grid, num_heads):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-        gammas = [{"gamma": torch.full((width,), layer_scale)} if layer_scale else {} for _ in "12"]
-        self.ls1, self.ls2 = map(nn.ParameterDict, gammas)  # LayerScale: each sub-layer starts small
-        # Xavier ([M]). qkv starts as the three matrices it holds; as one (√2 smaller) attention stays uniform
-        for name, linear in (*self.attn.items(), *self.mlp.items()):
-            nn.init.zeros_(linear.bias)
-            for weight in linear.weight.data.chunk(3 if name == "qkv" else 1):
-                nn.init.xavier_uniform_(weight)
-    def forward(self, x, bias=None, record=False, first=None):
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x, q = x[:, :first], q[:, :, :first]                # q, k, v: (B, H, 1+N, d)
-        bias = None if bias is None else bias[:, :first].to(q.dtype)
-        if record or q.dtype == torch.bfloat16 and not q.is_cuda:  # on a CPU in bf16: 2 to 7 times as fast
-            logits = q @ k.mT * q.shape[-1] ** -0.5         # (B, H, 1+N, 1+N)
-            attn = (logits if bias is None else logits + bias).softmax(dim=-1)      # rows sum to 1
-            heads = attn @ v                                # (B, H, 1+N, d)
-        else:                                           # one kernel, which never writes the weights to memory
-            heads = F.scaled_dot_product_attention(q, k, v, bias)
-        y = self.attn["proj"](heads.transpose(1, 2).flatten(2))     # heads side by side: (B, 1+N, D)
-        mid = x + (y * self.ls1["gamma"] if self.ls1 else y)        # after attention (B, 1+N, D)
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(mid))))
-        out = mid + (y * self.ls2["gamma"] if self.ls2 else y)      # after the MLP (B, 1+N, D)
-        return (out, Record(attn, heads, mid, out)) if record else out
-class ViT(nn.Module):
-    """[V], pre-norm; sizes in px. positions: sincos (fixed), learned, none; rel_pos_bias: SimMIM's, one for
-    all blocks; layer_scale: its start; num_classes: of a linear head; ValueError if sizes do not divide."""
-    def __init__(self, image_size, patch_size, width, depth, heads, *, positions="sincos", num_classes=0,
-                 rel_pos_bias=False, layer_scale=None):
-        super().__init__()
-        require(image_size % patch_size == width % heads == width % 4 == 0, "patch or heads do not divide")
-        self.patch_size, self.grid, self.checkpointing = patch_size, image_size // patch_size, False
-        self.cls_token, self.pos_embed = nn.Parameter(1e-6 * torch.randn(1, 1, width)), None
-        if positions != "none":
-            learned, start = positions == "learned", sincos_positions(width, self.grid, self.grid)
-            self.pos_embed = nn.Parameter(0.02 * torch.randn_like(start) if learned else start, learned)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
-        nn.init.xavier_uniform_(self.patch_embed["proj"].weight.data.flatten(1))   # one linear map of patches
-        nn.init.zeros_(self.patch_embed["proj"].bias)
-        table = {"relative_position_bias_table": torch.zeros((2 * self.grid - 1) ** 2 + 3, heads)}
-        self.rel_pos_bias = nn.ParameterDict(table if rel_pos_bias else {})
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-    def position_bias(self, rows, cols):
-        """SimMIM's positions: a number per head and offset query - key, to add to logits -> (H, 1+N, 1+N)."""
-        table, side = self.rel_pos_bias["relative_position_bias_table"], 2 * self.grid - 1
-        offsets = resize_grid(table[:-3].unflatten(0, (side, side)), 2 * rows - 1, 2 * cols - 1)
+        self.side = 2 * grid - 1  # offsets from -(grid - 1) to grid - 1
+        table = torch.zeros(self.side**2 + 3, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self, rows, cols):
+        """-> what to add to the attention logits, (H, 1+N, 1+N)."""
+        table = self.relative_position_bias_table
+        offsets = table[:-3].unflatten(0, (self.side, self.side))
+        offsets = resize_grid(offsets, 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
-        x, y = n % cols, n // cols
-        bias = F.pad(offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1], (0, 0, 1, 0, 1, 0))
-        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3], table[-2], table[-1]  # to patch, to CLS, CLS to CLS
+        x = n % cols
+        y = n // cols
+        row_offset = y[:, None] - y + rows - 1  # (N, N), query minus key, from 0
+        col_offset = x[:, None] - x + cols - 1
+        # a row and a column for CLS, in front
+        bias = F.pad(offsets[row_offset, col_offset], (0, 0, 1, 0, 1, 0))
+        bias[0, 1:] = table[-3]
+        bias[1:, 0] = table[-2]
+        bias[0, 0] = table[-1]
         return bias.permute(2, 0, 1)
-    def forward(self, x, mask=None, record=False, mask_token=None, first=None):
-        """x (B, 3, h, w), any size the patch divides -> normed tokens (B, 1+N, D); record: also L Records;
-        mask (B, N): True becomes mask_token (1, 1, D; None: zeros); first: so many from the last block."""
-        rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        x = self.patch_embed["proj"](x).flatten(2).mT       # (B, D, rows, cols) -> (B, N, D)
-        if mask is not None:                          # the pixels under the mask end here, their tokens go on
-            x = torch.where(mask[..., None], 0.0 if mask_token is None else mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)    # (B, 1+N, D)
+
+
+class ViT(nn.Module):
+    """[V], pre-norm, with a CLS token. Sizes in px; UserError if they do not divide.
+
+    positions: "sincos" (fixed), "learned" or "none"; rel_pos_bias: SimMIM's;
+    layer_scale: where it starts; num_classes: of a linear head for others to use.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        patch_size,
+        embed_dim,
+        depth,
+        num_heads,
+        *,
+        positions="sincos",
+        num_classes=0,
+        rel_pos_bias=False,
+        layer_scale=None,
+    ):
+        super().__init__()
+        require(image_size % patch_size == 0, "the patches do not divide the image")
+        divides = embed_dim % num_heads == 0 and embed_dim % 4 == 0
+        require(divides, "4 and the number of heads must divide embed_dim")
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size
+        self.embed_dim = embed_dim
+        self.checkpointing = False  # recompute activations in the backward pass
+
+        self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = None
+        if positions != "none":
+            table = sincos_positions(embed_dim, self.grid, self.grid)
+            is_learned = positions == "learned"
+            if is_learned:
+                table = 0.02 * torch.randn_like(table)
+            self.pos_embed = nn.Parameter(table, requires_grad=is_learned)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.rel_pos_bias = None
+        if rel_pos_bias:
+            self.rel_pos_bias = RelativePositionBias(self.grid, num_heads)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, layer_scale) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Identity()  # for others: not used in forward()
+        if num_classes:
+            self.head = nn.Linear(embed_dim, num_classes)
+
+    def embed(self, x, mask, mask_token, rows, cols):
+        """Pixels (B, 3, h, w) -> tokens with positions (B, 1+N, D)."""
+        x = self.patch_embed(x)  # (B, N, D)
+        if mask is not None:
+            # masked patches lose their pixels, but stay in the sequence
+            hidden = 0.0 if mask_token is None else mask_token.to(x.dtype)
+            x = torch.where(mask[..., None], hidden, x)
+        cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
+        x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
-            grid = resize_grid(self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid)), rows, cols)
-            x = x + torch.cat([self.pos_embed[0, :1], grid.flatten(0, 1)])
-        bias, records = self.position_bias(rows, cols) if self.rel_pos_bias else None, []
+            grid = self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid))
+            grid = resize_grid(grid, rows, cols).flatten(0, 1)
+            x = x + torch.cat([self.pos_embed[0, :1], grid])
+        return x
+
+    def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
+        """Images (B, 3, h, w), any size -> tokens after the last norm (B, 1+N, D).
+
+        mask bool (B, N): True becomes mask_token (1, 1, D; None: zeros). record: ->
+        (tokens, L Records). cls_only: -> (B, 1, D), which spares most of a block.
+        """
+        rows = x.shape[2] // self.patch_size
+        cols = x.shape[3] // self.patch_size
+        x = self.embed(x, mask, mask_token, rows, cols)
+        bias = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(rows, cols)
+        records = []
         for block in self.blocks:
-            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
-            x = run(x, bias, record, first if block is self.blocks[-1] else None)
+            # all blocks but the last need every token, as key and value
+            only_cls_counts = cls_only and block is self.blocks[-1]
             if record:
-                records.append(x[1])
-                x = x[0]
-        return (self.norm(x), records) if record else self.norm(x)
+                records.append(block.record(x, bias))
+                x = records[-1].out
+            elif self.checkpointing:
+                x = checkpoint(block, x, bias, only_cls_counts, use_reentrant=False)
+            else:
+                x = block(x, bias, only_cls_counts)
+        x = self.norm(x)
+        return (x, records) if record else x
 
-# ==== 3. Contrastive learning: are these two views the same image?   (MoCo v3) =============================
+
+# ==== 3. Both questions, one encoder ==================================================
+
+
 def mlp_head(*widths):
-    """Linear-BN-ReLU as in [M]: BN makes one embedding for all impossible; an affine part could undo it."""
-    norm, layers = partial(nn.BatchNorm1d, track_running_stats=False), []       # heads are never evaluated
-    for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b, bias=False), norm(b), nn.ReLU()]
-    return nn.Sequential(*layers[:-2], norm(widths[-1], affine=False))
-def contrastive_loss(q, k, temperature):
-    """InfoNCE, one direction ([M] equation 1): a query must find its own key among those of all ranks. q, k
-    (B, C), normalised here -> scalar, 2τ·log(batch) at random. [M]'s 2τ: gradients comparable across τ."""
-    with torch.autocast(q.device.type, enabled=False):  # bf16's 3 digits are too few for this softmax
-        q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (q, k))
-        labels = torch.arange(len(q), device=q.device)
-        if dist.is_initialized():                           # keys carry no gradient, so gathering needs none
-            labels, k = labels + len(q) * dist.get_rank(), k.contiguous()
-            dist.all_gather(keys := [torch.empty_like(k) for _ in range(dist.get_world_size())], k)
-            k = torch.cat(keys)                             # (ranks·B, C)
-        return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)     # (B, ranks·B) -> scalar
-def cosine(start, end, progress):
-    """Half a cosine from `start` (progress 0) to `end` (progress 1): the one curve behind every schedule."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
-def momentum_at(step, total, base):
-    """Momentum of the key average: from `base` to 1, as a late teacher should hold still ([M] section 4)."""
-    return cosine(base, 1.0, step / total)
+    """Projector or predictor: Linear, BatchNorm, ReLU, ... ([M] section 4).
 
-# ==== 4. Masked image modelling: what was under the mask?   (SimMIM) =======================================
-def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
-    """-> bool (B, N), True = masked: ceil(ratio × units) units of `unit` px in each image, large enough that
-    the next pixel does not tell ([S] section 3.2). ValueError where patch, unit and image do not divide."""
-    require(unit % patch_size == image_size % unit == 0,
-            f"patch size {patch_size} must divide mask unit {unit}, and that image size {image_size}")
-    side, patches = image_size // unit, unit // patch_size
-    masked = math.ceil(ratio * side * side - 1e-9)          # 1e-9: 0.28 × 25 is 7, not 7.000000000000001
-    order = torch.rand(batch, side * side, generator=generator).argsort(dim=1).argsort(dim=1)
-    mask = (order < masked).unflatten(1, (side, side))      # units, then patches
-    return mask.repeat_interleave(patches, 1).repeat_interleave(patches, 2).flatten(1)
-def patchify(images, patch_size):
-    """(B, 3, h, w) -> (B, N, 3p²), each patch's pixels. The way back: F.fold(x.mT, (h, w), p, stride=p)."""
-    return F.unfold(images, patch_size, stride=patch_size).mT
-def masked_l1(pred, target, mask):
-    """Mean |pred - target|, (B, N, 3p²) each, in their unit, where mask, bool (B, N), is True ([S] eq. 1)."""
-    return ((pred - target).abs().mean(dim=-1) * mask).sum() / mask.sum()       # (B, N) -> scalar
+    BatchNorm makes one embedding for all images impossible. The last one has no affine
+    part, as a scale of 0 would allow it. Heads are never evaluated: no running
+    statistics.
+    """
+    batch_norm = functools.partial(nn.BatchNorm1d, track_running_stats=False)
+    layers = []
+    for i in range(1, len(widths) - 1):
+        layers.append(nn.Linear(widths[i - 1], widths[i], bias=False))
+        layers.append(batch_norm(widths[i]))
+        layers.append(nn.ReLU())
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    layers.append(batch_norm(widths[-1], affine=False))
+    return nn.Sequential(*layers)
 
-# ==== 5. The hybrid: both questions, one encoder ===========================================================
+
 class SSL(nn.Module):
-    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5); λ = 0: SimMIM, 1: MoCo v3; one module for DDP, compile."""
+    """L = (1 - λ)·L_MIM + λ·L_CL ([P] section 5): λ = 0 is SimMIM, λ = 1 MoCo v3."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.lam, self.patch_size, self.temperature = cfg.lam, cfg.patch_size, cfg.temperature
-        size, width = SIZES[cfg.model], SIZES[cfg.model]["width"]
-        look = dict(positions="none", rel_pos_bias=True, layer_scale=0.1)       # SimMIM's ViT
-        look = look if cfg.positions == "relative" else dict(positions=cfg.positions)
-        self.encoder = ViT(cfg.image_size, cfg.patch_size, **size, **look)
-        self.encoder.checkpointing = cfg.checkpointing
-        self.encoder.patch_embed.requires_grad_(dict(yes=False, no=True, auto=cfg.lam < 1)[cfg.freeze_patch])
-        if self.lam > 0:
-            self.projector = mlp_head(width, cfg.proj_hidden, cfg.proj_hidden, 256)
-            self.predictor = mlp_head(256, cfg.proj_hidden, 256)                # C = 256
-            self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-            self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        if self.lam < 1:          # a linear decoder ([S]) makes the encoder's last layers decode; blocks take
-            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))  # that from them ([P] figure 11)
-            blocks = [Block(width, size["heads"]) for _ in range(cfg.decoder_depth)]
-            blocks += [nn.LayerNorm(width, eps=1e-6)] if blocks else []
-            self.decoder = nn.Sequential(*blocks, nn.Linear(width, 3 * cfg.patch_size**2))
+        self.use_cl = cfg.lam > 0
+        self.use_mim = cfg.lam < 1
+        self.patch_size = cfg.patch_size
+        self.temperature = cfg.temperature
+        self.encoder = make_encoder(cfg)
+        embed_dim = self.encoder.embed_dim
+        if self.use_cl:
+            self.projector = mlp_head(embed_dim, cfg.proj_hidden, cfg.proj_hidden, 256)
+            self.predictor = mlp_head(256, cfg.proj_hidden, 256)  # C = 256
+            self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.momentum_projector = copy.deepcopy(self.projector)
+            self.momentum_projector.requires_grad_(False)
+        if self.use_mim:
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+            # [S]: one linear layer, so that the encoder's last blocks learn to decode;
+            # --decoder-depth adds blocks that take this work over ([P] figure 11)
+            layers = []
+            for _ in range(cfg.decoder_depth):
+                layers.append(Block(embed_dim, SIZES[cfg.model]["num_heads"]))
+            if cfg.decoder_depth:
+                layers.append(nn.LayerNorm(embed_dim, eps=1e-6))
+            layers.append(nn.Linear(embed_dim, 3 * cfg.patch_size**2))
+            self.decoder = nn.Sequential(*layers)
+
     def contrast(self, view1, view2):
-        """MoCo v3's algorithm 1 in its seven steps, 5 to 7 in contrastive_loss -> loss, queries (B, C)."""
-        views = torch.cat([view1, view2])                   # 1. two views of each image: (2B, 3, h, w)
-        z = self.encoder(views, first=1)[:, 0]              # 2. CLS tokens (2B, D), both views in one pass
-        # 3. queries (B, C), each view apart: BatchNorm would leak one view's statistics into the other
-        q1, q2 = (self.predictor(self.projector(half)) for half in z.chunk(2))
-        with torch.no_grad():                               # 4. keys, from the average (see update_average)
-            z = self.key_encoder(views, first=1)[:, 0]
-            k1, k2 = (self.key_projector(half) for half in z.chunk(2))
-        return contrastive_loss(q1, k2, self.temperature) + contrastive_loss(q2, k1, self.temperature), q1
+        """MoCo v3 in the steps of [M] algorithm 1 -> L_CL, queries of view 1 (B, C).
+
+        1. two views: augment()     2. encode both as queries    3. as keys, no gradient
+        4. q1 looks for k2, q2 for k1                            5. contrastive_loss()
+        6. gradient step for the queries: train()                7. the average follows
+        """
+        query_cls = encode_views(self.encoder, view1, view2)
+        with torch.no_grad():
+            key_cls = encode_views(self.momentum_encoder, view1, view2)
+        return self.compare(query_cls, key_cls)
+
+    def compare(self, query_cls, key_cls):
+        """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
+        # each view apart: BatchNorm would leak one view's statistics into the other
+        q1 = self.predictor(self.projector(query_cls[0]))
+        q2 = self.predictor(self.projector(query_cls[1]))
+        with torch.no_grad():
+            k1 = self.momentum_projector(key_cls[0])
+            k2 = self.momentum_projector(key_cls[1])
+        loss = contrastive_loss(q1, k2, self.temperature)
+        loss = loss + contrastive_loss(q2, k1, self.temperature)
+        return loss, q1
+
+    def reconstruct(self, view, mask):
+        """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
+
+        view (B, 3, h, w), mask bool (B, N) -> L_MIM, mean patch tokens (B, D).
+        """
+        tokens = self.encoder(view, mask, mask_token=self.mask_token)  # (B, 1+N, D)
+        pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
+        loss = masked_l1(pixels, patchify(view, self.patch_size), mask)
+        return loss, tokens[:, 1:].mean(dim=1)
+
     def forward(self, view1, view2, view_mim, mask):
-        """Views (B, 3, h, w), mask bool (B, N) -> scalars cl, mim (switched off by λ: 0, and its views may be
-        None), std: of unit-length features over the batch × √width, 1 spread out, 0 all alike (collapse)."""
-        cl = mim = torch.zeros((), device=mask.device)
-        if self.lam < 1:                                    # SimMIM: mask, encode ALL tokens, predict pixels
-            tokens = self.encoder(view_mim, mask, mask_token=self.mask_token)     # (B, 1+N, D)
-            pixels = self.decoder(tokens)[:, 1:]            # (B, N, 3p²)
-            mim = masked_l1(pixels, patchify(view_mim, self.patch_size), mask)
-            features = tokens[:, 1:].mean(dim=1)
-        if self.lam > 0:
+        """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
+
+        A loss that λ switches off is 0, and its views may be None. std: feature_std()
+        of view 1's queries; without CL, of the mean patch tokens.
+        """
+        cl = torch.zeros((), device=mask.device)
+        mim = torch.zeros((), device=mask.device)
+        if self.use_mim:
+            mim, features = self.reconstruct(view_mim, mask)
+        if self.use_cl:
             cl, features = self.contrast(view1, view2)
-        unit = F.normalize(features.detach().float(), dim=-1)
-        return {"cl": cl, "mim": mim, "std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5}
+        return {"cl": cl, "mim": mim, "std": feature_std(features)}
+
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query at a step's end: the next key pass sees what [M]'s would give."""
-        if self.lam > 0:
-            for key, query in (self.key_encoder, self.encoder), (self.key_projector, self.projector):
-                torch._foreach_lerp_([*key.parameters()], [*query.parameters()], 1 - momentum)
+        """key ← m·key + (1 - m)·query, for the keys of the next step."""
+        if not self.use_cl:
+            return
+        pairs = [
+            (self.momentum_encoder, self.encoder),
+            (self.momentum_projector, self.projector),
+        ]
+        for key, query in pairs:
+            weights = [*key.parameters()]
+            torch._foreach_lerp_(weights, [*query.parameters()], 1 - momentum)
 
-# ==== 6. Data: what does the network get to see?   (each choice is a function of seed, epoch and index) ====
-SHAPES = {      # level sets of radius 1, negative inside; polar angle a = 0 points up
-    "circle": lambda x, y, r, a: r - 0.9, "square": lambda x, y, r, a: np.maximum(abs(x), abs(y)) - 0.75,
-    "triangle": lambda x, y, r, a: r * np.cos(a % (2 * np.pi / 3) - np.pi / 3) - 0.5,
-    "star": lambda x, y, r, a: r - 0.65 - 0.35 * np.cos(5 * a),
-    "cross": lambda x, y, r, a: np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.fmax(abs(x), abs(y)) - 0.95),
-    "ring": lambda x, y, r, a: abs(r - 0.7) - 0.25,
-    "bar": lambda x, y, r, a: np.maximum(abs(x) - 0.4, abs(y) - 0.95),
-    "crescent": lambda x, y, r, a: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y))}
-TEXTURES = {  # in [-1, 1] over u, v in radians; regular: what a mask hides must follow from its surroundings
-    "plain": lambda u, v: np.ones_like(u), "horizontal": lambda u, v: np.sin(v),
-    "vertical": lambda u, v: np.sin(u), "diagonal": lambda u, v: np.sin((u + v) / 2**0.5),
-    "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v), "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.6,
-    "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
-    "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) * 2 - 1}
-class Stimuli:
-    """stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S) of one object on smooth
-    grey; drawn independently from (seed, split, i). render(i, shape, texture): scene i with other labels."""
-    label_names, classes = ("shape", "texture"), (list(SHAPES), list(TEXTURES))
-    def __init__(self, length, image_size=32, seed=0, split="train"):
-        self.length, self.size, self.drawn = length, image_size, {}
-        self.key = seed, ("train", "test").index(split)
-    def __len__(self):
-        return self.length
-    def __getitem__(self, index):
-        shape, texture = np.random.default_rng([*self.key, index, 0]).integers(8, size=2).tolist()
-        image, mask = self.render(index, shape, texture)
-        return image, shape, texture, mask
-    def load(self, index):
-        drawn = self.drawn if self.size <= 64 else {}       # drawing is nearly half of loading; 250 MB
-        if index not in drawn:
-            drawn[index] = (Image.fromarray((scene := self[index])[0]), [*scene[1:3]])
-        return drawn[index]
-    def render(self, index, shape, texture):
-        rng = np.random.default_rng([*self.key, index, 1])
-        tilt, radius = np.radians(rng.uniform(-18, 18)), rng.uniform(0.75, 1.0)
-        cx, cy, slope_x, slope_y = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
-        frequency, phase = 2 * np.pi / rng.uniform(0.36, 0.46), rng.uniform(0, 2 * np.pi, 2)
-        grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1   # pixel centres in [-1, 1]
-        x, y = axis[None, :], axis[:, None]
-        u = np.cos(tilt) * (x - cx) + np.sin(tilt) * (y - cy)                  # the object's own axes, (S, S)
-        v = np.cos(tilt) * (y - cy) - np.sin(tilt) * (x - cx)
-        level = [*SHAPES.values()][shape](u / radius, v / radius, np.hypot(u, v) / radius, np.arctan2(u, -v))
-        inside = np.clip(0.5 - level * radius * self.size / 2, 0, 1)            # an edge one pixel wide
-        wave = [*TEXTURES.values()][texture](u * frequency + phase[0], v * frequency + phase[1])
-        circle = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)   # the colour circle, RGB
-        light = bright * (fade + (1 - fade) * circle) * (0.65 + 0.35 * np.clip(1.5 * wave, -1, 1)[..., None])
-        ground = (grey + slope_x * x + slope_y * y)[..., None]
-        image = ground + inside[..., None] * (light - ground)
-        return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
-class ImageFolder(list):
-    """(path, labels) of all images below `root`; its folders that hold them, if two or more, are the classes.
-    held: None for all, False for nine images in ten, True for the tenth. UserError if there is no image."""
-    def __init__(self, root, held=None):
-        kinds = tuple(kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN)
-        found, seen = [], {os.path.realpath(root)}
-        for folder, inner, names in os.walk(root, followlinks=True):
-            real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(inner)}
-            inner[:] = [real[path] for path in sorted(real.keys() - seen)]      # links may run in circles
-            seen |= real.keys()
-            top = os.path.relpath(folder, root).split(os.sep)[0]
-            found += [(top, os.path.join(folder, name)) for name in names if name.lower().endswith(kinds)]
-        require(found, f"--data {root}: no image that can be read (JPEG, PNG, WebP, TIFF ...)")
-        classes = sorted({top for top, _ in found} - {"."})
-        self.label_names, self.classes = (("class",), (classes,)) if len(classes) > 1 else ((), ())
-        numbers = {name: [i] for i, name in enumerate(classes)}
-        super().__init__((path, numbers.get(top, [0])) for i, (top, path) in enumerate(sorted(found))
-                         if held is None or (i % 10 == 9) == held)
-    def load(self, index):
-        return Image.open(self[index][0]), self[index][1]
-def find_data(cfg):
-    """(training set, test set or None) in --data, or the built-in stimuli."""
-    if not cfg.data:
-        return [Stimuli(n, cfg.image_size, cfg.seed, name) for n, name in ((20000, "train"), (5000, "test"))]
-    require(os.path.isdir(cfg.data), f"--data {cfg.data}: no such folder")
-    paths = [os.path.join(cfg.data, name) for name in ("train", "val", "test")]
-    if os.path.isdir(paths[0]):
-        return ([ImageFolder(path) for path in paths if os.path.isdir(path)] + [None])[:2]
-    whole = ImageFolder(cfg.data)
-    return [ImageFolder(cfg.data, held) for held in (False, True)] if len(whole) > 19 else (whole, None)
-def crop_box(width, height, smallest, rng):
-    """RandomResizedCrop's (x0, y0, x1, y1): `smallest` to 1 of the area, aspect 3/4 to 4/3; else a square."""
-    area, ratio = width * height * rng.uniform(smallest, 1, 10), (4 / 3) ** rng.uniform(-1, 1, 10)
-    w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
-    fits = (w <= width) & (h <= height)
-    w, h = (w[fits][0], h[fits][0]) if fits.any() else (min(width, height),) * 2
-    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return x, y, x + w, y + h
-def cut(image, size, smallest=(), rng=None):
-    """Decodes an opened image once -> uint8 (crops, 3, size, size), upright RGB on white: a crop_box for each
-    of `smallest`, or the largest centred square. Large JPEGs are decoded at 1/2, 1/4 or 1/8."""
-    width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
-    x, y = max(width - height, 0) / 2, max(height - width, 0) / 2
-    boxes = np.array([crop_box(width, height, s, rng) for s in smallest] or [(x, y, width - x, height - y)])
-    spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
-    image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":                               # 16-bit grey, floating point
-        values = np.asarray(image, dtype=np.float32)
-        values = values / (257 if image.mode[0] == "I" else max(values.max(), 1e-9) / 255)
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.mode != "RGB":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    boxes = np.maximum((boxes * image.width / width).round(), (0, 0, 1, 1)).astype(int)     # between pixels
-    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)       # one pixel at least
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]    # (1, 3, h, w)
-    crops = [F.interpolate(x[..., b:d, a:c], size, mode="bilinear", antialias=True) for a, b, c, d in boxes]
-    return torch.cat(crops).numpy()
-class Views:
-    """(epoch, index) -> all crops of a file, every random choice for it; epoch None: centre, for tests."""
+
+def make_encoder(cfg):
+    """The ViT of a configuration: MoCo v3's, or SimMIM's with positions "relative"."""
+    look = {"positions": cfg.positions}
+    if cfg.positions == "relative":
+        look = {"positions": "none", "rel_pos_bias": True, "layer_scale": 0.1}
+    encoder = ViT(cfg.image_size, cfg.patch_size, **SIZES[cfg.model], **look)
+    encoder.checkpointing = cfg.checkpointing
+    # a fixed random patch embedding keeps MoCo from exploding ([M] section 4.2); in a
+    # hybrid it would keep MIM's gradient from the pixels
+    is_frozen = cfg.freeze_patch_embed == "yes"
+    if cfg.freeze_patch_embed == "auto":
+        is_frozen = cfg.lam == 1
+    encoder.patch_embed.requires_grad_(not is_frozen)
+    return encoder
+
+
+def encode_views(encoder, view1, view2):
+    """The CLS outputs of both views, in one pass -> (2, B, D)."""
+    views = torch.cat([view1, view2])  # (2B, 3, h, w)
+    tokens = encoder(views, cls_only=True)  # (2B, 1, D)
+    return tokens[:, 0].unflatten(0, (2, -1))
+
+
+def feature_std(features):
+    """Do features (B, D) collapse? 1: they fill all directions, 0: all are alike.
+
+    Standard deviation of the unit-length features over the batch, times √D.
+    """
+    unit = F.normalize(features.detach().float(), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+
+
+# ==== 4. Views: what does the network get to see? =====================================
+# First in the loader: every random choice, as a function of (seed, epoch, index), and
+# the crops. Then on the training device, for the whole batch: the colours.
+
+
+class TrainingViews:
+    """views[epoch, index] -> crops of an image, and every random choice for it.
+
+    A dict: crops uint8 (crops, 3, S, S), mask bool (N,), colours of the two contrastive
+    views (draw_colours), `broken`: index of a file that could not be read, else -1.
+    """
+
     def __init__(self, source, cfg):
-        self.source, self.cfg = source, cfg
+        self.source = source
+        self.cfg = cfg
+        self.scales = []
+        if cfg.lam > 0:
+            self.scales += [cfg.crop_min, cfg.crop_min]
+        if cfg.lam < 1:
+            self.scales += [0.67]  # [S] appendix A
+
     def __getitem__(self, key):
-        cfg, (epoch, index, *tried) = self.cfg, key
-        rng = np.random.default_rng([cfg.seed, 0, epoch or 0, index])
-        smallest = [cfg.crop_min] * (2 * (cfg.lam > 0)) + [0.67] * (cfg.lam < 1)    # [S]: 0.67 to 1
-        require(len(tried) < 100, "of 100 files in a row not one is an image that can be read")
-        try:
-            image, labels = self.source.load(index)
-            crops = cut(image, cfg.image_size, () if epoch is None else smallest, rng)
-        except Exception:                       # Pillow raises almost anything; the next file takes its place
-            return self[(epoch, (index + 1) % len(self.source), *tried, index)] | {"broken": index}
-        unit = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        mask = random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio, unit)[0]
-        colours = np.stack([self.draw_colours(rng, view) for view in (0, 1)])
-        if cfg.lam < 1 and rng.random() < 0.5 and epoch is not None:
-            crops[-1] = crops[-1, :, :, ::-1]               # the masked view is cropped and flipped, no more
-        return dict(crops=crops, mask=mask, colours=colours, labels=np.array(labels), broken=-1)
-    def draw_colours(self, rng, view):
-        """[B] appendix B, 12 numbers: order of jitters (-1: none), factors, grey, blur σ, solarise, flip."""
-        order = rng.permutation(4) if rng.random() < 0.8 else np.full(4, -1)
-        reach = np.array([0.4, 0.4, 0.2, self.cfg.hue])     # of brightness, contrast, saturation, hue
-        grey, blur, solarise, flip = rng.random(4) < (0.2, (1.0, 0.1)[view], (0.0, 0.2)[view], 0.5)
-        blur = blur * rng.uniform(min(0.1, self.cfg.blur), self.cfg.blur)
-        return np.float32([*order, *rng.uniform(-reach, reach) + (1, 1, 1, 0), grey, blur, solarise, flip])
-def batches(cfg, length, steps, rank, ranks):
-    """Lists of (epoch, index), one per part of a step; order and place follow from epoch and step alone."""
-    order = lru_cache(2)(lambda e: np.random.default_rng([cfg.seed, 1, e]).permutation(length).tolist())
-    part = cfg.batch_size // (ranks * cfg.accum)
-    for piece in range(steps.start * cfg.accum, steps.stop * cfg.accum):
-        places = range((piece * ranks + rank) * part, (piece * ranks + rank + 1) * part)
-        yield [(place // length, order(place // length)[place % length]) for place in places]
-# The rest runs batched on the training device, on images (B, 3, h, w) in [0, 1] with parameters (B, 1, 1, 1).
-MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        epoch, wanted = key
+
+        def crop(image, index):
+            rng = np.random.default_rng([self.cfg.seed, 0, epoch, index])
+            return random_crops(image, self.cfg.image_size, self.scales, rng), rng
+
+        # a file that cannot be read is replaced by the next one
+        (crops, rng), _, index = first_readable(self.source, wanted, crop)
+        broken = -1 if index == wanted else wanted
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        mask = draw_masks(1, self.cfg, generator)[0]
+        # [B] appendix B: view 1 is always blurred; view 2 seldom, but solarised
+        first = draw_colours(rng, self.cfg, blur_share=1.0, solarise_share=0.0)
+        second = draw_colours(rng, self.cfg, blur_share=0.1, solarise_share=0.2)
+        colours = {}
+        for name in first:
+            colours[name] = np.stack([first[name], second[name]])
+        if self.cfg.lam < 1 and rng.random() < 0.5:
+            # the masked view is cropped and flipped, no more
+            crops[-1] = crops[-1, :, :, ::-1]
+        return {"crops": crops, "mask": mask, "colours": colours, "broken": broken}
+
+
+def draw_masks(batch, cfg, generator=None):
+    sizes = (cfg.image_size, cfg.patch_size, cfg.mask_patch_size)
+    return random_mask(batch, *sizes, cfg.mask_ratio, generator)
+
+
+def draw_colours(rng, cfg, blur_share, solarise_share):
+    """The random choices for one view, which change_colours() carries out.
+
+    order (4,): when which jitter runs, -1: never; factors (4,): of brightness,
+    contrast, saturation, hue; blur: σ in px, 0: none; grey, solarise, flip: yes or no.
+    """
+    order = np.full(4, -1)
+    if rng.random() < 0.8:
+        order = rng.permutation(4)
+    shares = (0.2, blur_share, solarise_share, 0.5)
+    grey, is_blurred, solarise, flip = rng.random(4) < shares
+    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur)
+    reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
+    factors = rng.uniform(-reach, reach) + (1, 1, 1, 0)
+    return {
+        "order": order,
+        "factors": np.float32(factors),
+        "blur": np.float32(sigma if is_blurred else 0),
+        "grey": grey,
+        "solarise": solarise,
+        "flip": flip,
+    }
+
+
+# Images here are (B, 3, h, w) in [0, 1], with one parameter (B, 1, 1, 1) for each.
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of ImageNet's colours
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
 def greyscale(x):
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)    # (B, 1, h, w)
-def adjust_hue(x, turn):
-    """Turns the colour circle by `turn` in [-0.5, 0.5]: RGB to hue, saturation, value and back."""
-    value, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
-    r, g, b = ((value - x) / (value - low).clamp(min=1e-12)).split(1, dim=1)    # 0 in the largest channel
-    hue = torch.where(r == 0, b - g, torch.where(g == 0, 2 + r - b, 4 + g - r))     # in sixths of the circle
-    k = (hue + 6 * turn + x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
-    return value - (value - low) * torch.minimum(k, 4 - k).clamp(0, 1)
-def gaussian_blur(x, sigma):    # sigma stays on the CPU, as the kernel's length follows from it
-    """Blur by σ px up to 4σ, mirrored at the border: two convolutions, one an axis, blur the whole batch."""
-    r = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
-    kernel = (-0.5 * (torch.arange(-r, r + 1) / sigma) ** 2).softmax(-1).repeat_interleave(x.shape[1], 0)
-    y, kernel = F.pad(x, (r,) * 4, mode="reflect").flatten(0, 1)[None], kernel.to(x, non_blocking=True)
-    return F.conv2d(F.conv2d(y, kernel, groups=len(kernel)), kernel.mT, groups=len(kernel)).view_as(x)
-OPERATIONS = (  # four jitters: brightness, contrast, saturation, hue; then grey, blur, solarise, flip
-    lambda x, f: (f * x).clamp(0, 1),
-    lambda x, f: torch.lerp(greyscale(x).mean(dim=(2, 3), keepdim=True), x, f).clamp(0, 1),
-    lambda x, f: torch.lerp(greyscale(x), x, f).clamp(0, 1), adjust_hue, lambda x, _: greyscale(x),
-    gaussian_blur, lambda x, _: torch.where(x >= 0.5, 1 - x, x), lambda x, _: x.flip(-1))
-def photometric(x, colours):
-    """Applies draw_colours' (B, 12) in place: the jitters in each image's own order, then the rest."""
-    todo = [(place == n, n) for place in colours.T[:4] for n in range(4)]   # in each image's own order
-    for chosen, n in todo + [(colours[:, 4 + n] > 0, n) for n in range(4, 8)]:
-        i = chosen.nonzero().flatten().to(x.device, non_blocking=True)  # found on the CPU: no GPU must wait
-        if len(i):
-            value = colours[chosen, 4 + n, None, None, None]                    # (images, 1, 1, 1)
-            x[i] = OPERATIONS[n](x[i], value if n == 5 else value.to(x.device, non_blocking=True))
-    return x
+    """(B, 3, h, w) -> brightness (B, 1, h, w)."""
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def adjust_brightness(x, factor):
+    return (factor * x).clamp(0, 1)
+
+
+def adjust_contrast(x, factor):
+    mean = greyscale(x).mean(dim=(2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp(0, 1)
+
+
+def adjust_saturation(x, factor):
+    return torch.lerp(greyscale(x), x, factor).clamp(0, 1)
+
+
+def adjust_hue(x, shift):
+    """Turns the colour circle by `shift` in [-0.5, 0.5]: RGB to HSV and back."""
+    value = x.amax(dim=1, keepdim=True)
+    chroma = value - x.amin(dim=1, keepdim=True)
+    # (largest - colour) / chroma: 0 in the largest, 1 in the smallest
+    r, g, b = ((value - x) / chroma.clamp(min=1e-12)).split(1, dim=1)
+    hue = torch.where(g == 0, 2 + r - b, 4 + g - r)  # in sixths of the circle
+    hue = torch.where(r == 0, b - g, hue)
+    # back, for red, green, blue: value - chroma·clamp(min(k, 4 - k), 0, 1)
+    start = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (hue + 6 * shift + start) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma):
+    """Blur by sigma px, cut at 4σ, mirrored at the border, in one convolution per axis.
+
+    Each image and channel is a group of its own. sigma (B, 1, 1, 1) stays on the CPU,
+    where it tells the length of the kernel without making a GPU wait.
+    """
+    channels = x.shape[1]
+    radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
+    offsets = torch.arange(-radius, radius + 1)
+    kernel = (-0.5 * (offsets / sigma) ** 2).softmax(dim=-1)  # (B, 1, 1, 2r+1)
+    kernel = kernel.repeat_interleave(channels, dim=0).to(x, non_blocking=True)
+    groups = len(kernel)
+    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    y = padded.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
+    y = F.conv2d(y, kernel, groups=groups)
+    y = F.conv2d(y, kernel.mT, groups=groups)
+    return y.view_as(x)
+
+
+def solarise(x):
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def hflip(x):
+    return x.flip(-1)
+
+
+def change_colours(x, colours):
+    """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
+
+    colours: {name: (B, ...)} on the CPU, where it is found which images an operation is
+    for: a GPU would have to wait for their number.
+    """
+
+    def apply(operation, chosen, *parameters):
+        images = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+        if len(images) > 0:
+            x[images] = operation(x[images], *parameters)
+
+    for place in range(len(JITTERS)):  # in each image's own order
+        for n, jitter in enumerate(JITTERS):
+            chosen = colours["order"][:, place] == n
+            factors = colours["factors"][chosen, n].view(-1, 1, 1, 1)
+            apply(jitter, chosen, factors.to(x.device, non_blocking=True))
+    apply(greyscale, colours["grey"])
+    is_blurred = colours["blur"] > 0
+    sigma = colours["blur"][is_blurred].view(-1, 1, 1, 1)
+    apply(gaussian_blur, is_blurred, sigma)
+    apply(solarise, colours["solarise"])
+    apply(hflip, colours["flip"])
+
+
 def augment(batch, cfg, device):
-    """A loader's batch -> normalised view1, view2, view_mim (B, 3, h, w) or None; mask (B, N)."""
-    crops, mask = (batch[name].to(device, non_blocking=True) for name in ("crops", "mask"))
-    crops = crops.transpose(0, 1).contiguous().float() / 255                    # (crops, B, 3, h, w)
+    """A loader's batch -> view1, view2, view_mim (B, 3, h, w) or None, mask (B, N).
+
+    Nothing is drawn here: the same batch gives the same views, however often.
+    """
+    mask = batch["mask"].to(device, non_blocking=True)
+    crops = batch["crops"].to(device, non_blocking=True)  # uint8 (B, crops, 3, h, w)
+    crops = crops.transpose(0, 1).contiguous().float() / 255
+    view1 = view2 = view_mim = None
     if cfg.lam > 0:
-        photometric(crops[:2].flatten(0, 1), batch["colours"].transpose(0, 1).flatten(0, 1))
-    crops = (crops - MEAN.to(device)) / STD.to(device)
-    return *(crops[:2] if cfg.lam > 0 else (None, None)), crops[-1] if cfg.lam < 1 else None, mask
+        both = crops[:2].flatten(0, 1)  # (2B, 3, h, w), in the memory of `crops`
+        colours = {}
+        for name, values in batch["colours"].items():  # (B, 2, ...)
+            colours[name] = values.transpose(0, 1).flatten(0, 1)
+        change_colours(both, colours)
+    mean = MEAN.to(device, non_blocking=True)
+    crops = (crops - mean) / STD.to(device, non_blocking=True)
+    if cfg.lam > 0:
+        view1 = crops[0]
+        view2 = crops[1]
+    if cfg.lam < 1:
+        view_mim = crops[-1]
+    return view1, view2, view_mim, mask
 
-# ==== 7. Optimiser and schedules: how fast, and when? ======================================================
+
+# ==== 5. Optimiser and schedules: how fast, and when? =================================
+
+
+def cosine(start, end, progress):
+    """Half a cosine from `start` (progress 0) to `end` (1): behind every schedule."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def lr_at(step, total, warmup, peak):
-    """Linear to peak in `warmup` steps (Adam's averages are noise at first), half a cosine to 0 at total."""
-    return peak * step / warmup if step < warmup else cosine(peak, 0, (step - warmup) / (total - warmup or 1))
-def make_optimizer(model, cfg):
-    """AdamW. Decay is for matrices, not for biases, norms and tokens; MoCo v3 (λ = 1) decays everything."""
-    groups = [dict(params=[], weight_decay=cfg.weight_decay), dict(params=[], weight_decay=0.0)]
-    for p in (p for p in model.parameters() if p.requires_grad):
-        groups[cfg.lam < 1 and p.squeeze().ndim < 2]["params"].append(p)
-    return torch.optim.AdamW(groups, fused=cfg.device.startswith(("cpu", "cuda")))
+    """Learning rate: linear to `peak` in `warmup` steps, then half a cosine to 0.
 
-# ==== 8. Training loop =====================================================================================
-def knn(bank, known, queries, k=20):
-    """The majority label among the k nearest of a bank, by cosine. bank (..., n, D), queries (..., m, D),
-    known (n, label sets) -> (..., m, label sets). Whitened by the bank: no loud direction decides alone."""
-    mean = bank.mean(dim=-2, keepdim=True)
-    variance, axes = torch.linalg.eigh((bank - mean).mT @ (bank - mean) / len(known))
-    white = axes * (variance + 1e-3 * variance.mean(dim=-1, keepdim=True) + 1e-12).rsqrt()[..., None, :]
-    bank, queries = (F.normalize((x - mean) @ white, dim=-1) for x in (bank, queries))
-    return known[(queries @ bank.mT).topk(min(k, len(known))).indices].mode(dim=-2).values
-@torch.no_grad()
-def knn_scores(encoder, data, cfg, autocast):
-    """{'knn_<label set>': accuracy} of knn(), CLS or mean tokens, after the best layer; {} without labels."""
-    if not (cfg.knn_images and data[1] and data[0].classes == data[1].classes != ()):
-        return {}
-    sets, own = [], torch.Generator()           # loaders draw a seed, which the run's stream must not feel
-    for source, size in zip(data, (cfg.knn_images, cfg.knn_images // 4 + 1)):
-        keys, parts = [(None, int(i)) for i in np.linspace(0, len(source) - 1, min(size, len(source)))], []
-        for batch in DataLoader(Views(source, cfg), 64, False, keys, num_workers=cfg.workers, generator=own):
+    The start is slow as Adam's averages are noise at first.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    rest = total - warmup
+    if rest == 0:
+        return peak
+    return cosine(peak, 0, (step - warmup) / rest)
+
+
+def momentum_at(step, total, base):
+    """Momentum m of the key average: from `base` to 1 on half a cosine ([M] section 4).
+
+    A late teacher should hold still.
+    """
+    return cosine(base, 1.0, step / total)
+
+
+def make_optimizer(model, cfg):
+    """AdamW. Decay is for matrices; MoCo v3 (λ = 1) decays biases and norms too."""
+    decayed = []
+    spared = []
+    for p in model.parameters():
+        is_vector = p.squeeze().ndim < 2  # biases, norms, tokens
+        if not p.requires_grad:
+            continue
+        if is_vector and cfg.lam < 1:
+            spared.append(p)
+        else:
+            decayed.append(p)
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    has_fused_kernel = cfg.device.startswith(("cpu", "cuda"))
+    return torch.optim.AdamW(groups, fused=has_fused_kernel)
+
+
+# ==== 6. Training loop ================================================================
+# A batch means the same on any machine: 4,096 images have 4,095 negatives on one GPU as
+# on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
+# ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
+# has both: collect the encoder's outputs without gradient, take the loss of them all,
+# and send its gradient at the outputs back through the encoder, part by part.
+
+
+def world():
+    """-> this process's rank, number of processes (torchrun starts one per GPU)."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(x):
+    """(views, b, D) of this rank -> (views, B, D) of all ranks, without gradient."""
+    x = x.detach().contiguous()
+    if not dist.is_initialized():
+        return x
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x)
+    return torch.cat(shares, dim=1)
+
+
+def mean_over_ranks(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def average_gradients(model):
+    """The mean over the ranks: all gradients are one long vector, and one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    shares = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, share in zip(gradients, shares, strict=True):
+        gradient.copy_(share.view_as(gradient))
+
+
+def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
+    """Adds to .grad what one backward pass over the joint batch of all ranks would.
+
+    micro_batches: this rank's share. -> the joint batch's losses, as from SSL.forward.
+    """
+    rank, world_size = world()
+    parts = len(micro_batches)
+    runs_once = parts == 1  # then the first pass keeps its graph for the second
+    cl = torch.zeros((), device=cfg.device)
+    mim = torch.zeros((), device=cfg.device)
+
+    # nothing is drawn here: a part's views are the same in both passes
+    @functools.lru_cache(maxsize=1)
+    def views_of(part):
+        return augment(micro_batches[part], cfg, cfg.device)
+
+    if model.use_cl:
+        query_cls = []
+        key_cls = []
+        for part in range(parts):
+            view1, view2, _, _ = views_of(part)
+            with autocast(), torch.set_grad_enabled(runs_once):
+                query_cls.append(encode_views(model.encoder, view1, view2))
+            with autocast(), torch.no_grad():
+                key_cls.append(encode_views(model.momentum_encoder, view1, view2))
+        # the loss of all images of all ranks, and its gradient at the encoder's outputs
+        all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+        all_keys = gather(torch.cat(key_cls, dim=1))
+        with autocast():
+            cl, features = model.compare(all_queries, all_keys)
+        scaler.scale(cfg.lam * cl).backward()
+        # a mean over ranks follows, but each rank's encoder has its own images only
+        share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
+        gradients = share.chunk(parts, dim=1)
+
+    pooled = []
+    for part in range(parts):
+        view1, view2, view_mim, mask = views_of(part)
+        if model.use_cl:
+            outputs = query_cls[part]
+            if not runs_once:
+                with autocast():
+                    outputs = encode_views(model.encoder, view1, view2)
+            outputs.backward(gradients[part])
+        if model.use_mim:
             with autocast():
-                records = encoder(((batch["crops"][:, 0] / 255 - MEAN) / STD).to(cfg.device), record=True)[1]
-            states = [x for r in records for x in (r.out[:, 0], r.out[:, 1:].mean(dim=1))]
-            parts.append((torch.stack(states).float().cpu(), batch["labels"]))
-        sets += [torch.cat([x for x, _ in parts], dim=1), torch.cat([y for _, y in parts])]
-    best = (knn(*sets[:3]) == sets[3]).float().mean(dim=1).amax(dim=0)      # bank, known, queries; truth
-    return {f"knn_{name}": round(value, 4) for name, value in zip(data[0].label_names, best.tolist())}
-def save_checkpoint(path, state):
-    """Writes beside the target and renames: whatever happens, `path` is the old or the new one, and whole."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-def load_checkpoint(path):
-    """Tensors, numbers and strings only: weights_only=True executes nothing that the file may contain."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                              # a damaged file can raise anything
-        raise UserError(f"{path}: no such file, or not a checkpoint that is safe to read") from error
-def plan(cfg, model, images, rate, say):
-    """Says what a run costs. FLOPs of a block and token: 24D² in linear layers, 4TD in attention to T tokens,
-    backward twice that. Bytes: 16 a trained weight, 4 an averaged one, 36D a block and token (SimMIM 58D)."""
-    D, L, _ = SIZES[cfg.model].values()
-    T, passes = 1 + (cfg.image_size // cfg.patch_size) ** 2, 2 * (cfg.lam > 0) + (cfg.lam < 1)
-    flops = L * T * (24 * D**2 + 4 * T * D) * (3 * passes + 2 * (cfg.lam > 0))
-    kept = (4 if cfg.checkpointing else 58 if cfg.positions == "relative" else 36) * passes * L * T * D
-    count = sum(p.numel() for p in model.encoder.parameters())
-    weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
-    say(f"encoder {count / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per image; memory per GPU about "
-        f"{weights / 2**30:.1f} GiB + {kept / 2**20:.0f} MiB for each image of a part")
-    hours = ", ".join(f"{images / rate / 3600 / gpus:.3g} h on {gpus}" for gpus in (1, 8, 64))
-    say(f"{images:.3g} images at {rate:.4g} images/s per GPU: {hours}")
-def train(cfg, state, rank, ranks):
-    """Trains one model, from checkpoint `state` if there is one -> main()'s exit status, None for 0."""
-    device, out, say = torch.device(cfg.device), Path(cfg.out), print if rank == 0 else lambda *_, **__: None
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.dtype]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=cfg.dtype != "fp32")
+                part_mim, part_pooled = model.reconstruct(view_mim, mask)
+            # all images have equally many masked patches: the mean of means is exact
+            scaler.scale((1 - cfg.lam) * part_mim / parts).backward()
+            mim += part_mim.detach() / parts
+            pooled.append(part_pooled.detach())
+    if not model.use_cl:
+        features = gather(torch.cat(pooled)[None])[0]  # (B, D)
+    if world_size > 1:
+        average_gradients(model)
+    return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
+
+
+def prepare(cfg, state):
+    """Data, model and optimiser, from checkpoint `state` if there is one; the log."""
     torch.manual_seed(cfg.seed)
     data = find_data(cfg)
-    count, peak = len(data[0]), cfg.lr * cfg.batch_size / 256
-    steps = max(1, round(cfg.epochs * count / cfg.batch_size)) if cfg.epochs else cfg.steps
-    say(f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, patch {cfg.patch_size}, "
-        f"{count} images ({cfg.data or 'built-in stimuli'}), {steps} steps of {ranks} x {cfg.accum} x "
-        f"{cfg.batch_size // ranks // cfg.accum} images, learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
-        f"{peak:.2g}, {cfg.dtype} on {cfg.device}, into {out}; step 3 tells the minutes left", flush=True)
-    model = SSL(cfg).to(device)
+    announce(cfg, len(data[0]))
+    model = SSL(cfg).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")     # keeps small gradients from 0
-    parts, broken, stop = dict(model=model, optimizer=optimizer, scaler=scaler), set(), []
-    rows = state["log"] if state else [{"step": 0}]
-    if state:
+    autocast, scaler = mixed_precision(cfg)
+    rows = [{"step": 0}]
+    if state is not None:
+        rows = state["log"]
         torch.set_rng_state(state["rng"])
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    elif rank == 0 and not cfg.dry_run:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    elif world()[0] == 0:
         rows[0] |= knn_scores(model.encoder, data, cfg, autocast)
-    if cfg.dry_run and cfg.rate:
-        return plan(cfg, model, steps * cfg.batch_size, cfg.rate, say)
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(model) if ranks > 1 and device.type == "cuda" else model
-    net = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
-    net = torch.compile(net) if cfg.compile else net
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
-    bad, waited, since, began = torch.zeros((), device=device), 0.0, rows[-1]["step"], time.perf_counter()
-    order = batches(cfg, count, range(since, steps), rank, ranks)
-    stream = iter(DataLoader(Views(data[0], cfg), batch_sampler=order, num_workers=cfg.workers,
-                             pin_memory=device.type == "cuda", generator=torch.Generator()))
-    for done in range(since + 1, steps + 1):                # the number of steps when this one is done
+    if cfg.compile:
+        compile_encoders(model)
+    return data, model, optimizer, autocast, scaler, rows
+
+
+def train(cfg, state):
+    """Trains one model, from checkpoint `state` if there is one -> exit status."""
+    rank, world_size = world()
+    data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
+    total = number_of_steps(cfg, len(data[0]))
+    peak_lr = cfg.lr * cfg.batch_size / 256
+    signals = catch_signals()
+    broken = set()
+    since = rows[-1]["step"]
+    # step s is the loader's s - 1
+    batches = make_loader(cfg, data[0], range(since, total))
+    waited = 0.0
+    began = time.perf_counter()
+
+    for step in range(since + 1, total + 1):
         # schedules
-        lr, momentum = lr_at(done, steps, cfg.warmup * steps, peak), momentum_at(done, steps, cfg.momentum)
+        lr = lr_at(step, total, cfg.warmup * total, peak_lr)
+        momentum = momentum_at(step, total, cfg.momentum)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for piece in range(cfg.accum):
-            # batch
-            clock = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - clock
-            for index in set(batch["broken"].tolist()) - broken - {-1}:
-                broken.add(index)
-                print(f"unreadable, the next file takes its place: {data[0][index][0]!r}", file=sys.stderr)
-            require(len(broken) <= max(1, count / 100), "over 1 % of the files are broken: mend the folder")
-            # losses, backward; ranks exchange gradients with the last piece only
-            with net.no_sync() if ranks > 1 and piece < cfg.accum - 1 else contextlib.nullcontext():
-                views = augment(batch, cfg, device)
-                with autocast():
-                    losses = net(*views)
-                loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-                scaler.scale(loss / cfg.accum).backward()
-        # clip, step, average
+
+        # batch: this rank's share, in micro-batches
+        asked = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(cfg.accum)]
+        waited += time.perf_counter() - asked
+        note_broken_files(micro_batches, data[0], broken)
+
+        # losses, backward: of one piece, or the same from many
+        if world_size == 1 and cfg.accum == 1:
+            views = augment(micro_batches[0], cfg, cfg.device)
+            with autocast():
+                losses = model(*views)
+            loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+            scaler.scale(loss).backward()
+        else:
+            losses = backward_in_parts(model, micro_batches, cfg, autocast, scaler)
+            loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+
+        # step
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        model.update_average(momentum)
-        # log; the first bad number is remembered on the device, where it makes nobody wait
-        finite = loss.detach().isfinite() & (norm.isfinite() | scaler.is_enabled())
-        bad = torch.where((bad == 0) & ~finite, done, bad)
-        due = 0 in (done % cfg.log_every, done % cfg.save_every) or done in (3, steps) or stop and ranks == 1
-        if ranks > 1 and due:                               # what one rank knows all must know
-            dist.all_gather_object(everyone := [None] * ranks, (int(bad), stop, broken))
-            bads, stops, brokens = zip(*everyone)
-            bad, stop, broken = max(bads), sum(stops, []), set().union(*brokens)
-        halt, saving = due and bool(stop), due and (done % cfg.save_every == 0 or done == steps or bool(stop))
-        if due:
-            if bad > 0:
-                raise FloatingPointError(f"loss or gradient not finite at step {int(bad)}; last good line: "
-                    f"{rows[-1]}. Go on from {out}/ckpt.pt with --resume, or start with a lower --lr")
-            seconds, numbers = time.perf_counter() - began, dict(losses, loss=loss.detach(), norm=norm)
-            pace, speed = seconds / (done - since), (done - since) * cfg.batch_size / seconds
-            row = {"step": done} | {name: round(value.item(), 5) for name, value in numbers.items()}
-            row |= {"lr": lr, "momentum": momentum, "images/s": round(speed, 1), "broken": len(broken)}
-            row |= {"stall": round(waited / seconds, 3), "minutes left": round((steps - done) * pace / 60, 1)}
-            if cfg.dry_run:
-                return plan(cfg, model, steps * cfg.batch_size, speed / ranks, say)
-            if scaler.is_enabled():                         # steps left out because fp16 overflowed
-                row["skipped"] = done - int(optimizer.state[optimizer.param_groups[0]["params"][0]]["step"])
-            if row["std"] < 0.05 <= rows[-1].get("std", 1):
-                say("features collapse (std near 0): all images look alike; lower --lr or raise --momentum")
-            if saving and rank == 0:
-                row |= knn_scores(model.encoder, data, cfg, autocast)
-            rows.append(row)
-            say(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-            waited, since, began = 0.0, done, time.perf_counter()
-        # save
-        if saving and rank == 0:
-            state = dict(config=asdict(cfg), step=done, log=rows, rng=torch.get_rng_state())
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            try:
-                save_checkpoint(out / "ckpt.pt", state)
-                (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            except OSError as error:
-                say(f"step {done} could not be saved ({error}); {out}/ckpt.pt, if any, is older and whole")
-                require(cfg.on_full == "go", "stopped as --on-full says; make room, then --resume")
-        if halt:
-            say(f"stopped by a signal after saving step {done}; the same command with --resume goes on")
-            return 128 + stop[0]
-    if rank == 0:
-        finish(cfg, rows, data)
-def finish(cfg, rows, data):
-    from matplotlib.figure import Figure                    # here, as it takes a second to load
-    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
-    for key, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE"))[cfg.lam == 1:1 + (cfg.lam > 0)]:
-        axis.plot([row["step"] for row in rows[1:]], [row[key] for row in rows[1:]], label=label)
-    axis.set(xlabel="optimiser step", ylabel="loss", title=f"{cfg.objective}, λ = {cfg.lam:g}")
-    axis.legend()
-    axis.figure.savefig(Path(cfg.out) / "loss.png", dpi=150)
-    for (name, start), classes in zip([*rows[0].items()][1:], data[0].classes):     # of knn_scores
-        print(f"{name}: accuracy {rows[-1][name]:.3f}, untrained {start:.3f}, chance {1 / len(classes):.3f}")
-    print(f"checkpoint, log and loss curve are in {cfg.out}; next: python analyze.py {cfg.out}/ckpt.pt")
 
-# ==== 9. Command line ======================================================================================
+        # average
+        model.update_average(momentum)
+
+        # log
+        stops_at_once = signals and world_size == 1  # ranks stop at the same line
+        if not (stops_at_once or is_due(step, total, cfg)):
+            continue
+        stop_by, broken = share_news(signals, broken)
+        row = {"step": step}
+        for name, value in (losses | {"loss": loss, "norm": norm}).items():
+            row[name] = round(value.item(), 5)  # waits for a GPU
+        stop_if_not_finite(row, rows[-1], scaler)
+        seconds = time.perf_counter() - began
+        row |= {"lr": lr, "momentum": momentum, "broken": len(broken)}
+        row["images/s"] = round((step - since) * cfg.batch_size / seconds, 1)
+        row["stall"] = round(waited / seconds, 3)  # share of time spent on waiting
+        row["minutes left"] = round((total - step) * seconds / (step - since) / 60, 1)
+        is_saved = step % cfg.save_every == 0 or step == total or stop_by is not None
+        if is_saved and stop_by is None and rank == 0:
+            row |= knn_scores(model.encoder, data, cfg, autocast)
+        rows.append(row)
+        print(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+        if row["std"] < 0.05 <= rows[-2].get("std", 1.0):
+            print("features collapse: all images look alike; lower --lr")
+
+        # save
+        if is_saved and rank == 0:
+            save_run(cfg, rows, model, optimizer, scaler)
+        if stop_by is not None:
+            print(f"stopped by a signal after saving step {step}; --resume goes on")
+            return 128 + stop_by
+        waited = 0.0
+        since = step
+        began = time.perf_counter()
+    if rank == 0:
+        finish(cfg, model, rows, data)
+    return 0
+
+
+# What the loop asks for, in the order of its lines.
+
+
+def number_of_steps(cfg, images):
+    if cfg.epochs:
+        return max(1, round(cfg.epochs * images / cfg.batch_size))
+    return cfg.steps
+
+
+def announce(cfg, images):
+    """The first line: what will happen."""
+    _, world_size = world()
+    total = number_of_steps(cfg, images)
+    micro_batch = cfg.batch_size // world_size // cfg.accum
+    peak_lr = cfg.lr * cfg.batch_size / 256
+    print(
+        f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, "
+        f"patch {cfg.patch_size}, {images} images ({cfg.data or 'built-in stimuli'}), "
+        f"{total} steps of {world_size} x {cfg.accum} x {micro_batch} images, "
+        f"learning rate {cfg.lr:g} x {cfg.batch_size}/256 = {peak_lr:.2g}, {cfg.dtype} "
+        f"on {cfg.device}, into {cfg.out}; step 3 tells the minutes left",
+        flush=True,
+    )
+
+
+def mixed_precision(cfg):
+    """-> autocast (makes the context), GradScaler (keeps fp16's gradients from 0)."""
+    device_type = torch.device(cfg.device).type
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    is_mixed = cfg.dtype != "fp32"
+    autocast = functools.partial(
+        torch.autocast, device_type, dtypes[cfg.dtype], enabled=is_mixed
+    )
+    return autocast, torch.amp.GradScaler(device_type, enabled=cfg.dtype == "fp16")
+
+
+def compile_encoders(model):
+    """torch.compile in place, so that the weights keep their names."""
+    model.encoder.compile(dynamic=False)
+    if model.use_cl:
+        model.momentum_encoder.compile(dynamic=False)
+
+
+def catch_signals():
+    """-> list of the signals that come: Ctrl-C and SIGTERM save, then stop."""
+    signals = []
+
+    def remember(number, frame):
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
+    return signals
+
+
+def note_broken_files(micro_batches, train_set, broken):
+    """Names each unreadable file once; UserError if they are over 1 % of the set."""
+    for batch in micro_batches:
+        for index in set(batch["broken"].tolist()) - broken - {-1}:
+            broken.add(index)
+            path = repr(train_set[index][0])
+            print(f"unreadable, another takes its place: {path}", file=sys.stderr)
+    allowed = max(1, len(train_set) / 100)
+    require(len(broken) <= allowed, "over 1 % of the files are broken: mend the folder")
+
+
+def is_due(step, total, cfg):
+    """Is there a line to write? The third step tells the time, the last one the end."""
+    is_regular = step % cfg.log_every == 0 or step % cfg.save_every == 0
+    return is_regular or step in (3, total)
+
+
+def share_news(signals, broken):
+    """Ranks tell each other what they know, or they would stop at different steps.
+
+    -> the number of a signal that any rank has had, or None; all broken files.
+    """
+    everyone = [(signals, broken)]
+    if dist.is_initialized():
+        everyone = everyone * dist.get_world_size()
+        dist.all_gather_object(everyone, (signals, broken))
+    stop_by = None
+    for its_signals, its_broken in everyone:
+        broken = broken | its_broken
+        if its_signals:
+            stop_by = its_signals[0]
+    return stop_by, broken
+
+
+def stop_if_not_finite(row, last_row, scaler):
+    """A bad number stays: weights, losses and gradients of all ranks are bad from then.
+
+    So it is enough to look before something is written. In fp16 gradients overflow now
+    and then, and the scaler leaves such steps out.
+    """
+    is_fine = math.isfinite(row["loss"])
+    if not scaler.is_enabled():
+        is_fine = is_fine and math.isfinite(row["norm"])
+    if not is_fine:
+        raise FloatingPointError(
+            f"loss or gradient not finite by step {row['step']}; last good line: "
+            f"{last_row}. Go on from ckpt.pt, if any, with --resume; or lower --lr"
+        )
+
+
+def save_run(cfg, rows, model, optimizer, scaler):
+    """Checkpoint and log. A full disk stops the run; the last save stays whole."""
+    step = rows[-1]["step"]
+    state = {
+        "config": asdict(cfg),
+        "step": step,
+        "log": rows,
+        "rng": torch.get_rng_state(),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    lines = [json.dumps(row) + "\n" for row in rows]
+    try:
+        save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
+        Path(cfg.out, "log.jsonl").write_text("".join(lines))
+    except OSError as error:
+        advice = "the last save is whole: make room, then --resume"
+        raise UserError(f"step {step} was not saved ({error}); {advice}") from error
+
+
+# ==== 7. Command line =================================================================
+
+
+def knob(default, help, low=None, high=1e6, choices=None):
+    """A flag: default, help, what it may be; without `low`: ints ≥ 1, floats ≥ 0."""
+    if low is None:
+        low = 1 if isinstance(default, int) else 0
+    limits = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": help} | limits)
+
+
+@dataclass
+class Config:
+    # method
+    objective: str = knob("hybrid", "loss", choices=("moco", "simmim", "hybrid"))
+    lam: float = knob(0.2, "λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2", 0, 1)
+    # the smaller, the harder it looks at the nearest negatives
+    temperature: float = knob(0.2, "τ of InfoNCE", 0.001, 99)
+    # a faster average than [M]'s 0.99 for a thousand steps instead of 300,000
+    momentum: float = knob(0.97, "of the key average, rises from here to 1", 0, 1)
+    proj_hidden: int = knob(512, "hidden width of the heads; MoCo v3: 4096")
+    # 1/8 of the image; in [S] 1/7
+    mask_patch_size: int = knob(4, "px, side of what is masked at once")
+    # so high that copying the neighbour is not enough
+    mask_ratio: float = knob(0.6, "share of the image that is masked", 0.01, 1)
+    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0, 99)
+
+    # data
+    data: str = knob("", "folder: train/ and val/, class folders, or flat; '': stimuli")
+    preset: str = knob(
+        "micro",
+        "recipe for stimuli, 32-px photographs, ImageNet (the default with --data)",
+        choices=("micro", "small32", "imagenet"),
+    )
+    # a whole object must remain; [M]: 0.08
+    crop_min: float = knob(0.2, "smallest contrastive crop, share of area", 0.01, 1)
+    # half the circle either way: colour must not tell which image it is; [B]: 0.1
+    hue_shift: float = knob(0.5, "largest turn of the colour circle", 0, 0.5)
+    blur: float = knob(1.0, "px, largest σ; view 1 always, view 2 in 1 of 10", 0, 99)
+
+    # model
+    model: str = knob("micro", "size", choices=tuple(SIZES))
+    image_size: int = knob(32, "px; crops are resized to this square")
+    # 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
+    patch_size: int = knob(4, "px; a token for each patch")
+    positions: str = knob(
+        "sincos",
+        "fixed; learned; or SimMIM's relative biases, with LayerScale",
+        choices=("sincos", "learned", "relative"),
+    )
+    freeze_patch_embed: str = knob(
+        "auto",
+        "keep it random: that calms MoCo and stops MIM; auto: if λ = 1",
+        choices=("auto", "yes", "no"),
+    )
+
+    # optimiser
+    epochs: float = knob(0.0, "passes over the training set; 0: --steps counts")
+    steps: int = knob(1500, "optimiser steps", 1, 1e9)
+    batch_size: int = knob(64, "images per step, over all ranks and micro-batches")
+    lr: float = knob(12e-3, "base learning rate; its peak is lr x batch_size / 256")
+    weight_decay: float = knob(0.05, "AdamW's")
+    warmup: float = knob(0.1, "share of the steps in which the rate rises", 0, 1)
+    clip: float = knob(5.0, "largest gradient norm; 0: no clipping")
+
+    # system
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto: CUDA if there is one")
+    dtype: str = knob(
+        "auto",
+        "auto: bf16 where there are units for it, else fp16 on a GPU, fp32 on a CPU",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    # any number gives the same result
+    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most", 0, 9999)
+    workers: int = knob(-1, "loading processes; -1: up to 8 for a GPU", -1, 256)
+    compile: bool = knob(False, "torch.compile: a slow start, then faster steps")
+    checkpointing: bool = knob(False, "recompute activations: slower, less memory")
+
+    # run
+    seed: int = knob(0, "of weights, stimuli, order and crops", 0, 999999999)
+    out: str = knob("", "run folder; '': runs/<preset>-<objective>")
+    resume: bool = knob(False, "go on with the run in --out")
+    overwrite: bool = knob(False, "start anew although --out holds a run")
+    dry_run: bool = knob(False, "print FLOPs, memory and hours for all sizes, and stop")
+    save_every: int = knob(500, "steps between checkpoints and k-NN tests")
+    log_every: int = knob(25, "steps between console lines")
+    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter", 0, 999999)
+
+
+# Recipes: flags for every objective, then for one.
+PRESETS = {
+    # stimuli, minutes on two cores
+    "micro": "",
+    "micro-moco": "--steps 1200 --batch-size 128 --lr 4e-3",
+    "micro-simmim": "--steps 4000",
+    # photographs of 32 px
+    "small32": """
+        --epochs 100 --batch-size 128 --lr 4e-3 --momentum 0.99
+        --hue-shift 0.1 --blur 0.3""",
+    # ViT-B/16 on ImageNet: MoCo v3's recipe ([M] section 5), also for the hybrid
+    "imagenet": """
+        --model base --image-size 224 --patch-size 16 --proj-hidden 4096
+        --epochs 300 --batch-size 4096 --lr 1.5e-4 --weight-decay 0.1
+        --warmup 0.13333333 --momentum 0.99
+        --crop-min 0.08 --hue-shift 0.1 --blur 2.0 --mask-patch-size 32""",
+    "imagenet-moco": "--clip 0",
+    # SimMIM's ([S] section 4): learning rate 1e-4 for a batch of 512
+    "imagenet-simmim": """
+        --epochs 100 --batch-size 2048 --lr 0.5e-4 --weight-decay 0.05
+        --warmup 0.1 --positions relative""",
+}
+PURE = {"moco": 1.0, "simmim": 0.0}  # their λ
+# When a run goes on, these come from the new command line: always, or if given.
+NEW_AT_RESUME = {"device", "workers", "accum", "out"}
+FREE_AT_RESUME = {"compile", "checkpointing", "save_every", "log_every", "data"}
+
+
+LOG_HELP = """what a line of the log says:
+  cl, mim        losses: InfoNCE of both directions, 4τ·log B if nothing is told apart;
+                 masked L1 in standard deviations of ImageNet's colours
+  std            of unit-length features: 1 spread out, 0 all images alike (collapse)
+  loss           (1 - λ)·mim + λ·cl
+  norm           length of the gradient, before clipping
+  lr, momentum   where the schedules are
+  broken         files that could not be read: over 1 % stops the run
+  images/s       of all ranks since the last line
+  stall          share of that time spent waiting for the loader: else more --workers
+  minutes left   at this speed
+  knn_<labels>   share of test images whose label the 20 nearest training images tell,
+                 in the best layer; step 0 in log.jsonl is the untrained network
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def make_parser():
+    parser = Parser(
+        "sslvit.py",
+        description=__doc__,
+        epilog=LOG_HELP,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # only what was given comes back
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for knob_ in fields(Config):
+        how = {"help": f"{knob_.metadata['help']} [{knob_.default}]"}
+        if knob_.type is bool:
+            how["action"] = "store_true"
+        else:
+            how["type"] = knob_.type
+            how["choices"] = knob_.metadata["choices"]
+        parser.add_argument(flag_of(knob_.name), **how)
+    return parser
+
+
 def parse(argv):
-    """Command line -> (Config with its recipe, {name: value} of the flags given), or UserError."""
-    parser = argparse.ArgumentParser("sslvit.py", description=__doc__, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, limits = lambda message: require(False, f"{message}; --help lists all flags"), {}
-    for knob, text in zip(fields(Config), re.findall(r"^    \w+: .+# (.*)", inspect.getsource(Config), re.M)):
-        head, flag = text.split(":")[0], "--" + knob.name.replace("_", "-")
-        how = dict(action="store_true") if knob.type is bool else dict(type=knob.type)
-        how |= dict(choices=head.split("|")) if "|" in head else {}
-        limits[flag] = [*map(float, head.split(".."))] if ".." in head else (knob.type is int, 1e6)
-        parser.add_argument(flag, help=f"{text} [{knob.default}]".replace("%", "%%"), **how)
+    """Command line -> (Config with its recipe, {name: value} of the flags given)."""
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "imagenet" if given.get("data") else "micro")
     objective = given.get("objective", "hybrid")
-    recipe = {"preset": preset, **PRESETS[preset], **PRESETS.get(f"{preset}-{objective}", {})}
-    recipe |= dict(epochs=0.0) if "steps" in given else {}
-    cfg = Config(**recipe | given | {"moco": dict(lam=1.0), "simmim": dict(lam=0.0)}.get(objective, {}))
-    for (flag, (low, high)), value in zip(limits.items(), asdict(cfg).values()):
-        require(isinstance(value, str) or low <= value <= high, f"{flag} {value}: not in {low:g}..{high:.9g}")
-    require(given.get("lam", cfg.lam) == cfg.lam, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
-    cfg.out = cfg.out or f"runs/{preset}-{objective}" + (f"-{cfg.lam:g}" if "lam" in given else "")
+    preset = given.get("preset", "imagenet" if given.get("data") else "micro")
+    recipe = PRESETS[preset] + " " + PRESETS.get(f"{preset}-{objective}", "")
+    values = {"preset": preset} | vars(parser.parse_args(recipe.split()))
+    if "steps" in given:
+        values["epochs"] = 0.0  # the recipe's
+    values |= given
+    if objective in PURE:
+        is_fine = given.get("lam", PURE[objective]) == PURE[objective]
+        require(is_fine, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
+        values["lam"] = PURE[objective]
+    cfg = Config(**values)
+    for knob_ in fields(Config):
+        value = getattr(cfg, knob_.name)
+        if knob_.type in (int, float):
+            low = knob_.metadata["low"]
+            high = knob_.metadata["high"]
+            message = f"{flag_of(knob_.name)} {value}: not in {low:g}..{high:.9g}"
+            require(low <= value <= high, message)
+    if not cfg.out:
+        cfg.out = f"runs/{preset}-{objective}"
+        if "lam" in given:
+            cfg.out += f"-{cfg.lam:g}"
     return cfg, given
-def has_bf16(gpu, cpu=Path("/proc/cpuinfo")):
-    return torch.cuda.is_bf16_supported(False) if gpu else cpu.exists() and "bf16" in cpu.read_text()
+
+
+def resume(cfg, given):
+    """-> configuration of the run in --out, with what may change; its checkpoint."""
+    path = Path(cfg.out, "ckpt.pt")
+    state = load_checkpoint(path)
+    is_run = isinstance(state, dict) and "optimizer" in state
+    known = {knob_.name for knob_ in fields(Config)}
+    is_ours = is_run and state["config"].keys() <= known
+    require(is_ours, f"{path}: not a run of this version of the program")
+    values = asdict(Config()) | state["config"]
+    fixed = {}
+    for name, value in given.items():
+        may_change = name in NEW_AT_RESUME | FREE_AT_RESUME | {"resume"}
+        if not may_change and value not in (values[name], "auto"):
+            fixed[name] = values[name]
+    require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
+    for name in NEW_AT_RESUME | (FREE_AT_RESUME & given.keys()):
+        values[name] = getattr(cfg, name)
+    return Config(**values), state
+
+
+def has_bf16(device_type):
+    """Are there units for bf16? Without them it is slower than fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
+
+
+def settle(cfg, world_size):
+    """Replaces each "auto" by what this machine has; UserError if it does not fit."""
+    has_cuda = torch.cuda.is_available()
+    if cfg.device == "auto":
+        cfg.device = "cuda" if has_cuda else "cpu"
+    try:
+        torch.zeros(1, device=cfg.device)
+    except Exception as error:  # torch has many kinds
+        raise UserError(f"--device {cfg.device}: there is none here") from error
+    on_gpu = cfg.device.startswith("cuda")
+    if cfg.dtype == "auto":
+        cfg.dtype = "fp16" if on_gpu else "fp32"
+        if has_bf16("cuda" if on_gpu else "cpu"):
+            cfg.dtype = "bf16"
+    if cfg.accum == 0:
+        cfg.accum = math.ceil(cfg.batch_size / world_size / 128)
+    if cfg.workers < 0:
+        cfg.workers = 0
+        if on_gpu:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            cfg.workers = min(8, (os.cpu_count() or 1) // ranks_here)
+    divides = cfg.batch_size % (world_size * cfg.accum) == 0
+    parts = f"{world_size} ranks x {cfg.accum} micro-batches"
+    require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
+    has_negatives = cfg.batch_size > 1 or cfg.lam == 0
+    require(has_negatives, "--batch-size 1: the contrastive loss needs another image")
+    draw_masks(1, cfg)  # do the sizes divide?
+
+
+def open_run_folder(cfg, state):
+    """Makes --out; UserError if it holds a run, OSError if it cannot be written."""
+    path = Path(cfg.out, "ckpt.pt")
+    may_write = state is not None or cfg.overwrite or not path.exists()
+    require(may_write, f"{path} exists: give --resume or --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("log.jsonl").open("a").close()
+
+
+def join_ranks(cfg, rank):
+    """Meets the other processes of torchrun. Only the first writes on the console."""
+    backend = "gloo"
+    if cfg.device.startswith("cuda"):
+        backend = "nccl"
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(cfg.device)
+    dist.init_process_group(backend)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main(argv=None):
-    """Runs a command line -> exit status: 0, 1 (number not finite), 2 (bad input), 130 or 143 (signal)."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Runs a command line -> exit status: 0; 1 if a number is not finite; 2 if the
+    input is bad; 130 or 143 after a signal."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         cfg, given = parse(argv)
-        path, state = Path(cfg.out) / "ckpt.pt", None
-        if cfg.resume and not cfg.overwrite:
-            state = load_checkpoint(path)
-            require(isinstance(state, dict) and "optimizer" in state, f"{path}: not a run of this program")
-            saved, here = asdict(Config()) | state["config"], {"device", "workers", "accum", "out"}
-            free = here | {"compile", "checkpointing", "save_every", "log_every", "resume", "data", "on_full"}
-            fixed = {k: saved[k] for k in {*given} - free if given[k] not in (saved[k], "auto")}
-            require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
-            cfg = Config(**saved | {name: getattr(cfg, name) for name in free & {*given} | here})
-        require(state or cfg.overwrite or not path.exists(), f"{path} exists: give --resume or --overwrite")
-        cfg.device = cfg.device.replace("auto", "cuda" if (cuda := torch.cuda.is_available()) else "cpu")
-        gpu = cfg.device.startswith("cuda")
-        require(cuda if gpu else cfg.device in ("cpu", "mps"), f"--device {cfg.device}: there is none here")
-        cfg.dtype = cfg.dtype.replace("auto", "bf16" if has_bf16(gpu) else "fp16" if gpu else "fp32")
-        cfg.accum = cfg.accum or math.ceil(cfg.batch_size / ranks / 128)
-        cfg.workers = min(8, (os.cpu_count() or 1) // ranks) * gpu if cfg.workers < 0 else cfg.workers
-        part, rest = divmod(cfg.batch_size, ranks * cfg.accum)
-        require(rest == 0 and part > (cfg.lam > 0), f"--batch-size {cfg.batch_size} does not divide into "
-                f"{ranks} ranks x {cfg.accum} parts of at least two images, as the contrastive loss needs")
-        random_mask(1, cfg.image_size, cfg.patch_size, cfg.mask_unit, cfg.mask_ratio)   # do the sizes divide?
-        if not cfg.dry_run:
-            os.makedirs(cfg.out, exist_ok=True)
-            path.with_name("log.jsonl").open("a").close()   # a folder without write permission shows here
-        if ranks > 1:                                       # started by torchrun
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if gpu else -1)     # -1 changes nothing
-            dist.init_process_group("nccl" if gpu else "gloo")
-        return train(cfg, state, rank, ranks) or 0
-    except (UserError, OSError, FloatingPointError) as error:
+        state = None
+        one_of_them = not (cfg.resume and cfg.overwrite)
+        require(one_of_them, "--resume goes on, --overwrite starts anew: give one")
+        if cfg.resume:
+            cfg, state = resume(cfg, given)
+        settle(cfg, world_size)
+        if cfg.dry_run:
+            return plan(cfg)
+        open_run_folder(cfg, state)
+        if world_size > 1:
+            join_ranks(cfg, rank)
+        return train(cfg, state)
+    except FloatingPointError as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1
+    except torch.cuda.OutOfMemoryError:
+        advice = "raise --accum, which changes no result, or give --checkpointing"
+        print(f"sslvit.py: the GPU's memory is full: {advice}", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        # a loading process sends its traceback, whose last line is the message
+        print(f"sslvit.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ==== 8. Workshop: what the lecture takes for granted =================================
+# ---- Stimuli: images whose shape and texture are known ----
+
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "bar", "crescent"]
+TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checks", "dots"]
+TEXTURES += ["zigzag", "grid"]
+
+
+def shape_level(shape, x, y, radius, angle):
+    """Negative inside the shape, 0 on its outline; angle 0 points up."""
+    if shape == "circle":
+        return radius - 0.9
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.75
+    if shape == "triangle":
+        third = 2 * np.pi / 3
+        return radius * np.cos(angle % third - third / 2) - 0.5
+    if shape == "star":
+        return radius - 0.65 - 0.35 * np.cos(5 * angle)
+    if shape == "cross":
+        in_either_arm = np.minimum(abs(x), abs(y)) - 0.3
+        return np.maximum(in_either_arm, np.fmax(abs(x), abs(y)) - 0.95)
+    if shape == "ring":
+        return abs(radius - 0.7) - 0.25
+    if shape == "bar":
+        return np.maximum(abs(x) - 0.4, abs(y) - 0.95)
+    # a circle without another one
+    return np.maximum(radius - 0.95, 0.7 - np.hypot(x - 0.5, y))
+
+
+def texture_wave(texture, u, v):
+    """Brightness in about [-1, 1] at (u, v) in radians.
+
+    Regular, so that what a mask hides follows from its surroundings.
+    """
+    if texture == "plain":
+        return np.ones_like(u)
+    if texture == "horizontal":
+        return np.sin(v)
+    if texture == "vertical":
+        return np.sin(u)
+    if texture == "diagonal":
+        return np.sin((u + v) / 2**0.5)
+    if texture == "checks":
+        return 1.5 * np.sin(u) * np.sin(v)
+    if texture == "dots":
+        return np.cos(u) + np.cos(v) - 0.6
+    if texture == "zigzag":
+        return np.sin(v + 2 * np.arcsin(np.sin(u / 2)))
+    return np.maximum(np.cos(u), np.cos(v)) * 2 - 1
+
+
+class Stimuli:
+    """Images of one object, of 8 shapes in 8 textures, on smooth grey.
+
+    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S).
+    Everything is drawn from (seed, split, i). Shape and texture are independent.
+    """
+
+    label_names = ("shape", "texture")
+    classes = (SHAPES, TEXTURES)
+
+    def __init__(self, length, image_size=32, seed=0, split="train"):
+        self.length = length
+        self.size = image_size
+        self.key = (seed, ("train", "test").index(split))
+        self.kept = {}
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([*self.key, index, 0])
+        shape, texture = rng.integers(8, size=2).tolist()
+        image, mask = self.render(index, shape, texture)
+        return image, shape, texture, mask
+
+    def load(self, index):
+        """-> PIL image, [shape, texture]; small ones are drawn once and kept."""
+        if index in self.kept:
+            return self.kept[index]
+        image, shape, texture, _ = self[index]
+        loaded = (Image.fromarray(image), [shape, texture])
+        if self.size <= 64:  # 20,000 of 224 px would be 3 GB
+            self.kept[index] = loaded
+        return loaded
+
+    def render(self, index, shape, texture):
+        """Scene `index` with an object of one's choice -> image, mask."""
+        rng = np.random.default_rng([*self.key, index, 1])
+        tilt = np.radians(rng.uniform(-18, 18))
+        scale = rng.uniform(0.75, 1.0)
+        places = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
+        center_x, center_y, slope_x, slope_y = places
+        frequency = 2 * np.pi / rng.uniform(0.36, 0.46)
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
+
+        # pixel centres in [-1, 1], and in the object's own axes u, v (S, S)
+        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
+        x = axis[None, :]
+        y = axis[:, None]
+        u = np.cos(tilt) * (x - center_x) + np.sin(tilt) * (y - center_y)
+        v = np.cos(tilt) * (y - center_y) - np.sin(tilt) * (x - center_x)
+        radius = np.hypot(u, v) / scale
+        angle = np.arctan2(u, -v)
+        level = shape_level(SHAPES[shape], u / scale, v / scale, radius, angle)
+        # an edge one pixel wide
+        inside = np.clip(0.5 - level * scale * self.size / 2, 0, 1)
+
+        u = u * frequency + phase[0]
+        v = v * frequency + phase[1]
+        wave = np.clip(1.5 * texture_wave(TEXTURES[texture], u, v), -1, 1)
+        # red, green and blue around the colour circle
+        colour = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+        colour = bright * (fade + (1 - fade) * colour)
+        light = colour * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
+        ground = (grey + slope_x * x + slope_y * y)[..., None]  # (S, S, 1)
+        image = ground + inside[..., None] * (light - ground)
+        return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
+
+
+# ---- Image files ----
+
+
+def list_images(root):
+    """-> sorted [(top folder or ".", path)] of all images below root.
+
+    Links are followed, each folder is entered once: links may run in circles. Which of
+    several links counts depends on their names alone, as ranks must agree.
+    """
+    kinds = Image.registered_extensions().items()
+    endings = tuple(ending for ending, kind in kinds if kind in Image.OPEN)
+    found = []
+    seen = {os.path.realpath(root)}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        new = {}
+        for name in sorted(inner):
+            new[os.path.realpath(os.path.join(folder, name))] = name
+        # os.walk() goes on with what stays in this list
+        inner[:] = [new[path] for path in sorted(new.keys() - seen)]
+        seen |= new.keys()
+        top = os.path.relpath(folder, root).split(os.sep)[0]
+        for name in names:
+            if name.lower().endswith(endings):
+                found.append((top, os.path.join(folder, name)))
+    return sorted(found)
+
+
+class ImageFolder(list):
+    """A list of (path, labels). Root's folders with images are the classes, if several.
+
+    held: None for all images, False for nine in ten, True for the tenth.
+    UserError if there is no image.
+    """
+
+    def __init__(self, root, held=None):
+        found = list_images(root)
+        require(
+            found, f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
+        )
+        names = sorted({top for top, _ in found} - {"."})
+        if len(names) > 1:  # what lies beside the class folders is of no class
+            found = [(top, path) for top, path in found if top != "."]
+        self.label_names = ()
+        self.classes = ()
+        if len(names) > 1:
+            self.label_names = ("class",)
+            self.classes = (names,)
+        numbers = {name: number for number, name in enumerate(names)}
+        for i, (top, path) in enumerate(found):
+            is_tenth = i % 10 == 9
+            if held is None or is_tenth == held:
+                self.append((path, [numbers.get(top, 0)]))
+
+    def load(self, index):
+        """-> opened PIL image, [class]."""
+        path, labels = self[index]
+        return Image.open(path), labels
+
+
+def find_data(cfg):
+    """-> (training set, test set or None): --data, or the built-in stimuli."""
+    if not cfg.data:
+        train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
+        return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
+    root = Path(cfg.data)
+    require(root.is_dir(), f"--data {cfg.data}: no such folder")
+    if (root / "train").is_dir():
+        train_set = ImageFolder(root / "train")
+        for name in ("val", "test"):
+            if (root / name).is_dir():
+                return train_set, ImageFolder(root / name)
+        return train_set, None
+    whole = ImageFolder(root)
+    if len(whole) < 20:
+        return whole, None
+    return ImageFolder(root, held=False), ImageFolder(root, held=True)
+
+
+def crop_box(width, height, smallest, rng):
+    """RandomResizedCrop -> (left, top, right, bottom) in px.
+
+    `smallest` to 1 of the area, aspect 3/4 to 4/3; the first of ten tries that fits,
+    else the largest square.
+    """
+    area = width * height * rng.uniform(smallest, 1, 10)
+    ratio = (4 / 3) ** rng.uniform(-1, 1, 10)
+    w = np.sqrt(area * ratio)
+    h = np.sqrt(area / ratio)
+    fits = (w <= width) & (h <= height)
+    if fits.any():
+        w = w[fits][0]
+        h = h[fits][0]
+    else:
+        w = h = min(width, height)
+    left = rng.uniform(0, width - w)
+    top = rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def upright_size(image):
+    """Width and height as they will be once the camera's orientation is obeyed."""
+    is_turned = image.getexif().get(0x0112, 1) >= 5
+    return image.size[::-1] if is_turned else image.size
+
+
+def to_rgb(image):
+    """Any mode of Pillow's -> RGB; what is transparent lies on white."""
+    is_wide = image.mode[0] in "IF"  # 16-bit grey, floating point
+    if is_wide:
+        values = np.asarray(image, dtype=np.float32)
+        if image.mode[0] == "I":
+            values = values / 257
+        else:
+            values = values / (max(values.max(), 1e-9) / 255)
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.mode != "RGB":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image
+
+
+def cut(image, boxes, size):
+    """Decodes an opened image once and cuts every box -> uint8 (boxes, 3, size, size).
+
+    boxes (n, 4): left, top, right, bottom in px of the upright image.
+    """
+    boxes = np.array(boxes)
+    width = upright_size(image)[0]
+    # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
+    spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
+    image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = to_rgb(image)
+    # between pixels, at least one pixel wide and high
+    boxes = (boxes * image.width / width).round()
+    boxes = np.maximum(boxes, (0, 0, 1, 1)).astype(int)
+    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
+    crops = []
+    for left, top, right, bottom in boxes:
+        crop = pixels[:, :, top:bottom, left:right]
+        crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
+    return torch.cat(crops).numpy()
+
+
+def random_crops(image, size, scales, rng):
+    """A RandomResizedCrop for each smallest share in `scales` -> uint8 (n, 3, S, S)."""
+    width, height = upright_size(image)
+    boxes = [crop_box(width, height, smallest, rng) for smallest in scales]
+    return cut(image, boxes, size)
+
+
+def center_crop(image, size):
+    """The largest centred square -> uint8 (3, size, size)."""
+    width, height = upright_size(image)
+    left = max(width - height, 0) / 2
+    top = max(height - width, 0) / 2
+    return cut(image, [(left, top, width - left, height - top)], size)[0]
+
+
+def first_readable(source, wanted, crop):
+    """crop(image, index) of image `wanted` or of the next that can be read.
+
+    -> what crop() returned, labels, index.
+    """
+    for place in range(wanted, wanted + 100):
+        index = place % len(source)
+        try:
+            image, labels = source.load(index)
+            return crop(image, index), np.array(labels), index
+        except Exception as error:  # Pillow raises almost anything
+            reason = error
+    message = f"of 100 files in a row not one is an image that can be read ({reason})"
+    raise UserError(message) from reason
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, length):
+    return np.random.default_rng([seed, 1, epoch]).permutation(length).tolist()
+
+
+def batch_keys(cfg, length, steps, rank, world_size):
+    """Lists of (epoch, index), one for each micro-batch of this rank.
+
+    They follow from the step alone, so a resumed run goes on where it stopped, and any
+    number of ranks and micro-batches sees the same images in the same step.
+    """
+    share = cfg.batch_size // world_size
+    micro_batch = share // cfg.accum
+    for step in steps:
+        for part in range(cfg.accum):
+            start = step * cfg.batch_size + rank * share + part * micro_batch
+            keys = []
+            for place in range(start, start + micro_batch):
+                epoch, position = divmod(place, length)
+                keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
+            yield keys
+
+
+def make_loader(cfg, train_set, steps):
+    loader = DataLoader(
+        TrainingViews(train_set, cfg),
+        batch_sampler=batch_keys(cfg, len(train_set), steps, *world()),
+        num_workers=cfg.workers,
+        pin_memory=cfg.device.startswith("cuda"),
+        # a loader draws a seed, which the run's own stream must not feel
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+# ---- k-NN: what do the features know, without training anything? ----
+
+
+def knn(train_features, train_labels, features, k=20):
+    """The majority label among the k nearest training images, by cosine.
+
+    train_features (..., n, D), train_labels (n, label sets), features (..., m, D) ->
+    (..., m, label sets). Features are whitened by the training set's: no loud direction
+    decides alone.
+    """
+    mean = train_features.mean(dim=-2, keepdim=True)
+    centred = train_features - mean
+    covariance = centred.mT @ centred / len(train_labels)
+    variance, axes = torch.linalg.eigh(covariance)
+    floor = 1e-3 * variance.mean(dim=-1, keepdim=True) + 1e-12
+    whiten = axes * (variance + floor).rsqrt()[..., None, :]
+    train_unit = F.normalize(centred @ whiten, dim=-1)
+    unit = F.normalize((features - mean) @ whiten, dim=-1)
+    nearest = (unit @ train_unit.mT).topk(min(k, len(train_labels))).indices
+    return train_labels[nearest].mode(dim=-2).values
+
+
+class CenterCrops:
+    """crops[i] -> centre square of image i, or of the next readable; its labels."""
+
+    def __init__(self, source, image_size):
+        self.source = source
+        self.image_size = image_size
+
+    def __getitem__(self, wanted):
+        def crop(image, index):
+            return center_crop(image, self.image_size)
+
+        return first_readable(self.source, wanted, crop)[:2]
+
+
+@torch.no_grad()
+def layer_features(encoder, source, count, cfg, autocast):
+    """CLS and mean token after each layer of `count` images spread over `source`.
+
+    -> features (2L, count, D), labels (count, label sets).
+    """
+    count = min(count, len(source))
+    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    loader = DataLoader(
+        CenterCrops(source, cfg.image_size),
+        batch_size=64,
+        sampler=indices,
+        num_workers=cfg.workers,
+        generator=torch.Generator(),
+    )
+    features = []
+    labels = []
+    for crops, batch_labels in loader:
+        images = ((crops / 255 - MEAN) / STD).to(cfg.device)
+        with autocast():
+            # .forward: a compiled encoder would compile again for this
+            _, records = encoder.forward(images, record=True)
+        states = []
+        for record in records:
+            states.append(record.out[:, 0])
+            states.append(record.out[:, 1:].mean(dim=1))
+        features.append(torch.stack(states).float().cpu())
+        labels.append(batch_labels)
+    return torch.cat(features, dim=1), torch.cat(labels)
+
+
+def knn_scores(encoder, data, cfg, autocast):
+    """{"knn_<label set>": accuracy of the best layer and token}; {} without labels."""
+    train_set, test_set = data
+    has_labels = test_set is not None and train_set.classes == test_set.classes != ()
+    if cfg.knn_images == 0 or not has_labels:
+        return {}
+    bank = layer_features(encoder, train_set, cfg.knn_images, cfg, autocast)
+    tested = cfg.knn_images // 4 + 1
+    features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
+    is_right = knn(*bank, features) == labels  # (2L, images, label sets)
+    best = is_right.float().mean(dim=1).amax(dim=0)
+    scores = {}
+    for name, accuracy in zip(train_set.label_names, best.tolist(), strict=True):
+        scores[f"knn_{name}"] = round(accuracy, 4)
+    return scores
+
+
+# ---- Checkpoints ----
+
+
+def save_checkpoint(path, state):
+    """Writes beside the target and renames: `path` is the old or the new one, whole."""
+    beside = f"{path}.tmp"
+    with open(beside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """Tensors, numbers and strings only: nothing that a file contains is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        message = f"{path}: no such file, or not a checkpoint that is safe to read"
+        raise UserError(message) from error
+
+
+# ---- Plan: what does a run cost? ----
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16, from the data sheets
+ASSUMED_SHARE = 0.4  # of the peak, until somebody has measured it
+IMAGENET = 1281167  # images, where --data is not there to be counted
+CLUSTERS = (("A100", 1), ("A100", 8), ("H100", 1), ("H100", 8), ("H100", 64))
+
+
+def flops_per_image(cfg):
+    """FLOPs of a training step for an image; a product and a sum count as two.
+
+    A block costs each of its T tokens 24D² in linear layers and 4TD in attention, a
+    backward pass twice a forward pass. Embedding, heads and decoder (2 %) left out.
+    """
+    size = SIZES[cfg.model]
+    width = size["embed_dim"]
+    tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
+    forward = size["depth"] * tokens * (24 * width**2 + 4 * tokens * width)
+    passes = 0
+    if cfg.lam > 0:
+        passes += 2 * 3 + 2  # two views trained, two keys
+        if cfg.accum > 1:
+            passes += 2  # gradient caching's first pass
+    if cfg.lam < 1:
+        passes += 3
+    return forward * passes
+
+
+def memory_of(cfg, model):
+    """-> bytes of weights on a GPU, bytes that a backward pass keeps for an image.
+
+    A trained weight needs 16 (itself, gradient, Adam's two averages), an averaged one
+    4; a token and block in bf16 36D, with SimMIM's LayerScale and biases 58D.
+    """
+    weights = 0
+    for p in model.parameters():
+        weights += (16 if p.requires_grad else 4) * p.numel()
+    kept = 58 if cfg.positions == "relative" else 36
+    if cfg.checkpointing:
+        kept = 4
+    views = 2 if cfg.lam > 0 else 1
+    if 0 < cfg.lam < 1 and cfg.accum == 1:
+        views = 3  # else MIM's graph is made when CL's is gone
+    tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
+    size = SIZES[cfg.model]
+    return weights, kept * views * size["depth"] * tokens * size["embed_dim"]
+
+
+def measure_rate(cfg):
+    """-> images/s of training steps on this machine, without loading."""
+    images = cfg.batch_size // cfg.accum
+    if cfg.device == "cpu":
+        images = max(2, min(images, int(2e12 / flops_per_image(cfg))))  # some seconds
+    autocast, scaler = mixed_precision(cfg)
+    model = SSL(cfg).to(cfg.device)
+    optimizer = make_optimizer(model, cfg)
+    views = torch.randn(3, images, 3, cfg.image_size, cfg.image_size).to(cfg.device)
+    mask = draw_masks(images, cfg).to(cfg.device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast():
+            losses = model(*views, mask)
+        loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return images / min(seconds)
+
+
+def hours_on(cfg, images, gpu, count):
+    """Hours on `count` GPUs, which take micro-batches of 128 images at most."""
+    parts = math.ceil(cfg.batch_size / count / 128)
+    flops = images * flops_per_image(replace(cfg, accum=parts))
+    return flops / (count * ASSUMED_SHARE * PEAK_FLOPS[gpu]) / 3600
+
+
+def plan(cfg):
+    """Prints FLOPs, memory and hours of the run for every size -> exit status."""
+    images = cfg.steps * cfg.batch_size
+    if cfg.epochs:
+        is_there = cfg.data == "" or os.path.isdir(cfg.data)
+        count = len(find_data(cfg)[0]) if is_there else IMAGENET
+        images = number_of_steps(cfg, count) * cfg.batch_size
+    columns = " ".join(f"{gpus:>3} {gpu}" for gpu, gpus in CLUSTERS)
+    print(
+        f"{cfg.objective} (λ = {cfg.lam:g}), {cfg.image_size} px, patch "
+        f"{cfg.patch_size}, {images:.3g} images. Hours assume {ASSUMED_SHARE:.0%} of "
+        "the bf16 peak: A100 312, H100 989 TFLOP/s\n"
+        f"model  M weights  GFLOP/image  GiB + MiB/image {columns}"
+    )
+    for name in SIZES:
+        other = replace(cfg, model=name)
+        with torch.device("meta"):  # shapes without memory
+            model = SSL(other)
+        count = sum(p.numel() for p in model.encoder.parameters())
+        weights, kept = memory_of(other, model)
+        line = f"{name:6} {count / 1e6:9.3g} {flops_per_image(other) / 1e9:12.3g}"
+        line += f" {weights / 2**30:7.1f} + {kept / 2**20:<7.0f}"
+        for gpu, gpus in CLUSTERS:
+            line += f" {hours_on(other, images, gpu, gpus):8.3g}"
+        print(line)
+    rate = measure_rate(cfg)
+    print(
+        f"this machine ({cfg.device}, {cfg.dtype}) with ViT-{cfg.model}: measured "
+        f"{rate:.4g} images/s, {images / rate / 3600:.3g} h"
+    )
+    return 0
+
+
+# ---- What a run ends with ----
+
+
+def finish(cfg, model, rows, data):
+    """Draws the losses and a picture; says how good the features are, and what next."""
+    draw_losses(cfg, rows)
+    if cfg.lam < 1:
+        draw_reconstruction(cfg, model, data[1] or data[0])
+        print(f"what the network sees under the mask: {cfg.out}/reconstruction.png")
+    for name, classes in zip(data[0].label_names, data[0].classes, strict=True):
+        accuracy = rows[-1].get(f"knn_{name}")
+        if accuracy is not None:
+            untrained = f"untrained {rows[0][f'knn_{name}']:.3f}"
+            chance = f"chance {1 / len(classes):.3f}"
+            print(f"{name}: k-NN accuracy {accuracy:.3f}, {untrained}, {chance}")
+    print(f"checkpoint, log and loss curve are in {cfg.out}")
+    data_flag = f" --data {cfg.data}" if cfg.data else ""
+    print(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
+
+
+def draw_losses(cfg, rows):
+    from matplotlib.figure import Figure  # here, as it takes a second to load
+
+    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
+    steps = [row["step"] for row in rows[1:]]
+    if cfg.lam < 1:
+        axis.plot(steps, [row["mim"] for row in rows[1:]], label="L_MIM: masked L1")
+    if cfg.lam > 0:
+        axis.plot(steps, [row["cl"] for row in rows[1:]], label="L_CL: InfoNCE")
+    title = f"{cfg.objective}, λ = {cfg.lam:g}"
+    axis.set(xlabel="optimiser step", ylabel="loss", title=title)
+    axis.legend()
+    axis.figure.savefig(Path(cfg.out, "loss.png"), dpi=150)
+
+
+@torch.no_grad()
+def draw_reconstruction(cfg, model, source):
+    """Eight test images, what is left of them, and what the network predicts."""
+    from matplotlib.figure import Figure
+
+    count = min(8, len(source))
+    crops = CenterCrops(source, cfg.image_size)
+    pixels = torch.from_numpy(np.stack([crops[i][0] for i in range(count)]))
+    images = (pixels / 255 - MEAN) / STD
+    mask = draw_masks(count, cfg, torch.Generator().manual_seed(0))
+    model = model.to("cpu")
+    tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
+    target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
+    hidden = mask[..., None]
+    rows = {
+        "image": target,
+        "masked": torch.where(hidden, 0.0, target),
+        "predicted": torch.where(hidden, model.decoder(tokens)[:, 1:], target),
+    }
+    figure = Figure(figsize=(1.25 * count + 0.4, 4.3), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, patches) in zip(axes, rows.items(), strict=True):
+        shown = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+        for axis, image in zip(line, shown.clamp(0, 1), strict=True):
+            axis.imshow(image.permute(1, 2, 0))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=13)
+    question = (
+        f"What was under the mask? ({cfg.objective}, {cfg.mask_ratio:.0%} hidden)"
+    )
+    figure.suptitle(question, fontsize=15)
+    figure.savefig(Path(cfg.out, "reconstruction.png"), dpi=150)
+
+
+def keep_large_blocks():
+    """glibc must not return memory to the system: it costs a fifth of a CPU's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**26)  # M_TOP_PAD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+
+
+keep_large_blocks()
+
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()      # ranks leave at once: gloo's threads may abort a Python that shuts down (pytorch
-    (os._exit if dist.is_initialized() else sys.exit)(status)                               # issue 190489)
+    sys.exit(main())

@@ -1,7 +1,10 @@
-"""README.md's exercises. Fill in a function, then run its test:   python -m pytest tests/exercises.py -k keys
+"""README.md's exercises: write the prediction down, fill in the function, run its test.
 
-pytest leaves this file alone unless it is named. Every test is a case that can be worked out on paper; the
-answer of each is in its test, the way there is not. Shapes: B batch, N tokens, D width, C embedding.
+    python -m pytest tests/exercises.py -k info_nce
+
+pytest leaves this file alone unless it is named. Every test is a case that can be
+worked out on paper: the answer is in the test, the way there is not. README.md has what
+we found, folded away. Shapes: B batch, N tokens, D width, C width of the embedding.
 """
 
 import math
@@ -15,30 +18,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def info_nce(q, k, temperature):
-    """Lesson 1. Unit vectors q, k (B, C) -> mean over the queries of -log softmax(q·k / τ) at the own key."""
+    """Lesson 1. Mean over the queries of -log softmax(q·k / τ) at the own key.
+
+    Unit vectors q, k (B, C) -> scalar.
+    Predict first: at the start of a run with 64 images, what does `cl` in the log show?
+    It is the sum of both directions, each times 2τ, with τ = 0.2.
+    """
     raise NotImplementedError
 
 
 def test_info_nce():
-    q = torch.eye(4)  # four orthogonal queries, each its own key: logits 1/τ and three times 0
-    assert info_nce(q, q, 0.5).item() == pytest.approx(math.log(math.e**2 + 3) - 2, abs=1e-5)
-    same = q[:1].expand(4, 4)  # collapse: every key fits every query, so the loss is that of guessing
+    q = torch.eye(
+        4
+    )  # four orthogonal queries, each its own key: logits 1/τ and three times 0
+    assert info_nce(q, q, 0.5).item() == pytest.approx(
+        math.log(math.e**2 + 3) - 2, abs=1e-5
+    )
+    same = q[:1].expand(
+        4, 4
+    )  # collapse: every key fits every query, so the loss is that of guessing
     assert info_nce(same, same, 0.5).item() == pytest.approx(math.log(4), abs=1e-5)
 
 
 def looked_at_keys(attn):
-    """Lesson 2. Attention (..., N, N), rows sum to 1 -> (..., N): exp of each row's entropy, which says at how
-    many keys the query looks. 0·log 0 is 0."""
+    """Lesson 2. exp of each row's entropy: at how many keys does the query look?
+
+    Attention (..., N, N), rows sum to 1 -> (..., N). 0·log 0 is 0.
+    Predict first: in the last layer of CL and of MIM, at how many of the 64 keys?
+    """
     raise NotImplementedError
 
 
 def test_looked_at_keys():
-    attn = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    attn = torch.tensor(
+        [[0.25, 0.25, 0.25, 0.25], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    )
     assert looked_at_keys(attn).tolist() == pytest.approx([4, 2, 1], abs=1e-5)
 
 
 def low_pass(images, cutoff):
-    """Lesson 3. Images (B, 3, h, w) -> the same without the frequencies |ω| > cutoff (rad/px)."""
+    """Lesson 3. Images (B, 3, h, w) without the frequencies |ω| > cutoff (rad/px).
+
+    Predict first: without the upper half of the frequencies, which network's probe
+    loses more, CL's or MIM's?
+    """
     raise NotImplementedError
 
 
@@ -47,27 +70,47 @@ def test_low_pass():
     slow = torch.cos(2 * math.pi * x / 8).expand(1, 3, 8, 8)  # |ω| = π/4
     checks = torch.cos(math.pi * (x + x[:, None])).expand(1, 3, 8, 8)  # |ω| = √2·π
     assert torch.allclose(low_pass(3 + slow + checks, math.pi / 2), 3 + slow, atol=1e-5)
-    assert torch.allclose(low_pass(3 + slow, 0.1), torch.full((1, 3, 8, 8), 3.0), atol=1e-5)
+    assert torch.allclose(
+        low_pass(3 + slow, 0.1), torch.full((1, 3, 8, 8), 3.0), atol=1e-5
+    )
 
 
 def first_good_layer(curve, share):
-    """Lesson 4. Probe accuracies of layers 1 … L (L,) -> the first layer that reaches `share` of the best."""
+    """Lesson 4. The first layer whose probe reaches `share` of the best one.
+
+    Accuracies of layers 1 … L (L,) -> number of a layer.
+    Predict first: how many of six blocks can be cut off CL, MIM and the hybrid, if the
+    rest is to keep 0.99 of the best probe?
+    """
     raise NotImplementedError
 
 
 def test_first_good_layer():
-    assert first_good_layer(torch.tensor([0.2, 0.6, 0.8, 0.7]), 0.75) == 2  # 0.6 is 0.75 of 0.8
+    assert (
+        first_good_layer(torch.tensor([0.2, 0.6, 0.8, 0.7]), 0.75) == 2
+    )  # 0.6 is 0.75 of 0.8
     assert first_good_layer(torch.tensor([0.5, 0.4]), 0.9) == 1
 
 
 def gradient_cosine(loss_a, loss_b, parameters):
-    """Lesson 5. Two scalars that depend on `parameters` (a list) -> cosine of their gradients, all parameters
-    taken as one long vector: 1, the losses pull together; 0, they do not meet; -1, against each other."""
+    """Lesson 5. The cosine of two losses' gradients, all parameters as one long vector.
+
+    Two scalars that depend on `parameters` (a list) -> 1: the losses pull together,
+    0: they do not meet, -1: they pull against each other.
+    Predict first: what is it for L_CL and L_MIM in the encoder of a trained hybrid?
+    """
     raise NotImplementedError
 
 
 def test_gradient_cosine():
     a, b = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
-    one, other = 3 * a[0] + 4 * b[0], 3 * a[0] - 4 * b[0]  # gradients (3, 0, 4) and (3, 0, -4)
-    assert float(gradient_cosine(one, other, [a, b])) == pytest.approx((9 - 16) / 25, abs=1e-6)
-    assert float(gradient_cosine(a[0] + b[0], a[1], [a, b])) == pytest.approx(0, abs=1e-6)
+    one, other = (
+        3 * a[0] + 4 * b[0],
+        3 * a[0] - 4 * b[0],
+    )  # gradients (3, 0, 4) and (3, 0, -4)
+    assert float(gradient_cosine(one, other, [a, b])) == pytest.approx(
+        (9 - 16) / 25, abs=1e-6
+    )
+    assert float(gradient_cosine(a[0] + b[0], a[1], [a, b])) == pytest.approx(
+        0, abs=1e-6
+    )
