@@ -1,897 +1,3396 @@
-"""What did they learn?  This file takes trained Vision Transformers apart and checks twelve claims on them.
+"""What did they learn?  This file takes trained Vision Transformers apart.
 
-  python analyze.py runs/*/ckpt.pt                                   every figure and claim, on the stimuli
-  python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet    published weights, photographs
-  python analyze.py --from figures/results.json                      draws again, computes nothing
+  python analyze.py runs/*/ckpt.pt                     every figure, on the stimuli
+  python analyze.py runs/micro-hybrid/ckpt.pt          yours beside the shipped ones
+  python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet        photographs
+  python analyze.py --from FOLDER/results.json         judges and draws again
 
-Section of the paper [P] -> claim -> figure, and its name for --only. This table is MAP below.
-  1 accuracy   1 CL wins linear probing, MIM wins fine-tuning             1 left           accuracy
-               2 CL wins small models, MIM wins large ones                1 middle         scaling
-               3 MIM wins dense prediction                                1 right          dense
-  2 attention  4 CL attends globally, MIM locally, most in later layers   2, 3             maps distance
-               5 CL's later attention is one map for all queries          4                nmi
-               6 CL lacks diversity across heads, depths and tokens       5                similarity
-  3 transform  7 CL spreads images apart, MIM the tokens of an image      6, 7             plane spectra
-               8 CL keeps low frequencies, MIM high ones                  8                fourier
-               9 CL is shape-biased, MIM texture-biased                   9 left, 9 right  bias noise
-  4 parts     10 MIM is better in early layers, CL in the last            10               layers
-              11 an explicit decoder keeps the last layers useful         11               decoder
-  5 hybrid    12 a hybrid beats both                                      12               sweep
-  not in [P]   - do the tokens of an image stay together                  -                tokens
-               - what was under the mask                                  -                pixels
-               - which layers see the same differences between images     -                cka
-               - does contrastive learning ignore what crops destroy      -                views
+It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
+Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
+lesson, the metric, how it is measured, what the claim says of it and how it is drawn,
+ending in one entry of the table FIGURES. To add a figure, add a section: help text,
+claims, results and report follow from the table.
 
-[P] Park et al., What Do Self-Supervised Vision Transformers Learn?, ICLR 2023, arXiv 2305.00729.
-Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers, F frequencies, n rows
-of a matrix, A[q,k] attention of query q to key k; CL contrastive learning, MIM masked image modelling.
+Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers,
+F frequencies, n rows of a matrix, A[q,k] attention of query q to key k; CL contrastive
+learning, MIM masked image modelling.
 """
 
-import argparse, contextlib, json, math, os, pickle, re, sys, time, zipfile
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import sys
+import textwrap
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
-import matplotlib.pyplot as plt
-import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
-from PIL import Image, ImageOps
-import sslvit
-from sslvit import MEAN, SIZES, STD, Block, Config, Stimuli, UserError, ViT, require
-MAP = re.findall(r"^ .{13} ?([\d-]+) (.+?)  +(.+?)  +(.+)$", __doc__, re.M)  # number, claim, figures, names
 
-# ==== 1. Metrics of one batch: pure functions of tensors ===================================================
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+import sslvit
+from sslvit import MEAN, SIZES, STD
+from sslvit import Block, Config, Stimuli, UserError, ViT, require
+
+# ==== What a figure is ==============================================================
+
+
+def greater(first, second=0.0):
+    """What most claims say: the first role's value is greater than the second's."""
+    return first - second
+
+
+@dataclass
+class Part:
+    """One sentence of a claim that can be tested: a difference that it says is > 0."""
+
+    name: str
+    # read(means of these keys over a network's test images) -> a number
+    keys: tuple
+    read: Callable
+    # the networks compared, and test(their numbers) -> the difference
+    roles: tuple
+    test: Callable = greater
+    # unless(numbers of the roles, untrained) -> why it would be unfair, or ""
+    unless: Callable | None = None
+    # read() takes matrices of images instead of means
+    of_matrices: bool = False
+
+
+@dataclass
+class Panel:
+    """One axis with a curve for each network: value `key`, after pick()."""
+
+    key: str
+    label: str
+    x: str = "layer"  # the axis, one of those in places()
+    pick: Callable = np.asarray
+    dotted: str = ""  # key of a second definition, drawn as dotted curves
+    line: tuple | None = None  # height and name of a reference line
+
+
+@dataclass
+class Figure:
+    number: str  # the paper's, "-" for those that it does not have
+    text: str  # what the claim says
+    lesson: str
+    claim: int | None = None
+    parts: tuple = ()
+    roles: tuple = ("CL", "MIM")
+    needs: tuple = ()  # of NEEDS
+    # measure(layer of a batch) -> {key: (B, ...)}, stacked over layers: (n, L, ...);
+    # of test images, and of those that probes learn from
+    measure: tuple = ()
+    learn_from: tuple = ()
+    # learn(study) -> {key: (n, ...)}: what has to be trained first
+    learn: tuple = ()
+    # pictures(network, images) -> {key: lists}, of the first seed
+    pictures: Callable | None = None
+    # summary(rows) -> {key: value}: what is no mean over images
+    summary: Callable | None = None
+    # across(models, their rows) -> {key: value}: what compares networks
+    across: Callable | None = None
+    # drawn as panels, or by draw(models) from the values named in keys
+    panels: tuple = ()
+    draw: Callable | None = None
+    keys: tuple = ()
+    # enough(models) -> whether these can say something together
+    enough: Callable = bool
+    # the title: what the first part found, whichever sign it has, and its numbers
+    finding: str = ""
+    otherwise: str = ""
+    numbers: str = "{CL:.3f} against {MIM:.3f}"
+
+
+FIGURES = {}
+
+NEEDS = {
+    "labels": "labels and a training set (the stimuli, or --data with two or more "
+    "class folders, the same in train and val)",
+    "masks": "masks (the stimuli's, or --masks)",
+    "cues": "the stimuli or --cue-conflict",
+    "sizes": "checkpoints of two model sizes",
+    "decoder": "MIM with and without decoder",
+    "lambdas": "checkpoints of λ = 0, λ = 1 and between",
+}
+
+
+def several(fact, models, count=2):
+    """Enough for a figure: trained networks that differ in a fact."""
+    return len({m[fact] for m in models if m["role"] != "untrained"}) >= count
+
+
+# Early is the first third of the layers, late the last, both rounded up.
+def early(x):
+    return np.mean(x[: math.ceil(len(x) / 3)])
+
+
+def late(x):
+    return np.mean(x[-math.ceil(len(x) / 3) :])
+
+
+def late_minus_early(x):
+    return late(x) - early(x)
+
+
+def last(x):
+    return np.mean(x[-1])
+
+
+def middle(x):
+    third = math.ceil(len(x) / 3)
+    if len(x) <= 2 * third:
+        return np.mean(x)
+    return np.mean(x[third:-third])
+
+
+# ==== How figures are drawn =========================================================
+
+STYLE = {
+    "font.size": 12,
+    "figure.titlesize": 15,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+# λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
+COLOURS = [(0, "#0072B2"), (0.25, "#8A45B5"), (0.6, "#C8438A"), (1, "#D55E00")]
+LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
+# networks of one role
+MARKERS = "osD^vP"
+LINES = ("-", "--", ":", "-.")
+
+# kinds of x axes
+LAYER = "layer"
+HALF = "layer (half: after its attention)"
+RANK = "rank, last layer"
+FREQUENCY = "frequency (π per patch)"
+BAND = "noise frequency (π per pixel)"
+
+
+def places(kind, count, depth):
+    """Where `count` values of a network of `depth` layers lie on such an axis."""
+    ends = {
+        LAYER: (depth - count + 1, depth),
+        HALF: (0.5, depth),
+        RANK: (1, count),
+        FREQUENCY: (0, 1),
+        BAND: (0.5 / count, 1 - 0.5 / count),
+    }
+    return np.linspace(*ends[kind], count)
+
+
+def sub_layers(values):
+    """(L, 2, ...) -> (2L, ...): after a layer's attention, after its MLP."""
+    return values.reshape(-1, *values.shape[2:])
+
+
+def colour_of(model):
+    if model["role"] == "untrained":
+        return "#8C8C8C"
+    if model["lam"] is None:
+        return "#333333"
+    return LAMBDAS(float(model["lam"]))
+
+
+def by_name(models):
+    """Models -> {name: its seeds}."""
+    names = defaultdict(list)
+    for model in models:
+        names[model["name"]].append(model)
+    return names
+
+
+def canvas(columns, rows=1, height=4.6):
+    size = (32 / 3, height * rows)  # inches; at 150 dots an inch 1,600 px wide
+    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def curves(axis, models, panel):
+    """A curve per name. Seeds are thin lines, and heads, if there are any, a band."""
+    for name, seeds in by_name(models).items():
+        first = seeds[0]
+        colour = colour_of(first)
+        y = stack_values(seeds, panel.key, panel.pick)
+        x = places(panel.x, y.shape[1], first["depth"])
+        if y.ndim == 3:  # (seeds, x, heads)
+            heads = y.mean(axis=0)
+            low, high = heads.min(axis=1), heads.max(axis=1)
+            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            y = y.mean(axis=2)
+        if len(y) > 1:
+            axis.plot(x, y.T, color=colour, lw=0.7, alpha=0.6)
+        line = LINES[first["nth"] % len(LINES)]
+        axis.plot(x, y.mean(axis=0), line, color=colour, lw=2.2, label=name)
+        if panel.dotted:
+            other = stack_values(seeds, panel.dotted, panel.pick).mean(axis=0)
+            axis.plot(x, other, ":", color=colour, lw=2)
+    if panel.dotted:
+        axis.plot([], [], ":", color="black", lw=2, label=panel.dotted)
+    if panel.line:
+        reference(axis, *panel.line)
+    axis.set(xlabel=panel.x, ylabel=panel.label)
+
+
+def stack_values(models, key, pick):
+    return np.stack([pick(np.array(m["values"][key], dtype=float)) for m in models])
+
+
+def draw_panels(models, panels):
+    columns = len(panels)
+    if columns > 3:
+        columns = 2
+    fig, axes = canvas(columns, math.ceil(len(panels) / columns))
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        curves(axis, models, panel)
+    legend(fig)
+    return fig
+
+
+def draw_points(models, columns, label, line=None):
+    """Seeds as points, a bar at their mean; columns: {title: (key, read(value))}."""
+    fig, [[axis]] = canvas(1)
+    names = by_name(models)
+    offsets = np.linspace(-0.3, 0.3, len(names) + 2)[1:-1]
+    for offset, (name, seeds) in zip(offsets, names.items(), strict=True):
+        colour = colour_of(seeds[0])
+        marker = MARKERS[seeds[0]["nth"] % len(MARKERS)]
+        style = {"color": colour, "mfc": "none", "ms": 9, "mew": 1.8, "label": name}
+        for place, (key, read) in enumerate(columns.values()):
+            x = place + offset
+            y = [read(m["values"][key]) for m in seeds]
+            axis.plot([x] * len(y), y, marker, **style)
+            axis.hlines(np.mean(y), x - 0.05, x + 0.05, color=colour, lw=3)
+    if line:
+        reference(axis, *line)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 1), ylabel=f"{label} (test)")
+    legend(fig)
+    return fig
+
+
+def against(axis, models, fact, key, **line):
+    """An accuracy against a fact of the networks: seeds as points, a line of means."""
+    places = sorted({m[fact] for m in models})
+    means = []
+    for x in places:
+        seeds = [m for m in models if m[fact] == x]
+        y = [np.mean(m["values"][key]) for m in seeds]
+        axis.plot([x] * len(y), y, "o", mfc="none", ms=9, color=colour_of(seeds[0]))
+        means.append(np.mean(y))
+    axis.plot(places, means, zorder=0, **line)
+    axis.set(ylabel=f"{key} (test)", ylim=(0, 1))
+
+
+def reference(axis, y, text):
+    """A dotted line that says what a value would mean; its name is in the legend."""
+    axis.axhline(y, color="black", lw=1, ls=(0, (1, 3)), label=text, zorder=0)
+
+
+def legend(fig):
+    """One legend below, each name once."""
+    found = {}
+    for axis in fig.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    columns = len(found)
+    if sum(len(label) + 7 for label in found) > 105:  # more than one line
+        columns = 3
+    where = "outside lower center"
+    fig.legend(found.values(), found.keys(), loc=where, ncols=columns, frameon=False)
+
+
+# ==== Figure 2. Where does a token look? ============================================
+
+maps_lesson = """\
+Before any number, look. Attention is a row of weights for each query token: how much it
+takes from every other, A[q,k] = softmax(q·k / √d), averaged here over the heads. The
+paper saw that late layers of contrastive networks draw the same outline of the object
+whoever asks, and that masked networks look near the query.
+
+What to look at: are the maps of two queries of one network equal? And how much of them
+does the untrained network have, which is where every Vision Transformer starts?"""
+
+
+def picture_maps(vit, x):
+    """Attention of two queries in three layers, relative to uniform attention.
+
+    Also, for the report, that of every query: bytes, each layer's largest weight 255.
+    """
+    _, records = vit(x[:1], record=True)
+    rows, cols = x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size
+    shown = sorted({0, len(records) // 2, len(records) - 1})
+    attn = torch.cat([records[layer].attn[:, :, 1:, 1:] for layer in shown])
+    attn = attn.mean(dim=1)  # (layers, N, N)
+    maps = []
+    for row, col in ((rows // 2, cols // 2), (rows // 8, cols // 8)):
+        for layer, seen in zip(shown, attn[:, row * cols + col], strict=True):
+            relative = (seen / seen.mean()).reshape(rows, cols).tolist()
+            maps.append({"query": [row, col], "layer": layer + 1, "map": relative})
+    photograph = to_picture(x[0])
+    png = io.BytesIO()
+    Image.fromarray(photograph).save(png, "PNG")
+    scaled = (255 * attn / attn.amax(dim=(1, 2), keepdim=True)).byte()
+    attention = {
+        "image": base64.b64encode(png.getvalue()).decode(),
+        "grid": [rows, cols],
+        "layers": [layer + 1 for layer in shown],
+        "maps": base64.b64encode(scaled.cpu().numpy().tobytes()).decode(),
+    }
+    return {"maps": maps, "photograph": photograph, "attention": attention}
+
+
+def to_picture(x):
+    """Normalised image (3, h, w) -> brightness 0 .. 255 (h, w, 3), at most 112 px."""
+    x = (x.cpu() * STD + MEAN).clamp(0, 1)
+    x = F.adaptive_avg_pool2d(x, min(112, x.shape[1]))
+    return (x * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def draw_maps(models):
+    maps = [model["pictures"]["maps"] for model in models]
+    fig, axes = canvas(1 + len(maps[0]), len(models), height=1.6)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    # one scale for all: 0 to where one value in a hundred lies above
+    highest = np.percentile([entry["map"] for row in maps for entry in row], 99)
+    for model, row, line in zip(models, maps, axes[:, 1:], strict=True):
+        line[0].set_ylabel(wrapped(model["name"]), color=colour_of(model), fontsize=12)
+        for entry, axis in zip(row, line, strict=True):
+            shown = axis.imshow(entry["map"], cmap="magma", vmin=0, vmax=highest)
+            frame(axis, entry["query"], 1)
+    pixels = models[0]["pictures"]["photograph"]
+    photograph = axes[0, 0]
+    photograph.imshow(pixels)
+    side = len(pixels) / len(maps[0][0]["map"])
+    for number, entry in enumerate(maps[0]):
+        query = "AB"[2 * number // len(maps[0])]
+        title = f"query {query}\nlayer {entry['layer']}"
+        axes[0, 1 + number].set_title(title, fontsize=12)
+        frame(photograph, entry["query"], side)
+        row, col = entry["query"]
+        photograph.text(col * side, row * side, query, color="white", va="bottom")
+    fig.colorbar(shown, ax=axes, shrink=0.8, label="attention / uniform")
+    return fig
+
+
+def wrapped(name):
+    return name.replace(" (", "\n(")
+
+
+def frame(axis, patch, side, colour="#56B4E9"):
+    """A square around a patch, (row, column)."""
+    corner = (patch[1] * side - 0.5, patch[0] * side - 0.5)
+    axis.add_patch(plt.Rectangle(corner, side, side, fill=False, ec=colour, lw=2.5))
+
+
+FIGURES["maps"] = Figure(
+    number="2",
+    claim=4,
+    text="CL attends globally, MIM locally",
+    lesson=maps_lesson,
+    pictures=picture_maps,
+    draw=draw_maps,
+    keys=("maps",),
+)
+
+
+# ==== Figure 3. How far does a token look? ==========================================
+
+distance_lesson = """\
+The map as one number: the mean distance between a token and what it looks at,
+d = mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that looks everywhere alike has
+the mean distance of all pairs of grid points, the dotted line. The paper saw CL far
+above MIM, most in later layers, and reads it as shape against texture.
+
+Read it against grey: an untrained network looks about as far as can be, so what
+training does is to shorten. What to look at: whether the gap widens with depth, and the
+band, which are the heads: one layer can hold near and far ones."""
+
+
 def attention_distance(attn, grid, patch_size):
-    """How far does a token look?  Σ_k A[q,k]·‖x_q - x_k‖, mean over queries ([P] figure 3).
-    attn (B, H, N, N), rows sum to 1; grid (rows, cols), or one number for a square -> (B, H) in px. 0: every
-    token looks at itself. Uniform attention: the mean distance between grid points."""
-    rows, cols = (grid, grid) if isinstance(grid, int) else grid
-    n = torch.arange(rows * cols, device=attn.device)
-    x = torch.stack([n // cols, n % cols], dim=1).to(attn.dtype) * patch_size       # (N, 2) px
-    return (attn * (x[:, None] - x).norm(dim=-1)).sum(dim=-1).mean(dim=-1)
+    """How far does a token look?  Σ_k A[q,k]·‖x_q - x_k‖, mean over queries.
+
+    attn (B, H, N, N), rows sum to 1; grid (rows, cols), or one number for a square ->
+    (B, H) in px. 0: every token looks at itself. Uniform attention: the mean distance
+    between grid points.
+    """
+    x = grid_points(grid, attn) * patch_size
+    distance = (x[:, None] - x).norm(dim=-1)  # (N, N)
+    return (attn * distance).sum(dim=-1).mean(dim=-1)
+
+
+def grid_points(grid, like):
+    """Row and column of every token of a grid -> (N, 2)."""
+    if isinstance(grid, int):
+        grid = (grid, grid)
+    rows, cols = grid
+    n = torch.arange(rows * cols, device=like.device)
+    return torch.stack([n // cols, n % cols], dim=1).to(like.dtype)
+
+
+def measure_distance(layer):
+    return {"distance": attention_distance(layer.attn, layer.grid, layer.patch_size)}
+
+
+def draw_distance(models):
+    """A panel with a line at the mean distance of all pairs of grid points."""
+    patch_size = models[0]["patch_size"]
+    side = models[0]["image_size"] // patch_size
+    uniform = torch.full((1, 1, side**2, side**2), 1 / side**2)
+    far = attention_distance(uniform, side, patch_size).item()
+    label = "attention distance (px; band: heads)"
+    line = (far, "uniform attention")
+    return draw_panels(models, [Panel("distance", label, line=line)])
+
+
+FIGURES["distance"] = Figure(
+    number="3",
+    claim=4,
+    text="CL attends globally, MIM locally, most in later layers",
+    lesson=distance_lesson,
+    measure=(measure_distance,),
+    # the gap of late layers > that of early ones, written as a difference of roles
+    parts=(
+        Part("attention distance, px", ("distance",), np.mean, ("CL", "MIM")),
+        Part("the same, late - early", ("distance",), late_minus_early, ("CL", "MIM")),
+    ),
+    finding="CL looks farther",
+    otherwise="CL does not look farther",
+    numbers="{CL:.1f} px against {MIM:.1f}",
+    draw=draw_distance,
+    keys=("distance",),
+)
+
+
+# ==== Figure 4. Does it matter who asks? ============================================
+
+nmi_lesson = """\
+If all queries get the same map, attention has collapsed: the layer adds the same vector
+to every token. Mutual information says how much the map tells about who asked,
+
+    I = Σ p(q) A[q,k] log(A[q,k] / p(k)),   NMI = I / √(H(q)·H(k)),
+
+with p(q) = 1/N and p(k) = mean_q A[q,k]. The paper saw CL's late layers near 0 and
+MIM's far above. Grey is near 0 as well: attention need not collapse under training, it
+starts collapsed. What to look at: which layers leave the grey curve, and how far."""
+
+
 def attention_nmi(attn):
-    """Does it matter who asks?  Normalised mutual information of query and key ([P] figure 4).
-    With p(q) = 1/N and p(k) = mean_q A[q,k]: I = Σ p(q) A log(A / p(k)) = H(k) - mean_q H(A[q]), and
-    NMI = I / √(H(q)·H(k)). attn (B, H, N, N), rows sum to 1 -> (B, H) in [0, 1]. 0: one map for all queries
-    (collapse). 1: each query its own key. 0·log 0 is 0; if all look at one key, H(k) = 0 and NMI is 0."""
-    entropy = torch.special.entr(attn.mean(dim=-2)).sum(dim=-1)                     # H(k): (B, H)
-    information = entropy - torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
-    nmi = information / (entropy * math.log(attn.shape[-2])).sqrt()
-    return torch.where(entropy > 0, nmi, 0.0).clamp(0, 1)   # rounding may step over the ends
+    """Does it matter who asks?  Mutual information of query and key ([P] figure 4).
+
+    I = H(k) - mean_q H(A[q]), NMI = I / √(H(q)·H(k)). attn (B, H, N, N), rows sum to 1
+    -> (B, H) in [0, 1]. 0: one map for all queries (collapse), and if all look at one
+    key, where H(k) = 0. 1: each query its own key.
+    """
+    key_entropy = torch.special.entr(attn.mean(dim=-2)).sum(dim=-1)  # H(k): (B, H)
+    row_entropy = torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
+    query_entropy = math.log(attn.shape[-2])
+    nmi = (key_entropy - row_entropy) / (key_entropy * query_entropy).sqrt()
+    # rounding may step over the ends
+    return torch.where(key_entropy > 0, nmi, 0.0).clamp(0, 1)
+
+
+def measure_nmi(layer):
+    return {"nmi": attention_nmi(layer.attn)}
+
+
+def below_half(mim, cl):
+    return mim / 2 - cl
+
+
+NMI = Panel("nmi", "NMI (band: heads)", line=(0, "one map for all queries"))
+
+FIGURES["nmi"] = Figure(
+    number="4",
+    claim=5,
+    text="CL's later attention collapses into one map for all queries",
+    lesson=nmi_lesson,
+    measure=(measure_nmi,),
+    parts=(Part("NMI, late: MIM / 2 - CL", ("nmi",), late, ("MIM", "CL"), below_half),),
+    panels=(NMI,),
+    finding="CL's late attention hardly asks who looks",
+    otherwise="CL's late attention does ask who looks",
+    numbers="NMI {CL:.3f} against {MIM:.3f}",
+)
+
+
+# ==== Figure 5. Do heads, layers and tokens say different things? ===================
+
+similarity_lesson = """\
+Twelve heads that say the same are one head. Three mean cosines of what attention adds:
+between heads at one token, between neighbouring layers at one token, between the tokens
+of an image. 1: all alike, 0: orthogonal. The paper saw CL near 1 in late layers for all
+three, MIM lower. Tokens near 1 is where an untrained network starts (grey).
+
+A lesson on instruments is the dotted curve. The paper's A_h·V_h, which the verdict
+follows, compares coordinate 5 of one head with coordinate 5 of another, which mean
+different things; A_h·V_h·W_h, W_h the head's slice of the output matrix, does not."""
+
+
 def token_similarity(tokens):
-    """Are the tokens of an image told apart?  Mean cosine of the N(N - 1) pairs of different tokens, from
-    |Σu|² = Σ|u|² + Σ_pairs ([P] figure 5 right). tokens (..., N, D) -> (...) in [-1/(N-1), 1]; 1: alike."""
-    unit, n = F.normalize(tokens, dim=-1), tokens.shape[-2]
-    pairs = unit.sum(dim=-2).square().sum(dim=-1) - unit.square().sum(dim=(-2, -1))
-    return pairs / (n * (n - 1) or math.nan)
+    """Are the tokens of an image told apart?  Mean cosine ([P] figure 5 right).
+
+    Over the N(N - 1) pairs of different tokens, from |Σu|² = Σ|u|² + Σ_pairs for unit
+    vectors u. tokens (..., N, D) -> (...) in [-1/(N-1), 1]. 1: alike; one token: nan.
+    """
+    unit = F.normalize(tokens, dim=-1)
+    n = tokens.shape[-2]
+    total = unit.sum(dim=-2).square().sum(dim=-1)
+    alone = unit.square().sum(dim=(-2, -1))
+    return (total - alone) / (n * (n - 1) or math.nan)
+
+
 def head_similarity(heads):
-    """Do the heads read different things?  Mean cosine between the heads' outputs A_h·V_h of the same token
-    ([P] figure 5 left). heads (B, H, N, d) -> (B,) in [-1, 1]. 1: all alike, 0: orthogonal; one head: nan."""
+    """Do the heads read different things?  Mean cosine of A_h·V_h ([P] figure 5 left).
+
+    At the same token. heads (B, H, N, d) -> (B,) in [-1, 1]. 1: alike; one head: nan.
+    """
     return token_similarity(heads.transpose(1, 2)).mean(dim=-1)
+
+
+def shared_head_similarity(heads, weight):
+    """The same in coordinates that all heads share: A_h·V_h·W_h.
+
+    heads (B, H, N, d), weight (D, H·d) of the output layer -> (B,). The heads' outputs
+    (B, H, N, D) are never formed: a length is √(xᵀ W_hᵀ W_h x), and the sum of all unit
+    vectors is the output layer applied to x / length.
+    """
+    count, width = heads.shape[1], heads.shape[3]
+    slices = weight.unflatten(1, (count, width)).transpose(0, 1)  # (H, D, d)
+    gram = slices.mT @ slices  # (H, d, d)
+    square = ((heads @ gram) * heads).sum(dim=-1, keepdim=True)  # (B, H, N, 1)
+    unit = heads / square.clamp(min=1e-24).sqrt()
+    total = F.linear(unit.transpose(1, 2).flatten(2), weight)  # (B, N, D)
+    pairs = total.square().sum(dim=-1) - count
+    return pairs.mean(dim=-1) / (count * (count - 1) or math.nan)
+
+
 def depth_similarity(a, b):
-    """Do neighbouring layers add different things?  Mean cosine of the same token's attention outputs in two
-    layers ([P] figure 5 middle). a, b (B, N, D) -> (B,) in [-1, 1]. 1: the second layer repeats the first."""
+    """Do neighbouring layers add different things?  Mean cosine ([P] figure 5 middle).
+
+    Of the same token in two layers. a, b (B, N, D) -> (B,) in [-1, 1]. 1: the second
+    layer repeats the first.
+    """
     return F.cosine_similarity(a, b, dim=-1).mean(dim=-1)
-def fourier_amplitude(tokens, grid):
-    """Which frequencies does a token map keep?  Δ log amplitude along the half diagonal 0 … π ([P] figure 8).
-    X(ω) = Σ x[r,c]·exp(-iω(r + c)) for each channel; log|X(ω)| - log|X(0)|, mean over channels. On an even
-    square grid these are the FFT's diagonal bins up to Nyquist; the sum itself reaches π on odd grids too.
-    tokens (..., N, D), grid (rows, cols) or a number -> (..., F) at ω = π·j/(F - 1), F = short side // 2 + 1.
-    First 0; last: far below 0 = only low frequencies left (blurred), about 0 = as much detail as mean."""
-    rows, cols = (grid, grid) if isinstance(grid, int) else grid
-    n = torch.arange(rows * cols, device=tokens.device)
-    omega = torch.linspace(0, math.pi, min(rows, cols) // 2 + 1, dtype=torch.float64).to(tokens.device)
-    phase = omega[:, None] * (n // cols + n % cols)                                 # (F, N)
-    real, imag = (wave.to(tokens.dtype) @ tokens for wave in (phase.cos(), phase.sin()))    # (..., F, D)
-    log = torch.hypot(real, imag).clamp(min=1e-37).log().mean(dim=-1)               # keeps log 0 finite
-    return log - log[..., :1]
+
+
+SHARED = "heads, shared coordinates"
+
+
+def measure_similarity(layer):
+    found = {"heads": head_similarity(layer.heads)}
+    found[SHARED] = shared_head_similarity(layer.heads, layer.output_weight)
+    found["tokens"] = token_similarity(layer.added)
+    if layer.above is not None:
+        found["depths"] = depth_similarity(layer.above, layer.added)
+    return found
+
+
+FIGURES["similarity"] = Figure(
+    number="5",
+    claim=6,
+    text="CL lacks diversity across heads, depths and tokens in later layers",
+    lesson=similarity_lesson,
+    measure=(measure_similarity,),
+    parts=(
+        Part("cosine between heads, late", ("heads",), late, ("CL", "MIM")),
+        Part("cosine between depths, late", ("depths",), late, ("CL", "MIM")),
+        Part("cosine between tokens, late", ("tokens",), late, ("CL", "MIM")),
+    ),
+    panels=(
+        Panel("heads", "cosine between heads", dotted=SHARED),
+        Panel("depths", "cosine between depths"),
+        Panel("tokens", "cosine between tokens"),
+    ),
+    finding="CL's late heads are more alike",
+    otherwise="CL's late heads are not more alike",
+    numbers="cosine {CL:.2f} against {MIM:.2f}",
+)
+
+
+# ==== Figure 6. What does attention do to the tokens of an image? ===================
+
+plane_lesson = """\
+The tokens of three images on the plane of their largest variance, before (hollow) and
+after (full) the last attention. A network that works on whole images moves all tokens
+of one image together, in parallel lines; one that works on tokens moves each its own
+way. The paper saw the first in CL and the second in MIM.
+
+What to look at: whether a colour is an island, and whether its lines are parallel.
+Beware: two directions hide most of what there is. The next figure counts all."""
+
+IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
+
+
+def picture_plane(vit, x):
+    """Tokens of three images before and after the last attention -> (3, 2N, 2)."""
+    _, records = vit(x[:3], record=True)
+    before = records[max(len(records) - 2, 0)].out[:, 1:]
+    after = records[-1].mid[:, 1:]
+    groups = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
+    centred = groups - groups.mean(dim=(0, 1))
+    _, _, directions = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)
+    plane = (centred @ directions[:2].T).numpy()
+    return {"plane": plane, "photographs": [to_picture(image) for image in x[:3]]}
+
+
+def draw_plane(models):
+    photographs = models[0]["pictures"]["photographs"]
+    fig, axes = canvas(1 + len(models), height=5.2)
+    for axis in axes[0]:
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].imshow(np.concatenate(photographs))
+    for number, colour in enumerate(IMAGE_COLOURS):
+        frame(axes[0, 0], (number, 0), len(photographs[0]), colour)
+    for axis, model in zip(axes[0, 1:], models, strict=True):
+        images = np.array(model["pictures"]["plane"])
+        for tokens, colour in zip(images, IMAGE_COLOURS, strict=True):
+            before, after = np.split(tokens, 2)
+            x, y = np.stack([before, after], axis=1).T  # (2, N) each
+            axis.plot(x, y, color=colour, lw=0.5)
+            axis.scatter(*before.T, s=12, ec=colour, fc="none")
+            axis.scatter(*after.T, s=12, color=colour)
+        axis.set_title(wrapped(model["name"]), color=colour_of(model), fontsize=12)
+    return fig
+
+
+FIGURES["plane"] = Figure(
+    number="6",
+    claim=7,
+    text="CL moves the tokens of an image together",
+    lesson=plane_lesson,
+    pictures=picture_plane,
+    draw=draw_plane,
+    keys=("plane",),
+)
+
+
+# ==== Figure 7. How many directions do tokens and images fill? ======================
+
+spectra_lesson = """\
+Singular values of a centred matrix say how far its rows spread in each direction; the
+mean of their logarithms is the log of the volume that they fill. Two matrices: the
+tokens of one image (N × D, averaged over images) and the mean tokens of all images
+(images × D). The paper saw that CL's layers spread images apart while the tokens of an
+image gain no volume, and that MIM does the reverse. The claim is about growth, from the
+tokens that enter the first layer to those that leave the last.
+
+What to look at: a network that only gets louder gains volume too. The dotted curves, of
+the matrix divided by its Frobenius norm, show how evenly directions are filled."""
+
+
 def singular_spectrum(x):
-    """How many directions do the rows of a matrix fill?  Log singular values, largest first ([P] figure 7).
-    x (..., n, D), centred over n here -> (..., min(n, D)). Equal values: the rows fill all directions alike;
-    a steep fall: few. With n ≤ D the last is 0 by centring. From the Gram matrix in float64: as exact as an
-    SVD in float32 and several times faster; below 1e-8 of the largest is rounding, so that is the floor."""
+    """How many directions do rows fill?  Log singular values ([P] figure 7).
+
+    x (..., n, D), centred over n here -> (..., min(n, D)), largest first. Equal values:
+    all directions alike; a steep fall: few. From the Gram matrix in float64: as exact
+    as an SVD in float32 and faster; the floor, 1e-8 of the largest, is rounding.
+    """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
-    square = torch.linalg.eigvalsh(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).flip(-1)
+    if x.shape[-2] <= x.shape[-1]:
+        gram = x @ x.mT
+    else:
+        gram = x.mT @ x
+    square = torch.linalg.eigvalsh(gram).flip(-1)
     floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.maximum(square, floor).log() / 2
+
+
 def free_spectrum(x):
-    """singular_spectrum(x) without the value that is 0 only because n ≤ D rows were centred."""
-    return singular_spectrum(x)[..., :min(x.shape[-2] - 1, x.shape[-1])]
-def cka(x, y):
-    """Do two layers see the same differences between images?  Linear CKA (Kornblith et al. 2019),
-    ‖XᵀY‖² / (‖XᵀX‖·‖YᵀY‖), Frobenius norms of centred features x (n, D), y (n, D') -> scalar in [0, 1].
-    1: the same up to rotation and scale. 0: unrelated."""
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
-    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
-def nearest_purity(tokens):
-    """Share of tokens whose nearest neighbour (Euclidean) is of the same image; tokens (B, N, D) -> scalar
-    in [0, 1]. 1: images are islands. Chance: (N - 1) / (BN - 1)."""
-    flat, image = tokens.flatten(0, 1), torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
-    distance = torch.cdist(flat, flat).fill_diagonal_(math.inf)
-    return (image[distance.argmin(dim=1).cpu()] == image).float().mean()
-def mean_iou(pred, target, classes):
-    """Intersection over union, mean over the classes in either map; pred, target (B, h, w) of class numbers,
-    target VOID where nobody knows -> (B,) in [0, 1]. 1: every pixel right ([P] figure 1 right)."""
-    maps = (m.long().masked_fill(target == VOID, classes).flatten(1) for m in (pred, target))
-    p, t = (F.one_hot(m, classes + 1)[..., :-1].bool() for m in maps)               # (B, hw, classes)
-    both, either = (p & t).sum(dim=1), (p | t).sum(dim=1)
-    return (both / either.clamp(min=1)).sum(dim=1) / (either > 0).sum(dim=1)
-def shape_bias(decisions, shapes, textures):
-    """Outline or surface?  Among cue-conflict decisions that match either cue, the share that match the shape
-    (Geirhos et al. 2019; [P] figure 9 left). Three arrays (n,) of class numbers -> scalar in [0, 1], nan if
-    no decision matches. 1: always the shape, 0: always the texture."""
-    shape, texture = (decisions == shapes).sum(), (decisions == textures).sum()
-    return float(shape / (shape + texture)) if shape + texture else math.nan
+    """singular_spectrum(x) without the value that is 0 because rows were centred."""
+    rank = min(x.shape[-2] - 1, x.shape[-1])
+    return singular_spectrum(x)[..., :rank]
+
+
+def scale_free(log):
+    """Log singular values of x -> those of x / its Frobenius norm."""
+    return log - torch.logsumexp(2 * log, dim=-1, keepdim=True) / 2
+
+
+def measure_tokens(layer):
+    """Mean patch token and CLS, after the layer's attention and MLP (B, 2, D)."""
+    return {"pooled": layer.states.mean(dim=2), "cls": layer.cls}
+
+
+def measure_spectra(layer):
+    log = free_spectrum(layer.states)  # (B, 2, K)
+    found = {"token volume": log.mean(dim=-1)}
+    found["token volume, scale-free"] = scale_free(log).mean(dim=-1)
+    if layer.number == 1:
+        found["token volume, entered"] = free_spectrum(layer.entered).mean(dim=-1)
+        found["images, entered"] = layer.entered.mean(dim=1)
+    if layer.last:
+        found["token spectrum"] = log[:, 1]
+        found["images, left"] = layer.states[:, 1].mean(dim=1)
+    return found
+
+
+def image_spectra(rows):
+    """The same of the matrix of images, which is no mean over images."""
+    layers = torch.from_numpy(rows["pooled"]).permute(1, 2, 0, 3)  # (L, 2, n, D)
+    log = torch.stack([free_spectrum(layer) for layer in layers])  # (L, 2, K)
+    return {
+        "image volume": log.mean(dim=-1).numpy(),
+        "image volume, scale-free": scale_free(log).mean(dim=-1).numpy(),
+        "image spectrum": log[-1, 1].numpy(),
+    }
+
+
+def token_growth(entered, volume):
+    return volume[-1, 1] - entered[0]
+
+
+def image_growth(entered, left):
+    """Of matrices (n, 1, D) of mean tokens: those that enter and leave the network."""
+    x = torch.from_numpy(np.concatenate([entered, left], axis=1)).transpose(0, 1)
+    before, after = free_spectrum(x).mean(dim=1)
+    return float(after - before)
+
+
+def relative_to_first(log):
+    log = log.reshape(-1)
+    return log - log[0]
+
+
+def spectra_panels(what):
+    log = f"log singular value, {what}s"
+    free = f"{what} volume, scale-free"
+    volume = Panel(f"{what} volume", f"mean {log}", HALF, sub_layers, free)
+    return volume, Panel(f"{what} spectrum", log, RANK, relative_to_first)
+
+
+TOKENS = ("token volume, entered", "token volume")
+IMAGES = ("images, entered", "images, left")
+image_part = partial(Part, roles=("CL", "MIM"), of_matrices=True)
+
+FIGURES["spectra"] = Figure(
+    number="7",
+    claim=7,
+    text="CL spreads images apart, MIM the tokens of an image",
+    lesson=spectra_lesson,
+    measure=(measure_tokens, measure_spectra),
+    summary=image_spectra,
+    parts=(
+        Part("growth of log volume, tokens", TOKENS, token_growth, ("MIM", "CL")),
+        image_part("growth of log volume, images", IMAGES, image_growth),
+    ),
+    panels=spectra_panels("token") + spectra_panels("image"),
+    finding="MIM's tokens gain more volume than CL's",
+    otherwise="MIM's tokens gain no more volume than CL's",
+    numbers="{MIM:+.2f} against {CL:+.2f}",
+)
+
+
+# ==== Figure 8. Which frequencies survive? ==========================================
+
+fourier_lesson = """\
+A layer's tokens form a map, and a map has frequencies: low ones are blobs and outlines,
+high ones differ from patch to patch, which is texture. Shown is the log amplitude along
+the diagonal from 0 to π per patch, minus its value at 0; far below 0 at π means that
+only the mean of the map is left,
+
+    Δ(ω) = mean over channels of log|X(ω)| - log|X(0)|,   X(ω) = Σ x[r,c]·exp(-iω(r+c)).
+
+The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
+have opposite signs; the public code stops short of it. What to look at: attention is a
+low-pass filter and the MLP is not. Is the left curve a saw, low after attention?"""
+
+
+def fourier_amplitude(tokens, grid):
+    """Which frequencies does a token map keep?  Δ log amplitude, 0 … π ([P] figure 8).
+
+    On an even square grid these are the FFT's diagonal bins up to Nyquist; the sum
+    reaches π on odd grids too. tokens (..., N, D), grid (rows, cols) or a number ->
+    (..., F) at ω = π·j/(F - 1), F = short side // 2 + 1. First 0; last: far below 0 =
+    only low frequencies left (blurred), about 0 = as much detail as mean.
+    """
+    place = grid_points(grid, tokens).double().sum(dim=1)  # r + c: (N,)
+    short_side = min(grid) if isinstance(grid, tuple) else grid
+    omega = torch.linspace(0, math.pi, short_side // 2 + 1, dtype=torch.float64)
+    phase = omega.to(tokens.device)[:, None] * place  # (F, N)
+    real = phase.cos().to(tokens.dtype) @ tokens  # (..., F, D)
+    imag = phase.sin().to(tokens.dtype) @ tokens
+    amplitude = torch.hypot(real, imag).clamp(min=1e-37)  # keeps log 0 finite
+    log = amplitude.log().mean(dim=-1)
+    return log - log[..., :1]
+
+
+def measure_fourier(layer):
+    return {"fourier": fourier_amplitude(layer.states, layer.grid)}  # (B, 2, F)
+
+
+def early_high(fourier):
+    return early(fourier[:, 1, -1])
+
+
+def late_high(fourier):
+    return late(fourier[:, 1, -1])
+
+
+def at_pi(fourier):
+    return sub_layers(fourier)[:, -1]
+
+
+def last_layer(fourier):
+    return fourier[-1, 1]
+
+
+AT_PI = Panel("fourier", "Δ log amplitude at π", HALF, at_pi)
+LAST_LAYER = Panel("fourier", "Δ log amplitude, last layer", FREQUENCY, last_layer)
+
+FIGURES["fourier"] = Figure(
+    number="8",
+    claim=8,
+    text="CL keeps low frequencies, MIM high ones",
+    lesson=fourier_lesson,
+    measure=(measure_fourier,),
+    parts=(Part("Δ log amplitude at π, late", ("fourier",), late_high, ("MIM", "CL")),),
+    panels=(AT_PI, LAST_LAYER),
+    finding="MIM's late layers keep more high frequencies than CL's",
+    otherwise="MIM's late layers keep no more high frequencies than CL's",
+    numbers="Δ {MIM:.2f} against {CL:.2f}",
+)
+
+
+# ==== Figure 1 left. What are the features good for? ================================
+
+accuracy_lesson = """\
+Two questions to a trained network. The linear probe freezes it and asks what a
+hyperplane can read: mean cross-entropy + strength/2·|W|², the strength chosen on
+validation images. Fine-tuning trains all weights on and asks what the network is a good
+start for; learning rate and layer decay are chosen on validation, in trainings of a
+third of the epochs, and seeds of a network share what its first one chose. The paper
+saw CL win the first and MIM the second.
+
+Grey is a new network: what fine-tuning reaches from scratch, and a probe from random
+weights. What to look at: is the gap larger than the scatter of seeds, and is anything
+above grey?"""
+
+STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
+ROWS_AT_ONCE = SAMPLE = 65536
+FEW_SHOT = 20  # training images a class
+
+
+def linear_probe(train, val, test, strengths=STRENGTHS, device="cpu"):
+    """Multinomial logistic regression on features ([P] figures 1, 10).
+
+    train, val, test: (features (n, D), labels (n,)); `val` chooses the strength, `test`
+    is only scored. Loss and gradient are those of the whole set, summed over pieces.
+    Returns accuracy and val in [0, 1], predicted (n,), val_predicted, weight, and
+    classify(features) -> (n,).
+    """
+    features = torch.as_tensor(train[0])
+    labels = torch.as_tensor(train[1]).long().to(device)
+    # rows are in random order, so that of a large set the first are enough
+    sample = features[:SAMPLE].double()
+    mean = sample.mean(dim=0).float()
+    std = sample.std(dim=0).float().clamp(min=1e-6)
+    classes = 1 + max(int(np.asarray(known).max()) for _, known in (train, val, test))
+    weight = torch.zeros(features.shape[1] + 1, classes, device=device)
+    weight.requires_grad_()
+
+    def pieces(features):
+        """Standardised, and a 1 for the bias."""
+        for x in torch.as_tensor(features).split(ROWS_AT_ONCE):
+            yield F.pad((x.float() - mean) / std, (0, 1), value=1.0).to(device)
+
+    @torch.no_grad()
+    def classify(features):
+        found = [(x @ weight).argmax(dim=1) for x in pieces(features)]
+        return torch.cat(found).cpu().numpy()
+
+    kept = []
+    if len(features) <= ROWS_AT_ONCE:
+        kept = list(pieces(features))
+
+    def batches():
+        return zip(kept or pieces(features), labels.split(ROWS_AT_ONCE), strict=True)
+
+    best = {"val": -1.0}
+    # from strong to weak, each from the last one's solution
+    for strength in strengths:
+        descend(weight, strength, batches, len(labels))
+        predicted = classify(val[0])
+        right = float((predicted == np.asarray(val[1])).mean())
+        if right > best["val"]:
+            best = {"val": right, "val_predicted": predicted}
+            best["weight"] = weight.detach().clone()
+    weight.data = best["weight"]
+    predicted = classify(test[0])
+    right = float((predicted == np.asarray(test[1])).mean())
+    return best | {"accuracy": right, "predicted": predicted, "classify": classify}
+
+
+def descend(weight, strength, batches, count):
+    """Minimises mean cross-entropy + strength/2·|W|² from this weight on, by L-BFGS."""
+    limits = {"max_iter": 100, "history_size": 10}
+    solver = torch.optim.LBFGS([weight], line_search_fn="strong_wolfe", **limits)
+
+    def objective():
+        solver.zero_grad()
+        total = strength / 2 * weight[:-1].square().sum()
+        total.backward()
+        for x, labels in batches():
+            loss = F.cross_entropy(x @ weight, labels, reduction="sum") / count
+            loss.backward()
+            total = total + loss.detach()
+        return total.detach()
+
+    solver.step(objective)
+
+
+class Probe:
+    """A linear probe for each label set of a study's images."""
+
+    def __init__(self, study, seen, rows):
+        cut, device = study.cut, study.options.device
+        self.parts, right, val_right = [], [], []
+        for known, labels in zip(study.seen_labels.T, study.labels.T, strict=True):
+            train, val = (seen[:cut], known[:cut]), (seen[cut:], known[cut:])
+            part = linear_probe(train, val, (rows, labels), device=device)
+            self.parts.append(part)
+            right.append(part["predicted"] == labels)
+            val_right.append(part["val_predicted"] == known[cut:])
+        self.right = np.stack(right, axis=1)  # (n, label sets)
+        self.val_right = np.stack(val_right, axis=1)
+        self.val = self.val_right.mean()
+
+    def classify(self, features):
+        return np.stack([part["classify"](features) for part in self.parts], axis=1)
+
+
+def learn_probe(study):
+    probe = study.probe
+    return {"linear probe": probe.right, "linear probe val": probe.val_right}
+
+
+RATES = [3e-4, 1e-3]
+FINE_TUNING = [{"lr": lr, "decay": decay} for lr in RATES for decay in (0.75, 1.0)]
+SMALLEST_CROP = 0.35  # of the area; 0.08 in the papers, whose images have more room
+BATCH = 64
+
+
+def parameter_groups(network, lr, decay):
+    """AdamW's groups: what is early is general and moves less (BEiT, SimMIM).
+
+    Block l of L learns at lr·decay^(L - l), the patch embedding as block 0; the last
+    norm, the head and position-bias tables at the last block's rate. Biases, norms
+    and tokens carry no weight decay.
+    """
+    depth = len(network.vit.blocks)
+    groups = []
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = depth
+        block = re.match(r"vit\.blocks\.(\d+)\.", name)
+        if block:
+            layer = int(block[1]) + 1
+        elif re.match(r"vit\.(patch_embed|cls_token|pos_embed)", name):
+            layer = 0
+        weight_decay = 0.05
+        if p.squeeze().ndim < 2 or "pos_embed" in name or "bias_table" in name:
+            weight_decay = 0.0
+        rate = lr * decay ** (depth - layer)
+        groups.append({"params": [p], "lr": rate, "weight_decay": weight_decay})
+    return groups
+
+
+class Tuned(nn.Module):
+    """A copy of a network with a linear head on its patch tokens, or on their mean."""
+
+    def __init__(self, vit, outputs, pooled, tune):
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = deepcopy(vit).requires_grad_(tune)
+        self.pooled = pooled
+        self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
+        self.head = nn.Linear(vit.embed_dim, outputs)
+        self.to(vit.cls_token.device)
+        if vit.pos_embed is not None and fixed_positions(vit):
+            self.vit.pos_embed.requires_grad_(False)
+
+    def forward(self, x):
+        """(B, 3, S, S) -> (B, outputs), or (B, N, outputs) if not pooled."""
+        tokens = self.vit(x)[:, 1:]
+        if self.pooled:
+            return self.head(self.norm(tokens.mean(dim=1)))
+        flat = self.head(self.norm(tokens.flatten(0, 1)))
+        return flat.unflatten(0, tokens.shape[:2])
+
+
+def fixed_positions(vit):
+    """Sines and cosines stay as they are: told by rows of one length, √(D/2)."""
+    length = vit.pos_embed[0, 1:].norm(dim=-1)
+    return bool((length - math.sqrt(vit.embed_dim / 2)).abs().max() < 1e-2)
+
+
+def fit(network, loss, train, epochs, lr, decay=1.0):
+    """Trains a Tuned by AdamW and half a cosine, on crops and flips of `train`."""
+    device = network.head.weight.device
+    solver = torch.optim.AdamW(parameter_groups(network, lr, decay))
+    peaks = [group["lr"] for group in solver.param_groups]
+    batch = min(BATCH, len(train))
+    steps = epochs * (len(train) // batch)
+    bf16 = sslvit.has_bf16(device.type)
+    batches = progress(train.augmented(epochs, batch), "training", steps)
+    for step, found in enumerate(batches, start=1):
+        if len(found["images"]) < 2:  # BatchNorm has nothing to say about one image
+            continue
+        for group, peak in zip(solver.param_groups, peaks, strict=True):
+            group["lr"] = sslvit.lr_at(step, steps + 1, steps / 10, peak)
+        solver.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            lost = loss(network(normalise(found["images"], device)), found)
+        lost.backward()
+        solver.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def look_at_all(network, source, look):
+    """look(logits, batch) of all images of a source, a row for each."""
+    device = network.head.weight.device
+    rows = []
+    for found in source.batches(BATCH):
+        logits = network(normalise(found["images"], device)).float().cpu()
+        rows.append(look(logits, found))
+    return torch.cat(rows).numpy()
+
+
+def choose(make, loss, look, score, sources, epochs, settings):
+    """Every setting for a third of the epochs, then the best for all of them.
+
+    make() -> a Tuned; score(rows of look()) on validation images chooses the setting,
+    and the better of its two trainings. -> rows of test, of validation, the setting.
+    """
+    train, val, test = sources
+
+    def attempt(epochs, setting):
+        network = fit(make(), loss, train, epochs, **setting)
+        rows = look_at_all(network, val, look)
+        return {"score": score(rows), "network": network, "val": rows}
+
+    best, chosen = {"score": -1.0}, settings[0]
+    if len(settings) > 1:
+        for setting in settings:
+            found = attempt(max(1, epochs // 3), setting)
+            if found["score"] > best["score"]:
+                best, chosen = found, setting
+    found = attempt(epochs, chosen)
+    if found["score"] >= best["score"]:
+        best = found
+    return look_at_all(best["network"], test, look), best["val"], chosen
+
+
+def fine_tune(vit, sources, classes, epochs, settings):
+    """All weights of a copy trained on labels, mean patch token ([P] figure 1).
+
+    sources: to train, to choose and to test; classes: number per label set. Returns
+    whether it was right, of test and of validation (n, label sets), and the setting.
+    """
+
+    def loss(logits, found):
+        labels = found["labels"].to(logits.device)
+        parts = zip(logits.float().split(classes, dim=1), labels.T, strict=True)
+        return sum(F.cross_entropy(part, y) for part, y in parts)
+
+    def right(logits, found):
+        parts = logits.split(classes, dim=1)
+        guess = torch.stack([part.argmax(dim=1) for part in parts], dim=1)
+        return guess == found["labels"]
+
+    def make():
+        return Tuned(vit, sum(classes), pooled=True, tune=True)
+
+    return choose(make, loss, right, np.mean, sources, epochs, settings)
+
+
+def learn_tuned(study):
+    settings = study.chosen.get("fine-tuning", FINE_TUNING)
+    sources = *study.learning.split(study.cut), study.testing
+    epochs = study.options.epochs
+    test, val, setting = fine_tune(study.vit, sources, study.classes, epochs, settings)
+    study.say(f"fine-tuned with {setting}")
+    study.chosen["fine-tuning"] = [setting]
+    return {"fine-tuned": test, "fine-tuned val": val}
+
+
+def draw_accuracy(models):
+    """Columns for each label set, which have as many classes on the stimuli."""
+    columns = {}
+    for place, name in enumerate(models[0]["label_names"]):
+        for key in FIGURES["accuracy"].keys:
+            columns[f"{key}, {name}"] = key, partial(np.take, indices=place)
+    chance = 1 / models[0]["classes"][0]
+    return draw_points(models, columns, "accuracy", (chance, f"chance {chance:.3g}"))
+
+
+FIGURES["accuracy"] = Figure(
+    number="1 left",
+    claim=1,
+    text="CL wins linear probing, MIM wins fine-tuning",
+    lesson=accuracy_lesson,
+    needs=("labels",),
+    learn=(learn_probe, learn_tuned),
+    parts=(
+        Part("linear probe, last layer", ("linear probe",), np.mean, ("CL", "MIM")),
+        Part("fine-tune accuracy", ("fine-tuned",), np.mean, ("MIM", "CL")),
+    ),
+    finding="CL is ahead in the linear probe",
+    otherwise="CL is not ahead in the linear probe",
+    draw=draw_accuracy,
+    keys=("linear probe", "fine-tuned"),
+)
+
+
+# ==== Figure 1 middle. Does the winner depend on size? ==============================
+
+scaling_lesson = """\
+Which objective to pretrain with may depend on how large the network is: the paper saw
+CL fine-tune better as ViT-Ti and MIM as ViT-L, and reads it as attention that does not
+collapse making use of more room. The comparison is fair only where pretraining helped
+at all: each network must be above a new one of its size (grey), else the verdict is
+'not testable'.
+
+What to look at: the slopes rather than the points, and grey's slope too."""
+
+
+def trained_enough(pretrained, new):
+    """Both networks above a new one of their size, if there is one."""
+    if new is None or min(pretrained) > new:
+        return ""
+    return f"not trained enough: a new network of this size has {new:.3f}"
+
+
+def draw_scaling(models):
+    fig, [[axis]] = canvas(1)
+    for role in dict.fromkeys(m["role"] for m in models):
+        group = [m for m in models if m["role"] == role]
+        line = {"color": colour_of(group[0]), "lw": 2.2, "label": role}
+        against(axis, group, "embed_dim", "fine-tuned", **line)
+    axis.set_xlabel("width")
+    axis.set_xscale("log", base=2)
+    legend(fig)
+    return fig
+
+
+SMALLEST = ("smallest CL", "smallest MIM")
+LARGEST = ("largest MIM", "largest CL")
+size_part = partial(Part, keys=("fine-tuned",), read=np.mean, unless=trained_enough)
+
+FIGURES["scaling"] = Figure(
+    number="1 middle",
+    claim=2,
+    text="CL wins small models, MIM wins large ones",
+    lesson=scaling_lesson,
+    needs=("sizes", "labels"),
+    learn=(learn_tuned,),
+    parts=(
+        size_part("fine-tuning, smallest size", roles=SMALLEST),
+        size_part("fine-tuning, largest size", roles=LARGEST),
+    ),
+    finding="CL fine-tunes better at the smallest size",
+    otherwise="CL does not fine-tune better at the smallest size",
+    draw=draw_scaling,
+    keys=("fine-tuned",),
+    enough=partial(several, "embed_dim"),
+)
+
+
+# ==== Figure 1 right. Do tokens know what is where? =================================
+
+dense_lesson = """\
+Segmentation asks every token for the classes of its own p × p pixels. One linear layer
+does it, on a frozen network or fine-tuned with it, chosen on validation as before; the
+paper used COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums
+over all test images, is the mean over classes of
+
+    IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
+
+The paper saw MIM ahead, as its tokens stay themselves. What to look at: linear says
+what tokens hold, fine-tuned what they can become."""
+
+VOID = 255  # a pixel of no class, which neither the loss nor the score counts
+LINEAR_HEADS = [{"lr": 1e-2}, {"lr": 1e-3}]
+
+
+def overlap(pred, target, classes):
+    """Pixels of intersection and union; pred, target (B, h, w) of class numbers.
+
+    target is VOID where nobody knows -> (B, classes, 2).
+    """
+    known = (target != VOID).flatten(1)[..., None]
+    p = F.one_hot(pred.flatten(1).long(), classes).bool() & known  # (B, hw, classes)
+    true = target.masked_fill(target == VOID, 0).flatten(1).long()
+    t = F.one_hot(true, classes).bool() & known
+    return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=-1)
+
+
+def mean_iou(counts):
+    """Intersection over union, mean over the classes that occur ([P] figure 1 right).
+
+    counts (classes, 2): overlap()'s pixels, summed (or averaged) over a set of images
+    -> scalar in [0, 1]. 1: every pixel right.
+    """
+    intersection, union = np.asarray(counts, dtype=float).T
+    occurs = union > 0
+    return (intersection[occurs] / union[occurs]).mean()
+
+
+def dense_probe(vit, sources, classes, epochs, tune, settings):
+    """Segmentation: a linear layer per token predicts the classes of its p × p pixels.
+
+    tune: the network learns too ([P] figure 1 right). sources as in fine_tune(), with
+    masks. Returns overlaps (n, classes, 2) of test and of validation, and the setting.
+    """
+    p = vit.patch_size
+
+    def fold(logits, mask):  # (B, N, classes·p²) -> (B, classes, S, S)
+        return F.fold(logits.float().mT, mask.shape[1:], p, stride=p)
+
+    def loss(logits, found):
+        mask = found["masks"].to(logits.device)
+        return F.cross_entropy(fold(logits, mask), mask, ignore_index=VOID)
+
+    def counts(logits, found):
+        mask = found["masks"]
+        return overlap(fold(logits, mask).argmax(dim=1), mask, classes)
+
+    def score(counts):
+        return mean_iou(counts.mean(axis=0))
+
+    def make():
+        return Tuned(vit, classes * p * p, pooled=False, tune=tune)
+
+    return choose(make, loss, counts, score, sources, epochs, settings)
+
+
+def learn_dense(study):
+    if not study.testing.has_masks:
+        return {}
+    vit, epochs = study.vit, study.options.epochs
+    testing = replace(study.testing, with_masks=True)
+    learning = study.learning.first(max(4, len(study.learning) // 4))
+    learning = replace(learning, with_masks=True)
+    classes = 1 + max(largest_class(learning), largest_class(testing))
+    sources = *learning.split(3 * len(learning) // 4), testing
+    found = {}
+    for key, settings in (("linear", LINEAR_HEADS), ("fine-tuned", FINE_TUNING)):
+        tune = key == "fine-tuned"
+        settings = study.chosen.get(f"mIoU {key}", settings)
+        rows, _, setting = dense_probe(vit, sources, classes, epochs, tune, settings)
+        study.say(f"{key} segmentation with {setting}")
+        study.chosen[f"mIoU {key}"] = [setting]
+        found[f"mIoU {key}"] = rows
+    return found
+
+
+def largest_class(source):
+    largest = 0
+    for found in source.batches(BATCH):
+        known = found["masks"] * (found["masks"] != VOID)
+        largest = max(largest, int(known.max()))
+    return largest
+
+
+def draw_dense(models):
+    columns = {key: (key, mean_iou) for key in FIGURES["dense"].keys}
+    return draw_points(models, columns, "mean intersection over union")
+
+
+FIGURES["dense"] = Figure(
+    number="1 right",
+    claim=3,
+    text="MIM wins dense prediction",
+    lesson=dense_lesson,
+    needs=("masks", "labels"),
+    learn=(learn_dense,),
+    parts=(
+        Part("mIoU, linear", ("mIoU linear",), mean_iou, ("MIM", "CL")),
+        Part("mIoU, fine-tuned", ("mIoU fine-tuned",), mean_iou, ("MIM", "CL")),
+    ),
+    finding="MIM's tokens know better what is where",
+    otherwise="MIM's tokens do not know better what is where",
+    numbers="mIoU {MIM:.3f} against {CL:.3f}",
+    draw=draw_dense,
+    keys=("mIoU linear", "mIoU fine-tuned"),
+)
+
+
+# ==== Figure 9 left. Outline or surface? ============================================
+
+bias_lesson = """\
+Give a network a cat's outline with an elephant's skin and ask what it sees: among the
+decisions that match either cue, shape bias is the share that match the shape (Geirhos
+et al. 2019). Humans are near 0.95, supervised CNNs near 0.2. A probe first learns
+classes whose two cues agree. On the stimuli the pairing of shape and texture that is
+taught is one of eight, so all eight are taught and averaged; images whose two cues are
+of one class are dropped. The paper saw CL nearer to shape, MIM to texture.
+
+What to look at: on which side of 0.5 a network is, and where the untrained one is,
+which has no opinion, only an architecture."""
+
+
+def shape_bias(cues):
+    """Outline or surface?  The share of shape among decisions that match either cue.
+
+    Geirhos et al. 2019; [P] figure 9 left. cues (pairings, 2): the share of decisions
+    that match shape, texture -> scalar in [0, 1], mean over the pairings. 1: always the
+    shape, 0: always the texture; nan if no decision matches.
+    """
+    shape, texture = np.asarray(cues, dtype=float).T
+    matched = shape + texture
+    matched[matched == 0] = math.nan
+    return (shape / matched).mean()
+
+
+def learn_bias(study):
+    """-> cues (n, pairings, 2): did it match shape, texture; 0 where not asked."""
+    if study.on_stimuli:
+        pairings = [taught_pairing(study, offset) for offset in range(8)]
+        return {"cues": np.stack(pairings, axis=1)}
+    if study.cues is None:
+        return {}
+    cues = study.cues["labels"]
+    known = np.isin(study.seen_labels[:, 0], cues)
+    decisions = decide(study, known, study.seen_labels[:, 0], study.cues["output"])
+    return {"cues": (decisions[:, None] == cues)[:, None]}
+
+
+def taught_pairing(study, offset):
+    """Taught: class c is shape c with texture c + offset. Asked: all other pairs."""
+    seen_shapes, seen_textures = study.seen_labels.T
+    known = (seen_textures - seen_shapes) % 8 == offset
+    decisions = decide(study, known, seen_shapes, study.rows["output"])
+    # the class of each cue: that of a texture is the shape that it was taught with
+    cues = (study.labels - [0, offset]) % 8
+    conflict = cues[:, 0] != cues[:, 1]
+    return (decisions[:, None] == cues) & conflict[:, None]
+
+
+def decide(study, known, labels, rows):
+    """Classes for `rows` by the better probe, on validation, of mean token and CLS."""
+    seen, labels = study.seen["output"][known], labels[known]
+    cut = 3 * len(seen) // 4
+    probes = []
+    for kind in range(2):
+        train = seen[:cut, kind], labels[:cut]
+        val = seen[cut:, kind], labels[cut:]
+        test = rows[:, kind], np.zeros(len(rows))
+        probes.append(linear_probe(train, val, test))
+    return max(probes, key=lambda probe: probe["val"])["predicted"]
+
+
+def draw_bias(models):
+    columns = {"cue conflict": ("cues", shape_bias)}
+    line = (0.5, "no preference")
+    return draw_points(models, columns, "share of shape decisions", line)
+
+
+FIGURES["bias"] = Figure(
+    number="9 left",
+    claim=9,
+    text="CL is shape-biased, MIM texture-biased",
+    lesson=bias_lesson,
+    needs=("cues", "labels"),
+    learn=(learn_bias,),
+    parts=(Part("shape bias", ("cues",), shape_bias, ("CL", "MIM")),),
+    finding="CL decides by shape more often",
+    otherwise="CL does not decide by shape more often",
+    numbers="{CL:.2f} against {MIM:.2f}",
+    draw=draw_bias,
+    keys=("cues",),
+)
+
+
+# ==== Figure 9 right. Which frequencies does recognition need? ======================
+
+noise_lesson = """\
+Noise of one ring of spatial frequencies and of fixed energy is added to test images,
+and the probe of clean images decides: relative drop = 1 - accuracy(noisy) /
+accuracy(clean). A network that reads texture needs what lies under high-frequency
+noise. The paper saw it hurt MIM more; that must mean more than 'noise hurts MIM more',
+so the claim compares the drop in the upper third of the frequencies minus that in the
+lower third.
+
+What to look at: which ring hurts most. The upper axis is in pixels per wave: 2 is one
+dark, one bright pixel; a patch is as long as its side."""
+
+BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]  # rad/px
+NOISE = 25.5  # root mean square: a tenth of full brightness
+
+
 def band_noise(size, low, high, generator=None):
-    """Gaussian noise of the spatial frequencies low ≤ |ω| < high (rad/px), (B, 3, h, w) like `size`: each
-    image's root mean square is 1 ([P] figure 9 right)."""
+    """Gaussian noise of the frequencies low ≤ |ω| < high (rad/px), without the mean.
+
+    (B, 3, h, w) like `size`: each image's root mean square is 1 ([P] figure 9 right).
+    """
     noise = torch.fft.fft2(torch.randn(size, generator=generator))
-    y, x = (torch.fft.fftfreq(side) * 2 * math.pi for side in size[-2:])
-    radius = (y[:, None].square() + x.square()).sqrt()                              # (h, w)
-    noise = torch.fft.ifft2(noise * ((radius >= low) & (radius < high))).real
+    y = torch.fft.fftfreq(size[-2]) * 2 * math.pi
+    x = torch.fft.fftfreq(size[-1]) * 2 * math.pi
+    radius = (y[:, None].square() + x.square()).sqrt()  # (h, w)
+    ring = (radius >= low) & (radius < high) & (radius > 0)
+    noise = torch.fft.ifft2(noise * ring).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-def band_noise_drop(clean, noisy):
-    """What does noise cost?  1 - accuracy(noisy) / accuracy(clean) ([P] figure 9 right). clean (n,), noisy
-    (bands, n): 1 where right -> (bands,), at most 1. 0: does not matter, 1: all is lost; nan: never right."""
-    return 1 - noisy.mean(axis=-1) / (clean.mean() or math.nan)
 
-# ==== 2. Files: what is in a checkpoint, ours or published?   (data, never code) ===========================
-class Inert:
-    """Stands in for whatever a file names beside tensors and dicts, argparse.Namespace (MAE, DINO), a yacs
-    node (SimMIM) or os.system: takes any call, does nothing. Nothing in a file is imported or called."""
-    def __init__(self, *args, **kwargs):
-        pass
-    __setstate__ = __setitem__ = append = extend = add = __init__
 
-class SafePickle:       # what torch.load takes for the pickle module
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            known = r"collections.OrderedDict|torch\.(Size|\w+Storage|_utils\._rebuild_(parameter|tensor\w*))"
-            return super().find_class(module, name) if re.fullmatch(known, f"{module}.{name}") else Inert
-    load = staticmethod(lambda file, **options: SafePickle.Unpickler(file, **options).load())
+def band_noise_drop(accuracies):
+    """What does noise cost?  1 - noisy / clean accuracy ([P] figure 9 right).
 
-TABLE, REGISTERS, BLOCK = "relative_position_bias_table", "blocks.0.register_tokens", r"blocks\.(\d+)\."
-RENAMES = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"\.gamma_([12])$", r".ls\1.gamma"),    # in order:
-           (r"^(reg_token|register_tokens)$", REGISTERS))     # DINOv2 in chunks; SimMIM, BEiT; timm, DINOv2
-NOT_ENCODER = re.compile(r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)|"
-                         r".*(relative_position_index|num_batches_tracked)$")       # listed as skipped
-def tidy(state, prefix):
-    """Tensors under `prefix` by this project's names -> (weights, keys of heads and buffers, bias tables)."""
-    weights, skipped = {}, []
-    pooled = () if prefix + "norm.weight" in state else ((r"^fc_norm\.", "norm."),)  # after pooling
-    for key, value in state.items():
-        name = key.removeprefix(prefix)
-        for pattern, new in RENAMES + pooled:
-            name = re.sub(pattern, new, name)
-        if NOT_ENCODER.match(name) or not key.startswith(prefix):
-            skipped.append(key)
+    accuracies (1 + bands,), the clean one first -> (bands,), at most 1. 0: does not
+    matter, 1: all is lost; nan: never right.
+    """
+    return 1 - np.asarray(accuracies[1:]) / (accuracies[0] or math.nan)
+
+
+@torch.no_grad()
+def learn_noise(study):
+    """-> noise (n / 2, 1 + bands): share of label sets that are right, clean first."""
+    half = study.testing.first(max(1, len(study.testing) // 2))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for found in progress(half.batches(BATCH), "band noise", -(-len(half) // BATCH)):
+        images = found["images"].float()
+        right = []
+        for low, high in [(0, 0), *BANDS]:
+            noisy = images
+            if high > 0:
+                noise = NOISE * band_noise(images.shape, low, high, generator)
+                noisy = (images + noise).clamp(0, 255)
+            tokens = study.vit(normalise(noisy, study.vit.cls_token.device))
+            seen = features(tokens)[:, study.probe.kind].cpu()
+            decisions = study.probe.classify(seen)
+            right.append((decisions == found["labels"].numpy()).mean(axis=1))
+        rows.append(np.stack(right, axis=1))
+    return {"noise": np.concatenate(rows)}
+
+
+def high_minus_low(accuracies):
+    return late_minus_early(band_noise_drop(accuracies))
+
+
+def pixels_per_wave(frequency):
+    """π per pixel -> pixels per wave, and back: both are 2 / x."""
+    return 2 / np.maximum(frequency, 1e-3)
+
+
+def draw_noise(models):
+    fig, [[axis]] = canvas(1)
+    label, no_loss = "relative accuracy drop", (0, "no loss")
+    curves(axis, models, Panel("noise", label, BAND, band_noise_drop, line=no_loss))
+    above = axis.secondary_xaxis("top", functions=(pixels_per_wave, pixels_per_wave))
+    above.set_xlabel("pixels per wave")
+    above.set_xticks([40, 13, 8, 5, 4, 3, 2.5, 2.1])
+    legend(fig)
+    return fig
+
+
+FIGURES["noise"] = Figure(
+    number="9 right",
+    claim=9,
+    text="high-frequency noise hurts MIM more",
+    lesson=noise_lesson,
+    needs=("labels",),
+    learn=(learn_noise,),
+    parts=(Part("noise: drop, high - low", ("noise",), high_minus_low, ("MIM", "CL")),),
+    finding="High-frequency noise hurts MIM more than CL",
+    otherwise="High-frequency noise does not hurt MIM more than CL",
+    numbers="high - low {MIM:+.2f} against {CL:+.2f}",
+    draw=draw_noise,
+    keys=("noise",),
+)
+
+
+# ==== Figure 10. Which layer knows? =================================================
+
+layers_lesson = """\
+A linear probe after every sub-layer: where in the network does a class become a
+direction? The paper saw MIM ahead in early layers and best in the middle, its last
+layers a decoder of pixels, while CL rises to the last. So a probe should say which
+layer and which pooling it reads: the verdict reads mean patch tokens after each MLP,
+CLS is drawn beside, and the best layer is chosen on validation images, lest chance
+choose it.
+
+What to look at: does MIM fall in its last third, and random layers (grey) not?"""
+
+
+def learn_layers(study):
+    """-> layers, layers val (n, L) for claims; curves (n, 2L, label sets)."""
+    places = list(np.ndindex(len(study.vit.blocks), 2))
+    found = {}
+    for kind in ("cls", "pooled"):
+        seen, rows = study.seen[kind], study.rows[kind]  # (n, L, 2, D)
+        probes = []
+        for place in progress(places, f"probes of every layer, {kind}", len(places)):
+            probes.append(Probe(study, seen[:, *place], rows[:, *place]))
+        found[f"layers {kind}"] = np.stack([probe.right for probe in probes], axis=1)
+    validated = np.stack([probe.val_right for probe in probes], axis=1)
+    found["layers"] = found["layers pooled"][:, 1::2].mean(axis=2)  # after each MLP
+    found["layers val"] = validated[:, 1::2].mean(axis=2)
+    return found
+
+
+BOTH = ("layers", "layers val")
+
+
+def best_layer(validated):
+    return 1 + np.argmax(validated)
+
+
+def best_minus_last(layers, validated):
+    return layers[np.argmax(validated)] - layers[-1]
+
+
+def last_minus_best(layers, validated):
+    return -best_minus_last(layers, validated)
+
+
+def draw_layers(models):
+    """A row for each pooling, a column for each label set."""
+    panels = []
+    for kind in ("pooled", "cls"):
+        for column, name in enumerate(models[0]["label_names"]):
+            chance = 1 / models[0]["classes"][column]
+            pick = partial(np.take, indices=column, axis=1)
+            line = (chance, f"chance {chance:.3g}")
+            label = f"probe of {name}, {kind}"
+            panels.append(Panel(f"layers {kind}", label, HALF, pick, line=line))
+    fig = draw_panels(models, panels)
+    for axis in fig.axes:
+        axis.set_ylim(0, 1)
+    return fig
+
+
+FIGURES["layers"] = Figure(
+    number="10",
+    claim=10,
+    text="MIM is better in early layers, CL in the last",
+    lesson=layers_lesson,
+    needs=("labels",),
+    measure=(measure_tokens,),
+    learn_from=(measure_tokens,),
+    learn=(learn_layers,),
+    parts=(
+        Part("pooled probe, early", ("layers",), early, ("MIM", "CL")),
+        Part("best layer, on validation", ("layers val",), best_layer, ("CL", "MIM")),
+        Part("MIM: best layer - last", BOTH, best_minus_last, ("MIM",)),
+        Part("CL: late - early", ("layers",), late_minus_early, ("CL",)),
+    ),
+    finding="MIM's early layers know more",
+    otherwise="MIM's early layers do not know more",
+    numbers="probe {MIM:.3f} against {CL:.3f}",
+    draw=draw_layers,
+    keys=("layers pooled", "layers cls"),
+)
+
+
+# ==== Figure 11. What if the decoder does the decoding? =============================
+
+decoder_lesson = """\
+SimMIM predicts pixels with one linear layer, so that its last encoder layers have to do
+the decoding. Give it a few decoder blocks, as MAE has, and the encoder is free to know
+more up to its end: that is how the paper explains MIM's falling curve. A decoder also
+makes the network larger, so the control is a network without decoder that is as deep as
+encoder and decoder together.
+
+What to look at: the drop from the best layer to the last, with decoder, without, and in
+the control."""
+
+DECODED = "MIM with decoder"
+
+
+def draw_decoder(models):
+    models = [m for m in models if m["role"] in ("MIM", "untrained")]
+    probe = Panel("layers", "probe of mean patch token")
+    return draw_panels(models, (probe, NMI, AT_PI))
+
+
+FIGURES["decoder"] = Figure(
+    number="11",
+    claim=11,
+    text="an explicit decoder keeps the last layers useful",
+    lesson=decoder_lesson,
+    roles=("MIM",),
+    needs=("decoder", "labels"),
+    measure=(measure_tokens, measure_nmi, measure_fourier),
+    learn_from=(measure_tokens,),
+    learn=(learn_layers,),
+    parts=(
+        Part("last layer - best", BOTH, last_minus_best, (DECODED, "MIM")),
+        Part("last - best, as deep", BOTH, last_minus_best, (DECODED, "MIM as deep")),
+        Part("NMI, last layer", ("nmi",), last, (DECODED, "MIM")),
+    ),
+    finding="With a decoder the last layer stays closer to the best",
+    otherwise="With a decoder the last layer stays no closer to the best",
+    numbers="{difference:+.3f}",
+    draw=draw_decoder,
+    keys=("layers", "nmi", "fourier"),
+    enough=partial(several, "decoder_depth"),
+)
+
+
+# ==== Figure 12. Can one network have both? =========================================
+
+sweep_lesson = """\
+L = (1 - λ)·L_MIM + λ·L_CL on one shared encoder. The two objectives ask for different
+layers, so the paper expected no quarrel, and saw the sum beat both at λ = 0.2: masked
+early, contrastive late. The λ that is compared is chosen on validation images, then
+tested on others: the best of many by its test score always wins.
+
+What to look at: whether the middle of the upper curves is above both ends by more than
+the seeds scatter, and whether the NMI of λ = 0.2 follows blue at first and orange at
+the end."""
+
+THREE = ("best hybrid", "CL", "MIM")
+
+
+def beats_both(hybrid, cl, mim):
+    """Against the better of the two, so that the difference can be read off the row."""
+    better = mim
+    if np.mean(cl[0]) > np.mean(mim[0]):
+        better = cl
+    return hybrid - better
+
+
+def middle_minus_last(nmi):
+    return middle(nmi) - last(nmi)
+
+
+def draw_sweep(models):
+    fig, axes = canvas(2, rows=2, height=4.2)
+    trained = [m for m in models if m["lam"] is not None and not m["decoder_depth"]]
+    untrained = [m for m in models if m["role"] == "untrained"]
+    for axis, key in zip(axes[0], ("linear probe", "fine-tuned"), strict=True):
+        against(axis, trained, "lam", key, color="black", lw=1)
+        if untrained:
+            grey = np.mean([m["values"][key] for m in untrained])
+            reference(axis, grey, "new network")
+        axis.set_xlabel("λ (0: MIM, 1: CL)")
+    curves(axes[1, 0], models, NMI)
+    curves(axes[1, 1], models, AT_PI)
+    fig.colorbar(ScalarMappable(cmap=LAMBDAS), ax=axes, shrink=0.6, label="λ")
+    legend(fig)
+    return fig
+
+
+FIGURES["sweep"] = Figure(
+    number="12",
+    claim=12,
+    text="a hybrid beats both",
+    lesson=sweep_lesson,
+    roles=("CL", "MIM", "hybrid"),
+    needs=("lambdas", "labels"),
+    measure=(measure_nmi, measure_fourier),
+    learn=(learn_probe, learn_tuned),
+    parts=(
+        Part("probe: best λ - better", ("linear probe",), np.mean, THREE, beats_both),
+        Part("fine-tune: best λ - better", ("fine-tuned",), np.mean, THREE, beats_both),
+        Part("λ = 0.2: NMI, middle - last", ("nmi",), middle_minus_last, ("hybrid",)),
+        Part("Δ at π, early: λ = 0.2 - CL", ("fourier",), early_high, ("hybrid", "CL")),
+        Part("Δ at π, late: MIM - λ = 0.2", ("fourier",), late_high, ("MIM", "hybrid")),
+    ),
+    finding="A hybrid probes better than both",
+    otherwise="No hybrid probes better than both",
+    numbers="{hybrid:.3f} against CL {CL:.3f}, MIM {MIM:.3f}",
+    draw=draw_sweep,
+    keys=("linear probe", "fine-tuned", "nmi", "fourier"),
+    enough=partial(several, "lam", count=3),
+)
+
+
+# ==== Not in the paper. Which layers see the same differences? ======================
+
+cka_lesson = """\
+Do two layers, of one network or of two, tell the same images apart? Centred kernel
+alignment is the cosine of their centred matrices of similarities between images
+(Kornblith et al. 2019). The usual estimator is biased upwards when there are fewer
+images than dimensions; this one (Song et al. 2012) has unrelated layers at 0.
+
+What to look at: blocks on the diagonal are layers that change little; off it, whether
+CL's layers resemble MIM's at any depth, or both only the untrained ones."""
+
+CKA_IMAGES = 1000  # an unbiased estimator does not need more, and matrices are n × n
+
+
+def cka(matrices):
+    """Do two layers see the same differences between images?  Linear CKA, unbiased.
+
+    Cosines of U-centred similarity matrices. matrices: K of (n, D), D may differ ->
+    (K, K), at most 1. 1: the same up to rotation and scale. 0: unrelated, in the mean.
+    """
+    units = []
+    for x in matrices:
+        n = len(x)
+        gram = (x @ x.T).double().fill_diagonal_(0)
+        rows = gram.sum(dim=1, keepdim=True) / (n - 2)
+        total = gram.sum() / ((n - 1) * (n - 2))
+        centred = (gram - rows - rows.T + total).fill_diagonal_(0)
+        units.append((centred / centred.norm()).flatten().float())
+    units = torch.stack(units)
+    return units @ units.T
+
+
+def compare_layers(models, rows):
+    """CKA of every layer's mean patch token with every other, of the first seeds."""
+    matrices, ends, names = [], [0], []
+    for model, found in zip(models, rows, strict=True):
+        if model["run"] == 0:
+            pooled = torch.from_numpy(found["pooled"][:CKA_IMAGES, :, 1])  # (n, L, D)
+            matrices += pooled.unbind(dim=1)
+            ends.append(len(matrices))
+            names.append(model["name"])
+    return {"cka": cka(matrices).numpy(), "ends": ends, "names": names}
+
+
+def draw_cka(models):
+    together = models[0]["together"]
+    fig, [[axis]] = canvas(1, height=7)
+    ends = np.array(together["ends"])
+    shown = axis.imshow(together["cka"], vmin=0, vmax=1, origin="lower")
+    for end in ends[1:-1]:
+        axis.axhline(end - 0.5, color="white")
+        axis.axvline(end - 0.5, color="white")
+    middles = (ends[1:] + ends[:-1] - 1) / 2
+    names = [wrapped(name) for name in together["names"]]
+    axis.set_xticks(middles, names)
+    axis.set_yticks(middles, names)
+    axis.set_xlabel("layers, in order")
+    fig.colorbar(shown, label="CKA of mean patch tokens (unbiased)")
+    return fig
+
+
+FIGURES["cka"] = Figure(
+    number="-",
+    text="Which layers see the same differences between images",
+    lesson=cka_lesson,
+    measure=(measure_tokens,),
+    across=compare_layers,
+    draw=draw_cka,
+    keys=("cka",),
+)
+
+
+# ==== The engine: images ============================================================
+# Images are read anew by every pass, by DataLoader's workers, and are never all in
+# memory; what grows with their number are the rows and features that were asked for.
+
+
+@dataclass
+class Source:
+    """Some images of a set (Stimuli, ImageFolder), in an order."""
+
+    images: object
+    indices: list
+    size: int
+    workers: int = 0
+    masks: str = ""  # folder of PNGs named as the images are
+    root: str = ""  # of the images
+    with_masks: bool = False
+
+    def __len__(self):
+        return len(self.indices)
+
+    def only(self, indices):
+        return replace(self, indices=list(indices))
+
+    def first(self, count):
+        return self.only(self.indices[:count])
+
+    def split(self, cut):
+        return self.first(cut), self.only(self.indices[cut:])
+
+    @property
+    def has_masks(self):
+        return isinstance(self.images, Stimuli) or bool(self.masks)
+
+    def batches(self, batch):
+        """Centre squares: dicts of images, labels, index and perhaps masks."""
+        keys = [(None, index) for index in self.indices]
+        return self.load(keys, batch)
+
+    def augmented(self, epochs, batch):
+        """Every epoch in another order, cropped and flipped; whole batches only."""
+        keys = []
+        for epoch in range(epochs):
+            order = np.random.default_rng([0, epoch]).permutation(len(self))
+            whole = order[: len(order) // batch * batch]
+            keys += [(epoch, self.indices[place]) for place in whole]
+        return self.load(keys, batch)
+
+    def load(self, keys, batch):
+        loader = DataLoader(
+            self,
+            batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],
+            num_workers=self.workers,
+            collate_fn=collate,
+            generator=torch.Generator(),
+        )
+        for faults, found in loader:
+            for fault in faults:
+                if isinstance(fault, UserError):
+                    raise fault
+                print(f"  left out: {fault}")
+            if found:
+                yield found
+
+    def __getitem__(self, key):
+        """What the loader asks for, with key = (epoch, index)."""
+        epoch, index = key
+        try:
+            return self.read(epoch, index)
+        except UserError as error:
+            return {"fault": error}
+        except Exception as error:  # Pillow raises almost anything on a broken file
+            name = self.images[index][0]
+            return {"fault": f"{name!r} ({type(error).__name__}: {error})"}
+
+    def read(self, epoch, index):
+        """One image; epoch None: its centre square. Masks are flipped, not cropped."""
+        image, labels = self.images.load(index)
+        found = {"labels": torch.tensor(labels), "index": torch.tensor(index)}
+        if self.with_masks:
+            found["masks"] = self.read_mask(index, sslvit.upright_size(image))
+        rng = np.random.default_rng([1, epoch or 0, index])
+        if epoch is None or self.with_masks:
+            pixels = sslvit.center_crop(image, self.size)
         else:
-            weights[name] = value.float()
-    for name in [name for name in weights if name.endswith("attn.qkv.weight")]:
-        start, none = name.removesuffix("qkv.weight"), torch.zeros(len(weights[name]) // 3)
-        biases = [weights.pop(f"{start}{x}_bias", none) for x in "qkv"]     # SimMIM, BEiT: none for the keys
-        weights.setdefault(start + "qkv.bias", torch.cat(biases))
-    tables = sorted((name for name in weights if name.endswith("attn." + TABLE)), key=lambda t: (len(t), t))
-    if tables:                          # fine-tuned SimMIM, BEiT: one per block; side by side: (offsets, L·H)
-        weights["rel_pos_bias." + TABLE] = torch.cat([weights.pop(name) for name in tables], dim=1)
-    if "pos_embed" in weights:
-        table, registers = weights["pos_embed"], weights.get(REGISTERS, torch.zeros(1, 0, 1))
-        extra = table.shape[1] - math.isqrt(table.shape[1]) ** 2    # tokens with a place beside the patches
-        require(extra in (0, 1, 1 + registers.shape[1]), f"{table.shape[1]} positions, which is no square")
-        if extra > 1:
-            weights[REGISTERS] = registers + table[:, 1:extra]
-        cls = table[:, :1] * (extra > 0)                            # timm's no_embed_class: CLS at 0
-        weights["pos_embed"] = torch.cat([cls, table[:, extra:]], dim=1)
-    return weights, skipped, len(tables)
-def own_bias(block, args):
-    """Of all blocks' position biases (L·H, 1+N, 1+N) side by side, this block's (H, 1+N, 1+N)."""
-    return args[0], args[1].unflatten(0, (-1, block.heads))[block.number], *args[2:]
-def add_registers(block, args):
-    """DINOv2's registers: tokens without a place, added before block 0, at the end."""
-    return torch.cat([args[0], block.register_tokens.expand(len(args[0]), -1, -1)], dim=1), *args[1:]
-def drop_registers(vit, args, result):
-    """... so that nobody outside sees them."""
-    tokens, records = result if type(result) is tuple else (result, None)
-    n = -vit.blocks[0].register_tokens.shape[1]
-    cut = [r._make((r.attn[:, :, :n, :n], *(x[..., :n, :] for x in r[1:]))) for r in records or ()]
-    return (tokens[:, :n], cut) if records else tokens[:, :n]
-def load_encoder(path, heads=None):
-    """File -> ViT in eval mode; prints what it is and every missing, unexpected and skipped key. Told by
-    content, not name; sizes come from shapes, `heads` is for files whose shapes do not tell. The ViT carries
-    `facts`, a dict, and `pixels`: (mask token, decoder) if they are named and shaped as here or in SimMIM."""
-    stem, doubt = "patch_embed.proj.weight", ""
-    try:
-        names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
-        require("constants.pkl" not in names, "a TorchScript program, which torch.load would interpret")
-        raw = torch.load(path, map_location="cpu", weights_only=False, pickle_module=SafePickle)
-        raw = raw if isinstance(raw, dict) else {}
-        config = raw["config"] if isinstance(raw.get("config"), dict) and "objective" in raw["config"] else {}
-        for box in ("state_dict", "model", "teacher", "student", "module"):
-            raw = raw[box] if isinstance(raw.get(box), dict) else raw
-        state = {str(key): value for key, value in raw.items() if isinstance(value, torch.Tensor)}
-        prefixes = [key.removesuffix(stem) for key in state if key.endswith(stem)]
-        require(prefixes, f"no {stem} in {len(state)} tensors {list(state)[:3]}")
-        prefix = min(prefixes, key=lambda p: ("momentum" in p or "key" in p, len(p)))   # average: if alone
-        moco = re.search("base_encoder|momentum", prefix)
-        weights, skipped, own = tidy(state, prefix)
-        table, positions = (weights.get(name) for name in ("rel_pos_bias." + TABLE, "pos_embed"))
-        width, _, patch, _ = weights[stem].shape
-        depth = 1 + max(int(n) for name in weights for n in re.findall(BLOCK, name))
-        grid = math.isqrt(positions.shape[1]) if positions is not None else 224 // patch
-        if table is not None:
-            grid, heads = (math.isqrt(len(table) - 3) + 1) // 2, table.shape[1] // max(1, own)
-        elif config:
-            heads = SIZES[config["model"]]["heads"]
-        elif not heads:
-            heads = {1280: 16, 384: 12 if moco else 6}.get(width, max(1, width // 64))
-            doubt = " (assumed, shapes cannot tell: MoCo v3's ViT-S has 12, timm's 6; --heads sets it)"
-        vit = ViT(grid * patch, patch, width, depth, heads, rel_pos_bias=table is not None,
-                  positions="none" if positions is None else "learned",
-                  layer_scale=1.0 if "blocks.0.ls1.gamma" in weights else None).eval()
-        if own:
-            vit.rel_pos_bias[TABLE] = nn.Parameter(table)
-            for i, block in enumerate(vit.blocks):
-                block.number = i
-                block.register_forward_pre_hook(own_bias)
-        if REGISTERS in weights:
-            vit.blocks[0].register_tokens = nn.Parameter(weights[REGISTERS])
-            vit.blocks[0].register_forward_pre_hook(add_registers)
-            vit.register_forward_hook(drop_registers)
-        missing, unexpected = vit.load_state_dict(weights, strict=False)
-        absent = [key for key in missing if not key.startswith("norm.")]
-        require(not absent, f"{len(absent)} tensors are missing, among them {', '.join(absent[:4])}")
-    except Exception as error:                              # a damaged file can raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{path}: no Vision Transformer that can be taken apart here: {reason}") from error
-    masked = re.search(r"\b(decoder|lm_head)", " ".join(state))     # DINOv2 has a mask token, but not these
-    lam, deep = config.get("lam", 0.0 if masked else 1.0 if moco else None), config.get("decoder_depth", 0)
-    role = "other" if lam is None else {1: "CL", 0: "MIM"}.get(lam, "hybrid")
-    vit.facts = dict(path=str(path), role=role, lam=lam, width=width, depth=depth, heads=heads,
-                     patch_size=patch, image_size=grid * patch, decoder_depth=deep, config=config,
-                     crop_min=config.get("crop_min"), blur=config.get("blur"),
-                     parameters=sum(p.numel() for p in vit.parameters()))
-    print(f"{path}: {role}, patches of {patch} px, {width} wide, {depth} deep, {heads} heads{doubt}")
-    for title, keys in (("missing", missing), ("unexpected, not used", unexpected), ("skipped", skipped)):
-        folded = Counter(re.sub(BLOCK, "blocks.*.", key) for key in keys)   # one line for all blocks
-        print(f"  {title}: {len(keys)} keys", *(f"{name} ({n})" for name, n in folded.items()), sep="\n    ")
-    masks = [state[key] for key in ("mask_token", prefix + "mask_token") if key in state]
-    blocks = [Block(width, heads) for _ in range(deep)] + [nn.LayerNorm(width, eps=1e-6)] * (deep > 0)
-    head, vit.pixels = nn.Sequential(*blocks, nn.Linear(width, 3 * patch**2)).eval(), None
-    # SimMIM's 1 × 1 convolution is a linear layer; its PixelShuffle has our order: colour, row, column
-    decoder = {key[8:]: x.squeeze() for key, x in state.items() if key.startswith("decoder.")}
-    with contextlib.suppress(RuntimeError, IndexError):     # another kind of decoder, or no mask token
-        head.load_state_dict(decoder)
-        vit.pixels = masks[0], head
-    if not vit.pixels:
-        print("  no reconstructions, which need a mask token and a pixel head like SimMIM's")
-    return vit
+            pixels = sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
+        found["images"] = torch.from_numpy(pixels)
+        if epoch is not None and rng.random() < 0.5:
+            found["images"] = found["images"].flip(-1)
+            if self.with_masks:
+                found["masks"] = found["masks"].flip(-1)
+        return found
 
-# ==== 3. One pass: which numbers does every figure need? ===================================================
-def progress(items, label):
+    def read_mask(self, index, image_size):
+        if isinstance(self.images, Stimuli):
+            return torch.from_numpy(self.images[index][-1]).long()
+        path = Path(self.images[index][0]).relative_to(self.root)
+        path = Path(self.masks) / path.with_suffix(".png")
+        png = Image.open(path)
+        sizes = f"{png.size}, its image {image_size}"
+        require(png.size == image_size, f"--masks: {path} has size {sizes}")
+        mask = np.asarray(ImageOps.fit(png, (self.size, self.size), Image.NEAREST))
+        fault = f"--masks: {path}: class numbers need grey or palette PNGs"
+        require(mask.ndim == 2, fault)
+        return torch.from_numpy(mask.astype(np.int64))
+
+
+def collate(items):
+    """-> what could not be read, and the rest as a batch."""
+    found = defaultdict(list)
+    for item in items:
+        for key, value in item.items():
+            found[key].append(value)
+    faults = found.pop("fault", [])
+    return faults, {key: torch.stack(values) for key, values in found.items()}
+
+
+def normalise(images, device):
+    """Brightness 0 .. 255 -> what the networks were trained on."""
+    return (images.to(device) / 255 - MEAN.to(device)) / STD.to(device)
+
+
+def progress(items, label, total):
     """Yields the items; a line every 5 s with the time left."""
     began = said = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if (now := time.monotonic()) > said + 5:
-            left, said = (now - began) * (len(items) / done - 1), now
-            print(f"  {label}: {done}/{len(items)}, {left:.0f} s left", flush=True)
-def read_images(source, indices, size, masks=None, label="images"):
-    """Centre squares: images uint8 (n, 3, S, S), labels (n, label sets), masks (n, S, S) or None. masks:
-    (image folder, folder of PNGs of the same names). Files that cannot be read are named and left out."""
-    rows = []
-    for i in progress(indices.tolist(), label):
-        try:                                                # Pillow raises almost anything on a broken file
-            (image, labels), mask = source.load(i), np.zeros(())
-            if isinstance(source, Stimuli):
-                mask = source[i][-1]
-            elif masks:
-                png = masks[1] / Path(source[i][0]).relative_to(masks[0]).with_suffix(".png")
-                mask = np.asarray(ImageOps.fit(Image.open(png), (size, size), Image.NEAREST))
-            rows.append((sslvit.cut(image, size)[0], labels, mask))
-        except Exception as error:
-            print(f"  left out: {source[i][0]!r} ({type(error).__name__}: {error})")
-    require(rows, "not one image could be read")
-    require(all(mask.ndim < 3 for *_, mask in rows), "--masks: class numbers need grey or palette PNGs")
-    images, labels, drawn = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-    return images, labels.long(), drawn.long() if drawn.ndim == 3 else None
-def normalise(images, device):
-    """Brightness 0 .. 255 -> what the networks were trained on."""
-    return (images.to(device) / 255 - MEAN.to(device)) / STD.to(device)
+        now = time.monotonic()
+        if now > said + 5:
+            left = (now - began) * (total / done - 1)
+            print(f"  {label}: {done}/{total}, {left:.0f} s left", flush=True)
+            said = now
+
+
+# ==== The engine: one pass ==========================================================
+
+
+@dataclass
+class Layer:
+    """One layer on one batch: what measurements ask for, computed once; no CLS."""
+
+    number: int  # 1 .. L
+    last: bool
+    grid: tuple  # rows, columns
+    patch_size: int
+    block: Block
+    record: sslvit.Record
+    entered: torch.Tensor  # tokens before it (B, N, D)
+    above: torch.Tensor | None  # what attention added in the layer before
+
+    @property
+    def heads(self):
+        return self.record.heads[:, :, 1:]  # (B, H, N, d)
+
+    @property
+    def output_weight(self):
+        return self.block.attn.proj.weight
+
+    @cached_property
+    def attn(self):
+        """Attention among patches, rows renormalised to sum 1 (B, H, N, N)."""
+        return F.normalize(self.record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)
+
+    @cached_property
+    def added(self):
+        """What attention adds to the residual stream, LayerScale included (B, N, D)."""
+        return self.record.mid[:, 1:] - self.entered
+
+    @cached_property
+    def states(self):
+        """Tokens after attention and after the MLP (B, 2, N, D)."""
+        return torch.stack([self.record.mid[:, 1:], self.record.out[:, 1:]], dim=1)
+
+    @cached_property
+    def cls(self):
+        return torch.stack([self.record.mid[:, 0], self.record.out[:, 0]], dim=1)
+
+
 def features(tokens):
     """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
     return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
-@torch.no_grad()
-def encode(vit, images, read_out=features):
-    """read_out(tokens after the last norm) of all images (n, 3, S, S)."""
-    return torch.cat([read_out(vit(normalise(x, vit.cls_token.device))).cpu() for x in images.split(64)])
-@torch.no_grad()
-def collect(vit, batches, measure=True):
-    """One pass over batches of images serves every metric -> arrays with one row per image. pooled, cls
-    (n, L, 2, D): mean patch token and CLS after each layer's attention [0] and MLP [1]; output (n, 2, D) the
-    same after the last norm. With `measure` also distance, nmi (n, L, H); heads, tokens (n, L); depths
-    (n, L - 1); fourier (n, L, 2, F); spectrum (n, L, 2, K). No attention map outlives its batch."""
-    kept, patch = [], vit.patch_size
-    for images in batches:
-        x, layers, above = normalise(images, vit.cls_token.device), [], None
-        tokens, records = vit(x, record=True)
-        grid = x.shape[2] // patch, x.shape[3] // patch
-        for block, record in zip(vit.blocks, records):
-            states = torch.stack([record.mid, record.out], dim=1)                   # (B, 2, 1+N, D)
-            cls, states = states[:, :, 0], states[:, :, 1:]
-            layer = dict(pooled=states.mean(dim=2), cls=cls)
-            if measure:
-                attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)   # without CLS, sum 1
-                added = block.attn["proj"](record.heads.transpose(1, 2).flatten(2))[:, 1:]  # its output
-                layer |= dict(
-                    distance=attention_distance(attn, grid, patch), nmi=attention_nmi(attn),
-                    heads=head_similarity(record.heads[:, :, 1:]), tokens=token_similarity(added),
-                    fourier=fourier_amplitude(states, grid), spectrum=free_spectrum(states))
-                layer |= {} if above is None else dict(depths=depth_similarity(above, added))
-                above = added
-            layers.append(layer)
-        rows = {name: torch.stack([layer[name] for layer in layers if name in layer], dim=1).cpu()
-                for name in layers[-1]}
-        kept.append(rows | dict(output=features(tokens).cpu()))
-    return {name: torch.cat([rows[name] for rows in kept]).numpy() for name in kept[0]}
-@torch.no_grad()
-def examples(vit, images):
-    """Numbers for pictures. maps, pixels: rows of (image, title, boxes (row, column, side)), attention of two
-    queries and reconstructions; plane, tokens (B, N, 2): tokens on their principal components."""
-    x, p = normalise(images, vit.cls_token.device), vit.patch_size
+
+
+def measure_batch(vit, x, measures):
+    """All measurements of one batch -> {key: (B, L, ...)}; output is (B, 2, D)."""
+    if not measures:
+        return {"output": features(vit(x))}
     tokens, records = vit(x, record=True)
-    rows, cols, last = x.shape[2] // p, x.shape[3] // p, len(records) - 1
-    def plane(groups):          # (B, N, D) -> (B, N, 2), the two directions of largest variance
-        centred = (groups - groups.mean(dim=(0, 1))).cpu()
-        return (centred @ torch.linalg.svd(centred.flatten(0, 1), full_matrices=False).Vh[:2].T).numpy()
-    def picture(x):             # (3, h, w) -> numbers 0 .. 255, at most 112 px
-        x = F.adaptive_avg_pool2d((x.cpu() * STD + MEAN).clamp(0, 1), min(112, x.shape[1]))
-        return (x * 255).round().int().permute(1, 2, 0).tolist()
-    image, queries = picture(x[0]), ((rows // 2, cols // 2), (rows // 8, cols // 8)) # and near a corner
-    maps = [(image, "queries", [(r, c, len(image) / rows) for r, c in queries])]
-    for (r, c), layer in ((query, i) for query in queries for i in sorted({0, (last + 1) // 2, last})):
-        seen = records[layer].attn[0, :, 1 + r * cols + c, 1:].mean(dim=0).reshape(rows, cols)
-        maps.append(((seen / seen.sum()).tolist(), f"layer {layer + 1}", [(r, c, 1)]))
-    around = [records[max(last - 1, 0)].out[:3, 1:], records[last].mid[:3, 1:]]         # the last attention
-    result = dict(maps=maps, plane=plane(torch.cat(around, dim=1)), tokens=plane(tokens[:, 1:]),
-                  purity=float(nearest_purity(tokens[:, 1:])))
-    if vit.pixels:
-        mask = torch.rand(len(x), rows * cols, generator=torch.Generator().manual_seed(0)).to(x.device) < 0.6
-        token, decoder = (part.to(x.device) for part in vit.pixels)
-        target, guess = sslvit.patchify(x, p), decoder(vit(x, mask, mask_token=token))[:, 1:]
-        shown = target, *(torch.where(mask[..., None], filled, target) for filled in (0 * target, guess))
-        rows = zip(*(F.fold(y.mT, x.shape[2:], p, stride=p)[:3] for y in shown))        # an image each
-        titles = "image", "masked", "predicted"
-        result["pixels"] = [(picture(y), name, []) for row in rows for y, name in zip(row, titles)]
-    return result
-
-# ==== 4. What has to be trained: probes, fine-tuning, segmentation, cue conflict ===========================
-def linear_probe(train, val, test, strengths=(1.0, 0.1, 0.01, 1e-3, 1e-4)):
-    """Multinomial logistic regression on frozen features: mean cross-entropy + strength/2·|W|², by L-BFGS
-    ([P] figures 1, 10). train, val, test: (features (n, D), labels (n,)). `train` standardises the features,
-    `val` chooses the strength, `test` is only scored. Returns accuracy and val in [0, 1], predicted (n,)."""
-    sets = [(torch.as_tensor(x).float(), torch.as_tensor(y).long()) for x, y in (train, val, test)]
-    std, mean = torch.std_mean(sets[0][0], dim=0)           # a column of ones for the bias
-    (x, y), *others = [(F.pad((x - mean) / std.clamp(min=1e-6), (0, 1), value=1.0), y) for x, y in sets]
-    w = torch.zeros(x.shape[1], 1 + max(int(y.max()) for _, y in sets), requires_grad=True)
-    best = dict(val=-1.0)
-    for strength in strengths:                  # from strong to weak, each from the last one's solution
-        solver = torch.optim.LBFGS([w], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
-        def objective(solver=solver, strength=strength):
-            solver.zero_grad()
-            (loss := F.cross_entropy(x @ w, y) + strength / 2 * w[:-1].square().sum()).backward()
-            return loss
-        solver.step(objective)
-        predicted = [(features @ w).argmax(dim=1) for features, _ in others]
-        val, accuracy = ((p == labels).float().mean().item() for p, (_, labels) in zip(predicted, others))
-        if val > best["val"]:
-            best = dict(val=val, accuracy=accuracy, predicted=predicted[1].numpy())
-    return best
-def best_probe(train, val, test):
-    """Linear probes of K alternative features, one for each label set: features (n, K, D), labels (n, label
-    sets). Of the alternative that is best on `val`: which (of K), predicted and right (n, label sets) on
-    `test`, and val, the mean accuracy there."""
-    found = []
-    for k in range(test[0].shape[1]):
-        probes = [linear_probe(*((x[:, k], y[:, s]) for x, y in (train, val, test)))
-                  for s in range(test[1].shape[1])]
-        predicted = np.stack([probe["predicted"] for probe in probes], axis=1)
-        found.append(dict(which=k, predicted=predicted, right=predicted == np.asarray(test[1]),
-                          val=float(np.mean([probe["val"] for probe in probes]))))
-    return max(found, key=lambda probe: probe["val"])
-def knn(bank, known, queries, labels, k=20):
-    """Share of queries to which sslvit.knn() gives the right label. Features (n, D), (m, D); known (n, sets),
-    labels (m, sets), a column for each label set -> (sets,) in [0, 1]. Nothing is trained or tuned."""
-    votes = sslvit.knn(*map(torch.as_tensor, (bank, known, queries)), k)
-    return (votes == torch.as_tensor(labels)).double().mean(dim=0).numpy()
-def fit(vit, outputs, pooled, loss, train, epochs, lr, tune=True, decay=0.75, label="fine-tuning"):
-    """Trains a linear head on the standardised patch tokens, or on their mean if `pooled`, with `tune` the
-    encoder too, by AdamW and half a cosine; returns images -> logits. Block l of L learns at
-    lr·decay^(L - l): what is early is general (BEiT, SimMIM). Half of the images are flipped."""
-    torch.manual_seed(0)
-    (images, targets), device, width = train, vit.cls_token.device, vit.norm.normalized_shape[0]
-    head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, outputs)).to(device)
-    def logits(tokens):                                     # (B, outputs) or (B·N, outputs)
-        return head(tokens[:, 1:].mean(dim=1) if pooled else tokens[:, 1:].flatten(0, 1))
-    groups, batch, depth = [dict(params=[*head.parameters()], lr=lr)], min(64, len(images)), len(vit.blocks)
-    for name, p in vit.named_parameters() if tune else ():
-        layer = int(m[1]) + 1 if (m := re.match(BLOCK, name)) else depth * name.startswith("norm")
-        groups.append(dict(params=[p.requires_grad_()], lr=lr * decay ** (depth - layer)))
-    solver, peaks = torch.optim.AdamW(groups, weight_decay=0.05), [group["lr"] for group in groups]
-    whole = len(images) // batch * batch                    # BatchNorm needs full batches
-    order = torch.cat([torch.randperm(len(images))[:whole] for _ in range(epochs)]).split(batch)
-    for step, i in enumerate(progress(order, label), start=1):
-        for group, peak in zip(solver.param_groups, peaks):
-            group["lr"] = sslvit.lr_at(step, len(order) + 1, len(order) / 10, peak)
-        x, y, flip = images[i], targets[i], torch.rand(batch) < 0.5
-        for part in (x, y) if y.ndim == 3 else (x,):
-            part[flip] = part[flip].flip(-1)
-        solver.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, sslvit.has_bf16(device.type == "cuda")):
-            lost = loss(logits(vit(normalise(x, device))), y.to(device))
-        lost.backward()
-        solver.step()
-    head.eval()
-    return lambda images: encode(vit, images, logits)
-def fine_tune(vit, train, test, classes, epochs=10, lr=1e-3, **how):
-    """All weights of a copy trained on labels, mean patch token ([P] figure 1). train, test: (images uint8
-    (n, 3, S, S), labels (n, label sets)); classes: number per label set; how: fit's decay and label.
-    Returns 1 for right, 0 for wrong (n, label sets): the mean is the accuracy."""
-    def loss(logits, labels):
-        return sum(map(F.cross_entropy, logits.split(classes, dim=1), labels.T))
-    parts = fit(deepcopy(vit), sum(classes), True, loss, train, epochs, lr, **how)(test[0]).split(classes, 1)
-    return torch.stack([(p.argmax(dim=1) == y).float() for p, y in zip(parts, test[1].T)], dim=1).numpy()
-def dense_probe(vit, train, test, classes, epochs=10, tune=False):
-    """Segmentation: one linear layer per token predicts the classes of its p × p pixels; tune: the encoder
-    learns too ([P] figure 1 right). train, test: (images uint8, masks (n, S, S)) -> IoU per image (n,)."""
     p = vit.patch_size
-    def fold(y, mask):                                      # (B·N, classes·p²) -> (B, classes, S, S)
-        return F.fold(y.unflatten(0, (len(mask), -1)).mT, mask.shape[1:], p, stride=p)
-    def loss(y, mask):
-        return F.cross_entropy(fold(y, mask), mask, ignore_index=VOID)
-    how = dict(lr=1e-3, label="segmentation") if tune else dict(lr=1e-2, label="linear segmentation")
-    predict = fit(deepcopy(vit), classes * p * p, False, loss, train, epochs, tune=tune, **how)
-    parts = zip(test[0].split(64), test[1].split(64))
-    return torch.cat([mean_iou(fold(predict(x), m).argmax(dim=1), m, classes) for x, m in parts]).numpy()
-def cue_conflict(options, train, test, lesson, size, count):
-    """-> images and classes to learn from; images to decide on, their shapes, their textures. Stimuli: shape
-    and texture of the same number to learn from, of different numbers to decide on. A folder of Geirhos'
-    names (cat1-elephant2.png: a cat's shape): learnt from --data's images of its classes. No folder: None."""
-    if isinstance(train, Stimuli):
-        rng, sets = np.random.default_rng(0), []
-        for source, number, turn in ((train, 2 * count, [0]), (test, count, range(1, 8))):
-            shapes = rng.integers(8, size=number)
-            textures = (shapes + rng.choice(turn, size=number)) % 8
-            images = [source.render(i, s, t)[0] for i, (s, t) in enumerate(zip(shapes, textures))]
-            sets += [torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), shapes, textures]
-        return *sets[:2], *sets[3:]
-    if not options.cue_conflict:
-        return None
-    source, classes = sslvit.ImageFolder(options.cue_conflict), {c: i for i, c in enumerate(test.classes[0])}
-    found = [re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(file).name) for file, _ in source]
-    require(all(found) and {cue for m in found for cue in m.groups()} <= classes.keys(),
-         f"{options.cue_conflict}: needs <shape><n>-<texture><n>.png of --data's classes")
-    cues = np.array([[classes[cue] for cue in m.groups()] for m in found])
-    known = np.isin(lesson[1][:, 0], cues)
-    return lesson[0][known], lesson[1][known, 0], read_images(source, np.arange(len(found)), size)[0], *cues.T
-BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]   # rings, rad/px, up to Nyquist
-VOID = 255   # in a mask: a pixel of no class, which neither the loss nor the score counts
-NOISE = 25.5  # the noise's root mean square: a tenth of full brightness
-def study(vit, options, scratch):
-    """One model -> (numbers for results.json, arrays with a row per image for the claims)."""
-    print(vit.facts["name"], flush=True)
-    size, L, n, wanted = vit.facts["image_size"], len(vit.blocks), options.images, set(options.only)
-    train, test = sslvit.find_data(Config(data=options.data, image_size=size))
-    labelled, test = bool(test) and train.classes == test.classes != (), test or train
-    rng, folders = np.random.default_rng(0), (options.data, Path(options.masks)) if options.masks else None
-    images, labels, masks = read_images(test, rng.permutation(len(test))[:n], size, folders, "test images")
-    batch = max(1, min(64, 10**8 // (L * vit.facts["heads"] * vit.grid**4)))    # 400 MB of attention weights
-    # what needs no training; the claims ask for the state after the layer's MLP
-    got = collect(vit, progress(images.split(batch), "every metric"))
-    sample = {key: got[key] for key in ("distance", "nmi", "heads", "depths", "tokens") if key in got}
-    result = {key: array.mean(axis=0) for key, array in sample.items()}
-    sample |= dict(pooled=got["pooled"][:, :, 1], pi=got["fourier"][:, :, 1, -1])
-    fourier, states = got["fourier"].mean(axis=0), torch.from_numpy(got["pooled"]).permute(1, 2, 0, 3)
-    result |= dict(pi=fourier[..., -1].flatten(), fourier=fourier[-1, 1], examples={})
-    if wanted & {"maps", "plane", "tokens", "pixels"} and vit.facts["run"] == 0:    # of the first seed
-        result["examples"] = examples(vit, images[:10])
-    sample["growth"] = np.diff(got["spectrum"][:, [0, -1], 1].mean(axis=2))
-    for key, log in (("token", got["spectrum"].mean(axis=0)), ("image", free_spectrum(states).numpy())):
-        result |= {f"{key} spectrum": log[-1, 1] - log[-1, 1, 0], f"{key} volume": log.mean(axis=2).flatten()}
-    if not labelled or not any(LABELS in FIGURES[name][1] for name in wanted):
-        return result, sample
-    # probes of the output, by regression and by nearest neighbours; three quarters to learn, one to choose
-    lesson = read_images(train, rng.permutation(len(train))[:4 * n], size, folders, "training images")
-    seen = collect(vit, progress(lesson[0].split(batch), "training features"), measure=False)
-    classes, cut = [len(c) for c in test.classes], 3 * len(lesson[0]) // 4
-    def splits(x, x_test):                                  # to learn from, to choose by, to score
-        return (x[:cut], lesson[1][:cut]), (x[cut:], lesson[1][cut:]), (x_test, labels)
-    def by_name(label, accuracies):                         # one for each label set
-        return {f"{label} {name}": value for name, value in zip(test.label_names, accuracies)}
-    best = best_probe(*(output := splits(seen["output"], got["output"])))
-    sample |= {"linear probe": best["right"], "linear probe val": best["val"]}
-    result["probe of"] = ("pooled patch tokens", "CLS")[best["which"]]
-    result |= by_name("linear probe", best["right"].mean(axis=0))
-    result |= by_name("k-NN", knn(*(array for x, y in output[::2] for array in (x[:, 0], y))))
-    if wanted & {"layers", "decoder"}:
-        for kind in ("cls", "pooled"):
-            probes = [best_probe(*splits(*(x[kind][:, i // 2, [i % 2]] for x in (seen, got))))
-                      for i in progress(range(2 * L), f"probes of every layer, {kind}")]
-            right = np.stack([probe["right"] for probe in probes], axis=1)          # (n, 2L, label sets)
-            curves = by_name("layers", right.mean(axis=0).T)
-            result |= {f"{key}, {kind}": curve for key, curve in curves.items()}
-        sample["layers"] = right[:, 1::2].mean(axis=2)                              # pooled, after the MLP
-        best = np.argmax([probe["val"] for probe in probes[1::2]])      # on validation, lest chance choose it
-        sample["last - best"] = sample["layers"][:, -1] - sample["layers"][:, best]
-        result["layer probes"] = sample["layers"].mean(axis=0)
-    # fine-tuning and segmentation
-    if wanted & {"accuracy", "scaling", "sweep"}:
-        both = [torch.cat([a, b[cut:]]) for a, b in zip((images, labels), lesson)]  # test, validation
-        work = [x[:cut] for x in lesson[:2]], both, classes, options.epochs
-        shape = tuple(vit.facts[key] for key in ("image_size", "patch_size", "width", "depth", "heads"))
-        if shape not in scratch:                            # one new network serves all models of its size
-            torch.manual_seed(0)                            # and is the same in every analysis
-            scratch[shape] = fine_tune(ViT(*shape).to(options.device), *work, decay=1.0, label="new network")
-        tuned = fine_tune(vit, *work, decay=options.decay)
-        for label, right in (("fine-tuned", tuned), ("from scratch", scratch[shape])):
-            sample |= {label: right[:len(images)], f"{label} val": right[len(images):].mean()}
-            result |= by_name(label, sample[label].mean(axis=0))
-    if "dense" in wanted and masks is not None:
-        kinds = 1 + int(max(x[x != VOID].max() for x in (masks, lesson[2])))
-        work = (lesson[0][:n], lesson[2][:n]), (images, masks), kinds, options.epochs
-        iou = {"mIoU linear": dense_probe(vit, *work), "mIoU fine-tuned": dense_probe(vit, *work, tune=True)}
-        sample, result = sample | iou, result | {key: array.mean() for key, array in iou.items()}
-    # shape against texture, and band-limited noise
-    if wanted & {"bias", "views"} and (cues := cue_conflict(options, train, test, lesson, size, n)):
-        known, y, conflict, shapes, textures = cues
-        known, conflict, edge = encode(vit, known), encode(vit, conflict), 3 * len(y) // 4
-        parts = (known[:edge], y[:edge, None]), (known[edge:], y[edge:, None]), (conflict, shapes[:, None])
-        decisions = best_probe(*parts)["predicted"][:, 0]
-        sample["cues"] = np.stack([decisions, shapes, textures], axis=1)
-        result["shape bias cues"] = shape_bias(decisions, shapes, textures)
-    if "noise" in wanted:
-        clean, generator = images[:n // 2], torch.Generator().manual_seed(0)
-        sets = [encode(vit, clean)] + [encode(vit, clean + NOISE * band_noise(clean.shape, *band, generator))
-                                       for band in progress(BANDS, "band noise")]
-        noisy = torch.cat(sets), np.tile(labels[:len(clean)], (len(sets), 1))
-        right = best_probe(*output[:2], noisy)["right"].mean(axis=1).reshape(len(sets), -1)
-        sample["noise"], result["noise drop"] = right.T, band_noise_drop(right[0], right[1:])
-    return result, sample
+    grid = x.shape[2] // p, x.shape[3] // p
+    entered, above = vit.embed(x, None, None, *grid)[:, 1:], None
+    found = defaultdict(list)
+    for number, record in enumerate(records, start=1):
+        last = number == len(records)
+        block = vit.blocks[number - 1]
+        layer = Layer(number, last, grid, p, block, record, entered, above)
+        for measure in measures:
+            for key, value in measure(layer).items():
+                found[key].append(value)
+        entered, above = record.out[:, 1:], layer.added
+    rows = {key: torch.stack(values, dim=1) for key, values in found.items()}
+    return rows | {"output": features(tokens)}
 
-# ==== 5. Claims: does the paper's picture hold for these models?   (rules fixed before any result) =========
-def over(key, which="all", reduce=lambda rows: rows.mean(axis=0)):
-    """Value function (a model's arrays, take) -> number: mean over images, or `reduce`, then over layers.
-    Early: the first third of the layers, late: the last (both rounded up), middle: what lies between.
-    `take` draws the images: all, or a bootstrap sample that is the same for all models."""
-    def value(m, take):
-        x = np.atleast_1d(reduce(take(m[key])))
-        k = math.ceil(len(x) / 3)
-        middle = x[k:-k] if len(x) > 2 * k else x
-        return float(dict(early=x[:k], middle=middle, late=x[-k:], last=x[-1:], all=x)[which].mean())
-    return value
-def image_growth(m, take):      # of the mean log singular value of the (images × D) matrix of mean tokens
-    x = torch.from_numpy(take(m["pooled"])[:, [0, -1]]).transpose(0, 1)     # first and last layer: (2, n, D)
-    return float(free_spectrum(x).mean(dim=1).diff())
 
-ROLES = "CL", "MIM", "hybrid"
-CL_MIM, MIM_CL = lambda v: v("CL") - v("MIM"), lambda v: v("MIM") - v("CL")
-# Number: parts (what, value function, test). test(v) > 0 is what the claim says; v(role) is the value's mean
-# over the models of a role. Accuracy is the mean over the label sets (shape and texture, or class).
-CLAIMS = {
-    1: [("linear probe, output", over("linear probe"), CL_MIM),
-        ("fine-tune accuracy", over("fine-tuned"), MIM_CL)],
-    2: [("fine-tuning, smallest size", over("fine-tuned"), lambda v: v("smallest CL") - v("smallest MIM")),
-        ("fine-tuning, largest size", over("fine-tuned"), lambda v: v("largest MIM") - v("largest CL"))],
-    3: [("mIoU, linear", over("mIoU linear"), MIM_CL), ("mIoU, fine-tuned", over("mIoU fine-tuned"), MIM_CL)],
-    4: [(f"attention distance, {which}, px", over("distance", which), CL_MIM) for which in ("late", "all")],
-    5: [("NMI, late", over("nmi", "late"), MIM_CL),
-        ("NMI, late: CL < MIM / 2", over("nmi", "late"), lambda v: v("MIM") / 2 - v("CL"))],
-    6: [(f"cosine between {key}, late", over(key, "late"), CL_MIM) for key in ("heads", "depths", "tokens")],
-    7: [("growth of log singular values, tokens", over("growth"), MIM_CL),
-        ("growth of log singular values, images", image_growth, CL_MIM)],
-    8: [("Δ log amplitude at π, late", over("pi", "late"), MIM_CL)],
-    9: [("shape bias", over("cues", reduce=lambda cues: shape_bias(*cues.T)), CL_MIM),
-        ("accuracy drop, high-frequency noise",
-         over("noise", "late", lambda right: band_noise_drop(right[:, 0], right[:, 1:].T)), MIM_CL)],
-    10: [("pooled probe, early", over("layers", "early"), MIM_CL),
-         ("best layer", over("layers", reduce=lambda right: 1 + right.mean(axis=0).argmax()), CL_MIM),
-         ("last minus best layer, MIM < 0", over("last - best"), lambda v: -v("MIM")),
-         ("CL, late > early", over("layers", "late"), lambda v: v("CL") - v("CL", over("layers", "early")))],
-    11: [("last minus best layer", over("last - best"), lambda v: v("MIM with decoder") - v("MIM")),
-         ("NMI, last layer", over("nmi", "last"), lambda v: v("MIM with decoder") - v("MIM"))],
-    12: [("probe and fine-tuning, least margin", over("linear probe"), lambda v: min(
-             v("best hybrid", over(key)) - v(pure, over(key))
-             for key in ("linear probe", "fine-tuned") for pure in ("CL", "MIM"))),
-         ("NMI: last < mid", over("nmi", "last"), lambda v: v("hybrid", over("nmi", "middle")) - v("hybrid")),
-         ("Δ at π: early ≥ CL, late ≤ MIM", over("pi", "late"), lambda v: min(
-             v("hybrid", over("pi", "early")) - v("CL", over("pi", "early")), v("MIM") - v("hybrid")))]}
-def groups_of(models, samples):
-    """Role -> arrays of its models; several seeds are several models. The plain roles take the size that most
-    models have, without decoder; 'hybrid' is the λ nearest 0.2, 'best hybrid' the λ best on validation."""
-    size = [(m["width"] ** 2 * m["depth"], m["width"], m["depth"]) for m in models]
-    groups, hybrids = defaultdict(list), defaultdict(list)
-    common = max(size, key=lambda s: (size.count(s), s))
-    for m, sample, own in zip(models, samples, size):
-        if own == common and not m["decoder_depth"]:
-            (hybrids[m["lam"]] if m["role"] == "hybrid" else groups[m["role"]]).append(sample)
-        elif own == common:
-            groups[f"{m['role']} with decoder"].append(sample)
-        for word, end in (("smallest", min(size)), ("largest", max(size))):
-            if own == end and min(size) < max(size) and not m["decoder_depth"]:
-                groups[f"{word} {m['role']}"].append(sample)
+FEATURES = ("output", "pooled", "cls")  # large: not kept with the samples
+
+
+@torch.no_grad()
+def collect(vit, batches, measures, total, half=False):
+    """One pass over batches serves every measurement -> arrays, a row per image.
+
+    half: features in half precision. Their size is known after the first batch.
+    """
+    rows, done = {}, 0
+    for found in batches:
+        x = normalise(found["images"], vit.cls_token.device)
+        new = measure_batch(vit, x, measures)
+        new |= {"labels": found["labels"], "index": found["index"]}
+        for key, value in new.items():
+            value = value.cpu()
+            if half and key in FEATURES:
+                value = value.half()
+            if done == 0:
+                rows[key] = np.empty((total, *value.shape[1:]), value.numpy().dtype)
+            rows[key][done : done + len(x)] = value
+        if done == 0:
+            size = sum(array.nbytes for array in rows.values()) / 1e9
+            print(f"  {total} images: {size:.3f} GB of numbers to keep", flush=True)
+        done += len(x)
+    require(done > 0, "not one image could be read")
+    return {key: array[:done] for key, array in rows.items()}
+
+
+def unique(figures, field):
+    """The functions of several figures, each once, in order."""
+    found = []
+    for figure in figures:
+        found += [f for f in getattr(figure, field) if f not in found]
+    return found
+
+
+class Study:
+    """One network and what its figures need: rows of test images, probes, choices."""
+
+    def __init__(self, vit, options, chosen):
+        self.vit = vit
+        self.options = options
+        # what the first seed of a network chose, for the others
+        self.chosen = chosen
+        self.size = vit.facts["image_size"]
+        config = Config(data=options.data, image_size=self.size)
+        train, test = sslvit.find_data(config)
+        self.on_stimuli = isinstance(train, Stimuli)
+        self.is_labelled = test is not None and train.classes == test.classes != ()
+        if test is None:
+            test = train
+        self.label_names = list(test.label_names)
+        self.class_names = test.classes
+        self.classes = [len(names) for names in test.classes]
+        rng = np.random.default_rng(0)
+        self.testing = self.source(test, rng, options.images)
+        self.learning = self.source(train, rng, 4 * options.images)
+        self.seen, self.cues = {}, None
+
+    def source(self, images, rng, count):
+        order = rng.permutation(len(images)).tolist()
+        if count > 0:
+            order = order[:count]
+        given = self.options
+        return Source(images, order, self.size, given.workers, given.masks, given.data)
+
+    def say(self, text):
+        print(f"  {text}", flush=True)
+
+    def run(self, figures):
+        """Everything that the figures ask for; -> rows, one per test image."""
+        can_do = self.is_labelled or any("labels" not in f.needs for f in figures)
+        fault = "one class or none, or not the same classes in train and val"
+        require(can_do, f"--data {self.options.data}: {fault}")
+        self.rows = self.look(self.testing, unique(figures, "measure"), "test images")
+        self.testing = self.testing.only(self.rows["index"].tolist())
+        self.labels = self.rows["labels"]
+        learners = unique(figures, "learn")
+        if not self.is_labelled or not learners:
+            return self.rows
+        measures = unique(figures, "learn_from")
+        self.seen = self.look(self.learning, measures, "training images", half=True)
+        self.learning = self.learning.only(self.seen["index"].tolist())
+        self.seen_labels = self.seen["labels"]
+        if self.options.cue_conflict and learn_bias in learners:
+            self.cues = self.look(self.cue_source(), [], "cue-conflict images")
+        for learner in learners:
+            self.rows |= learner(self)
+        return self.rows
+
+    def look(self, source, measures, label, half=False):
+        batch = BATCH
+        if measures:  # at most 400 MB of attention weights
+            heads = self.vit.blocks[0].attn.num_heads
+            tokens = 1 + (source.size // self.vit.patch_size) ** 2
+            weights = len(self.vit.blocks) * heads * tokens**2
+            batch = max(1, min(BATCH, 10**8 // weights))
+        steps = math.ceil(len(source) / batch)
+        batches = progress(source.batches(batch), label, steps)
+        return collect(self.vit, batches, measures, len(source), half)
+
+    def cue_source(self):
+        """Geirhos' names, cat1-elephant2.png: a cat's shape; congruent ones dropped."""
+        names = list(self.class_names[0])
+        images = sslvit.ImageFolder(self.options.cue_conflict)
+        keep = []
+        for place, (path, _) in enumerate(images):
+            match = re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(path).name)
+            known = match and names.count(match[1]) and names.count(match[2])
+            fault = "is no <shape><n>-<texture><n>.png of classes in --data"
+            require(known, f"--cue-conflict: {path} {fault}")
+            images[place] = path, [names.index(cue) for cue in match.groups()]
+            if match[1] != match[2]:
+                keep.append(place)
+        return replace(self.testing, images=images, indices=keep)
+
+    @property
+    def cut(self):
+        """Three quarters of the training images to learn from, the rest to choose."""
+        return 3 * len(self.seen_labels) // 4
+
+    @cached_property
+    def probe(self):
+        """The better probe, on validation, of mean patch token and CLS."""
+        seen, rows = self.seen["output"], self.rows["output"]
+        probes = []
+        for kind in range(2):
+            probes.append(Probe(self, seen[:, kind], rows[:, kind]))
+            probes[kind].kind = kind
+        return max(probes, key=lambda probe: probe.val)
+
+    @torch.no_grad()
+    def pictures(self, figures):
+        """Numbers for pictures, from the first test images."""
+        batch = next(self.testing.first(10).batches(10))
+        x = normalise(batch["images"], self.vit.cls_token.device)
+        found = {}
+        for figure in figures:
+            if figure.pictures is not None:
+                found |= figure.pictures(self.vit, x)
+        return found
+
+    def values(self, figures):
+        """Means over images, and what is no mean."""
+        found = {}
+        for key, rows in self.rows.items():
+            if key not in (*FEATURES, "labels", "index"):
+                found[key] = rows.mean(axis=0, dtype=np.float64)
+        for figure in figures:
+            if figure.summary is not None:
+                found |= figure.summary(self.rows)
+        return found
+
+    def note(self):
+        """What a reader must know of the probes."""
+        if not self.seen:
+            return ""
+        per_class = self.cut / max(self.classes)
+        if per_class >= FEW_SHOT:
+            return ""
+        return f"few-shot: {per_class:.0f} training images a class"
+
+
+# ==== The engine: verdicts ==========================================================
+# A part holds when its difference has the claim's sign and its 95 % interval excludes
+# 0; it is opposed when the interval lies on the other side.
+
+ROLES = ("untrained", "CL", "MIM", "hybrid")
+SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
+DRAWS = 400  # resampled sets of test images, the same for all networks
+HALVES = 100
+T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+
+def t_quantile(freedom):
+    """Student's 97.5 % quantile."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    return 1.96 + 2.372 / freedom + 2.82 / freedom**2
+
+
+@cache
+def resampled(n):
+    """Weights (1 + DRAWS, n). Row 0: all n images; others: how often each is drawn."""
+    counts = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)
+    return np.concatenate([np.ones((1, n)), counts]) / n
+
+
+@cache
+def halves(n):
+    """Row 0: all n images; the others: half of them, without replacement.
+
+    Copies of rows would lower a matrix's rank; and a half's spread around the whole is
+    that of n new images.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [rng.permutation(n)[: n // 2] for _ in range(HALVES)]
+    return [np.arange(n), *drawn]
+
+
+def numbers_of(part, rows):
+    """A part's number of one network: of all test images, then of every draw."""
+    if part.of_matrices:
+        matrices = [rows[key] for key in part.keys]
+        draws = halves(len(matrices[0]))
+        return np.array([part.read(*[x[take] for x in matrices]) for take in draws])
+    means = []
+    for key in part.keys:
+        x = rows[key].astype(np.float64)
+        means.append(np.tensordot(resampled(len(x)), x, axes=1))
+    return np.array([part.read(*drawn) for drawn in zip(*means, strict=True)])
+
+
+def paired(groups):
+    """Groups of networks -> of equal length, seed by seed where seeds are known."""
+    by_seed = [{m["seed"]: m for m in group} for group in groups]
+    common = set.intersection(*map(set, by_seed)) - {None}
+    known = [len(seeds) for seeds in by_seed] == [len(group) for group in groups]
+    if common and known:
+        return [[seeds[seed] for seed in sorted(common)] for seeds in by_seed]
+    length = min(map(len, groups))
+    return [group[:length] for group in groups]
+
+
+def interval_of(differences):
+    """(1 + draws, seeds) -> [low, high], and what it is over.
+
+    Three seeds or more: ± t·√(s²/n + v), s of the seeds' differences, v the variance
+    over images. Fewer: images alone.
+    """
+    seeds = differences.shape[1]
+    mean = differences[0].mean()
+    variance = np.nanvar(differences[1:].mean(axis=1), ddof=1)
+    quantile = 1.96
+    kind = f"images only, {count_seeds(seeds)}"
+    if seeds >= 3:
+        variance += differences[0].var(ddof=1) / seeds
+        quantile = t_quantile(seeds - 1)
+        kind = "seeds and images"
+    reach = quantile * math.sqrt(variance)
+    return [mean - reach, mean + reach], kind
+
+
+def count_seeds(seeds):
+    if seeds == 1:
+        return "one seed"
+    return f"{seeds} seeds"
+
+
+def shape_of(model):
+    return tuple(model[key] for key in SHAPE)
+
+
+def group_of(models, role, shape):
+    """Of a role and a shape: the networks of the first name, which are its seeds."""
+    found = [m for m in models if m["role"] == role and shape_of(m) == shape]
+    return [m for m in found if m["name"] == found[0]["name"]]
+
+
+def groups_of(models):
+    """-> {role: networks that may be compared}, and a note on those left out.
+
+    Plain roles have the shape that most networks have, and no decoder. 'hybrid' is the
+    λ nearest 0.2, 'best hybrid' the one best on validation.
+    """
+    plain = [m for m in models if not m["decoder_depth"] and m["role"] in ROLES]
+    decoded = [m for m in models if m["decoder_depth"]]
+    shapes = [shape_of(m) for m in plain if m["role"] != "untrained"]
+    if not shapes:
+        return {}, ""
+    common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
+    groups = {role: group_of(plain, role, common) for role in ROLES}
+    hybrids = [m for m in plain if m["role"] == "hybrid" and shape_of(m) == common]
     if hybrids:
-        score = {lam: np.mean([s.get("linear probe val", 0) + s.get("fine-tuned val", 0) for s in group])
-                 for lam, group in hybrids.items()}
-        groups["hybrid"] = hybrids[min(hybrids, key=lambda lam: abs((0.2 if lam is None else lam) - 0.2))]
-        groups["best hybrid"] = hybrids[max(score, key=score.get)]
-    return dict(groups)
-def evaluate(test, value, groups, rng=None):
-    """test(v) for all seeds and images, or, with rng, for a bootstrap sample: seeds first, then images.
-    KeyError: a role without a model, or what was not measured."""
-    if rng:
-        groups = {role: [ms[i] for i in rng.integers(len(ms), size=len(ms))] for role, ms in groups.items()}
-        draw = rng.random(max(len(m["nmi"]) for ms in groups.values() for m in ms))
-    take = (lambda x: x[(draw[:len(x)] * len(x)).astype(int)]) if rng else lambda x: x
-    return test(lambda role, f=value: float(np.mean([f(m, take) for m in groups[role]])))
-def compare(row, test, value, groups, draws):
-    """Adds to `row` the roles' values, their difference, its 95 % bootstrap interval and whether it holds."""
-    size = next((word for word in ("smallest ", "largest ") if word in row["part"]), "")    # claim 2
-    names = {role: size + role for role in ROLES if size + role in groups}
-    row |= {role: evaluate(lambda v, name=name: v(name), value, groups) for role, name in names.items()}
-    row["difference"], rng = evaluate(test, value, groups), np.random.default_rng(0)
-    if math.isnan(row["difference"]):
-        raise KeyError("a number")
-    drawn = [evaluate(test, value, groups, rng) for _ in range(draws // (5 if value is image_growth else 1))]
-    row["interval"] = np.nanpercentile(drawn, [2.5, 97.5]).tolist()     # image_growth decomposes matrices
-    row["holds"] = row["difference"] > 0 and row["interval"][0] > 0
-    return row
-def judge(groups, draws=1000):
-    """The claims table. A part holds when its difference and its 95 % bootstrap interval are above 0.
-    'agrees': all parts hold. 'weak': all differences above 0, or half of the parts hold. Else 'disagrees'.
-    Roles with several seeds are also compared seed by seed."""
-    table, seeds = [], max(map(len, groups.values()))
-    for number, claim, figure, names in MAP[:len(CLAIMS)]:
-        rows = []
-        for (what, value, test), name in zip(CLAIMS[int(number)], names.split() * 4):
-            rows.append(row := {"part": what})
-            try:
-                compare(row, test, value, groups, draws)
-                for i in range(seeds if seeds > 1 else 0):
-                    one = {role: [ms[i % len(ms)]] for role, ms in groups.items()}
-                    row.setdefault("seeds", []).append(compare({"part": what}, test, value, one, draws))
-            except KeyError as key:
-                role = re.search(".*(CL|MIM|hybrid).*", key.args[0])
-                needs = f"a checkpoint: {role[0]}" if role else f"--only {name}, {FIGURES[name][1]}"
-                row["why"] = f"needs {needs}"
-        ok = [row.get("holds") for row in rows]             # None: not testable
-        weak = all(row.get("difference", 0) > 0 for row in rows) or 2 * ok.count(True) >= len(ok)
-        verdict = "not testable" if None in ok else "agrees" if all(ok) else "weak" if weak else "disagrees"
-        table.append(dict(claim=int(number), figure=figure, text=claim, verdict=verdict, parts=rows))
+        lams = by_name(hybrids).values()
+        groups["hybrid"] = min(lams, key=lambda group: abs(group[0]["lam"] - 0.2))
+        groups["best hybrid"] = max(lams, key=validation_score)
+    groups["MIM with decoder"] = group_of(decoded, "MIM", common)
+    for model in groups["MIM with decoder"][:1]:
+        depth = model["depth"] + model["decoder_depth"]
+        groups["MIM as deep"] = group_of(plain, "MIM", (*common[:3], depth))
+    scale = {shape for shape in shapes if shape[:2] == common[:2]}
+    scale = sorted(scale, key=lambda shape: shape[2] ** 2 * shape[3])
+    if len(scale) > 1:
+        for role in ROLES:
+            groups[f"smallest {role}"] = group_of(plain, role, scale[0])
+            groups[f"largest {role}"] = group_of(plain, role, scale[-1])
+    groups = {role: group for role, group in groups.items() if group}
+    return groups, note_on_shapes(plain, common)
+
+
+def validation_score(group):
+    """Mean accuracy of a λ's seeds on validation images, 0 if nothing was trained."""
+    keys = ("linear probe val", "fine-tuned val")
+    scores = [m["rows"][key].mean() for m in group for key in keys if key in m["rows"]]
+    return np.mean(scores or [0.0])
+
+
+def note_on_shapes(models, common):
+    """Which networks are of another shape than those that are compared."""
+    notes = []
+    for model in models:
+        differs = []
+        for key, value in zip(SHAPE, common, strict=True):
+            if model[key] != value:
+                differs.append(f"{key} {model[key]}, not {value}")
+        if differs and model["run"] == 0 and model["role"] != "untrained":
+            notes.append(f"{model['name']} is not compared: {', '.join(differs)}")
+    return "; ".join(notes)
+
+
+def judge_part(part, groups, needs):
+    """A row of the table: the roles' values, their difference, its interval."""
+    row = {"part": part.name}
+    absent = [role for role in part.roles if role not in groups]
+    if absent:
+        return row | {"why": f"needs a checkpoint: {' and '.join(absent)}"}
+    compared = paired([groups[role] for role in part.roles])
+    if not all(was_measured(part, group) for group in compared):
+        return row | {"why": f"needs {needs}"}
+    numbers = []
+    for group in compared:
+        numbers.append(np.stack([numbers_of(part, m["rows"]) for m in group], axis=1))
+    difference = part.test(*numbers)
+    if np.isnan(difference[0]).any():
+        return row | {"why": "gives no number here (needs two heads and two layers)"}
+    # columns of the table: beside those that are compared the others of their size
+    prefix = re.match("(smallest |largest )?", part.roles[0])[0]
+    for role in ROLES:
+        row[role] = None
+        group = groups.get(prefix + role, [])
+        if group and was_measured(part, group):
+            row[role] = np.mean([numbers_of(part, m["rows"])[0] for m in group])
+    means = [drawn[0].mean() for drawn in numbers]
+    for role, mean in zip(part.roles, means, strict=True):
+        row[role.removeprefix(prefix).removeprefix("best ")] = mean
+    if part.unless is not None:
+        reason = part.unless(means, row["untrained"])
+        if reason:
+            return {"part": part.name, "why": reason}
+    (low, high), kind = interval_of(difference)
+    row |= {"difference": difference[0].mean(), "interval": [low, high]}
+    row |= {"interval_kind": kind, "seeds": difference.shape[1]}
+    return row | {"holds": bool(low > 0), "opposed": bool(high < 0)}
+
+
+def was_measured(part, models):
+    return all(key in m["rows"] for m in models for key in part.keys)
+
+
+def verdict_of(rows):
+    """agrees, opposed, mixed, weak, open or not testable."""
+    if any("why" in row for row in rows):
+        return "not testable"
+    holds = [row["holds"] for row in rows]
+    opposed = [row["opposed"] for row in rows]
+    right = [row["difference"] > 0 for row in rows]
+    if all(holds):
+        return "agrees"
+    if any(holds) and any(opposed):
+        return "mixed"
+    if any(opposed):
+        return "opposed"
+    if all(right) or 2 * sum(holds) >= len(rows):
+        return "weak"
+    return "open"
+
+
+def judge(models, names=None, note=""):
+    """models: facts with "rows" -> the claims' table, of the figures in `names`."""
+    groups, sizes = groups_of(models)
+    asked = {FIGURES[name].claim for name in names or FIGURES} - {None}
+    table = []
+    for number in sorted(asked):
+        figures = {n: f for n, f in FIGURES.items() if f.claim == number and f.parts}
+        rows, notes = [], [sizes]
+        for name, figure in figures.items():
+            needs = ", ".join([f"--only {name}", *(NEEDS[n] for n in figure.needs)])
+            rows += [judge_part(part, groups, needs) for part in figure.parts]
+            if "labels" in figure.needs and note not in notes:
+                notes.append(note)
+        seeds = min((row["seeds"] for row in rows if "seeds" in row), default=0)
+        verdict = verdict_of(rows)
+        if verdict == "agrees" and seeds < 3:
+            verdict = f"agrees ({count_seeds(seeds)})"
+        claim = {"claim": number, "verdict": verdict, "seeds": seeds, "parts": rows}
+        claim["figure"] = ", ".join(figure.number for figure in figures.values())
+        claim["text"] = "; ".join(figure.text for figure in figures.values())
+        claim["note"] = "; ".join(filter(None, notes))
+        table.append(claim)
     return table
+
+
 def claims_table(table):
-    lines = [f"{'':41}     CL     MIM  hybrid   difference [95 % interval]"]
+    """The table of claims as text."""
+    heads = " ".join(f"{role:>9}" for role in ROLES)
+    lines = [f"{'':34} {heads}   difference [95 % interval]"]
     for claim in table:
-        lines.append("{claim:2} {text} (figure {figure}): ".format(**claim) + claim["verdict"].upper())
+        number, text, figure = claim["claim"], claim["text"], claim["figure"]
+        verdict = claim["verdict"].upper()
+        if claim["seeds"] >= 3:
+            verdict += f", {claim['seeds']} seeds"
+        lines.append(f"{number:2} {text} (figure {figure}): {verdict}")
         for row in claim["parts"]:
-            seeds, values = row.get("seeds", []), [row.get(role) for role in ROLES]
-            values = " ".join("      -" if value is None else f"{value:7.3f}" for value in values)
-            text = row.get("why") or "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])
-            lines.append(f"   {row['part']:38} {values}   {text}{'  holds' * row.get('holds', False)}")
-            if seeds:
-                stds = {r: f"± {np.std([s[r] for s in seeds], ddof=1):5.3f}" for r in ROLES if r in row}
-                holds, values = sum(s["holds"] for s in seeds), " ".join(stds.get(r, " " * 7) for r in ROLES)
-                lines.append(f"{'':41} {values}   holds in {holds} of {len(seeds)} seeds")
+            lines.append(f"   {row['part']:31} {row_text(row)}")
+        if claim["note"]:
+            lines.append(f"   note: {claim['note']}")
     return "\n".join(lines)
 
-# ==== 6. Figures: drawn from the results alone =============================================================
-COLOURS = {"CL": "#D55E00", "MIM": "#0072B2", "hybrid": "#009E73", "other": "#7F7F7F"}     # colour-blind safe
-STYLES, MARKERS = ("-", "--", ":", "-."), "osD^vP"          # models of one objective differ in these
-AXES = {  # x label -> x of n values from a model of L layers
-    "layer": lambda n, L: np.arange(L - n + 1, L + 1),
-    "layer (half: after its attention)": lambda n, L: np.arange(1, n + 1) / 2,
-    "rank": lambda n, L: np.arange(1, n + 1),
-    "frequency (π rad per patch)": lambda n, L: np.linspace(0, 1, n),
-    "noise frequency (π rad per pixel)": lambda n, L: (np.arange(n) + 0.5) / n}
-def canvas(rows, cols, w=4.3, h=3.7):
-    return plt.subplots(rows, cols, figsize=(w * cols, h * rows), squeeze=False, layout="constrained")
-def fig_curves(panels, models):
-    """Panels (beginning of keys in the results, y label, x label): one curve per name along depth, rank or
-    frequency, heads and seeds as mean and band, and a panel for each key; or hollow points, a point per seed,
-    the keys side by side or along λ or size, there joined by lines (along λ: of all roles)."""
-    rows, names = [], list(dict.fromkeys(m["name"] for m in models))
-    for stem, y_label, x_label in panels:
-        keys = [key for key in models[0] if key.startswith(stem)]
-        each = [([key], y_label + key.removeprefix(stem), x_label) for key in keys]
-        rows += each if x_label in AXES else [(keys, y_label, x_label)]
-    wrap = 2 if len(rows) in (2, 4) else min(3, len(rows))
-    fig, axes = canvas(-(-len(rows) // wrap), wrap)
-    for axis, (keys, y_label, x_label) in zip(axes.flat, rows):
-        words, lines = [key.split(" ")[-1] for key in keys], defaultdict(list)
-        for aside, name in zip(np.linspace(-0.3, 0.3, len(names) + 2)[1:], names):
-            m, *_ = seeds = [m for m in models if m["name"] == name]
-            y = np.array([[m[key] for m in seeds] for key in keys], dtype=float)    # (keys, seeds, …)
-            style = dict(color=(colour := COLOURS[m["role"]]), marker=MARKERS[m["nth"] % 6])
-            if x_label in AXES:
-                y = np.moveaxis(y[0], 0, -1).reshape(y.shape[2], -1)                # (x, heads · seeds)
-                x = AXES[x_label](len(y), m["depth"])
-                axis.fill_between(x, y.min(axis=1), y.max(axis=1), color=colour, alpha=0.15, lw=0)
-                axis.plot(x, y.mean(axis=1), STYLES[m["nth"] % 4], ms=5 * (len(y) <= 30), label=name, **style)
-            else:
-                x = [m[x_label]] * len(keys) if x_label else np.arange(len(keys)) + aside
-                axis.plot(x, y, ls="", ms=7, mfc="none", label=[name] + ["_"] * (len(seeds) - 1), **style)
-                blur = f", blur {m['blur']} px" * (x_label == "crop_min")
-                lines["black" if x_label == "lam" else colour, blur].append((x[0], *y.mean(axis=1)))
-        for i, ((colour, blur), line) in enumerate(lines.items() if x_label else ()):
-            x, *ys = zip(*sorted(line))
-            for j, (y, word) in enumerate(zip(ys, words)):
-                axis.plot(x, y, STYLES[(i if blur else j) % 4], color=colour, lw=1, zorder=0)
-                axis.text(x[i % 2 - 1], y[i % 2 - 1], f"  {word}{blur}  ", ha=("right", "left")[i % 2])
-        titles = dict(lam="λ (0: MIM, 1: CL)", crop_min="smallest crop (share of the image)")
-        axis.set(xlabel=titles.get(x_label, x_label), ylabel=y_label)
-        if not x_label:
-            axis.set(xticks=range(len(keys)), xticklabels=words, xlim=(-0.5, len(keys) - 0.5))
-    columns = int(46 * wrap / (6 + max(map(len, names)))) or 1
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9)
-    return fig
-def fig_images(key, models):
-    """Attention maps or reconstructions, one row per model."""
-    fig, axes = canvas(len(models), len(models[0]["examples"][key]), 1.4, 1.7)
-    for m, line in zip(models, axes):
-        line[0].set_ylabel(m["name"], color=COLOURS[m["role"]])
-        for axis, (image, label, boxes) in zip(line, m["examples"][key]):
-            axis.imshow(image, cmap="magma", vmin=0)
-            axis.set(xticks=[], yticks=[], title=label)
-            for r, c, side in boxes:
-                corner = c * side - 0.5, r * side - 0.5
-                axis.add_patch(plt.Rectangle(corner, side, side, fill=False, ec="#56B4E9", lw=2))
-    return fig
-def fig_plane(key, models):
-    """Tokens on their principal plane, a colour per image: around the last attention, or at the end."""
-    fig, axes = canvas(1, len(models), 3.8, 4)
-    for axis, m in zip(axes[0], models):
-        for k, tokens in enumerate(np.array(m["examples"][key])):
-            parts = np.split(tokens, 2) if key == "plane" else [tokens]
-            axis.plot(*np.stack(parts).transpose(2, 0, 1), color=f"C{k}", lw=0.4, alpha=0.5)
-            for part, label, fill in zip(parts[::-1], ("after", "before"), (f"C{k}", "none")):
-                axis.scatter(*part.T, s=9, ec=f"C{k}", fc=fill, label=label if k + len(parts) == 2 else None)
-        purity = f"\nnearest token is of the same image: {m['examples']['purity']:.0%}"
-        axis.set_title(m["name"] + purity * (key == "tokens"), color=COLOURS[m["role"]], fontsize=10)
-        axis.set(xlabel="first principal component", ylabel="second principal component")
-    if key == "plane":
-        axes[0, 0].legend(title="colour: image", fontsize=9)
-    return fig
-def fig_cka(key, models):
-    """Linear CKA of every layer of every model with every other."""
-    fig, [[axis]] = canvas(1, 1, 6.5, 5)
-    shown = axis.imshow(np.array(models[0][key]), vmin=0, vmax=1, cmap="viridis", origin="lower")
-    ends = np.cumsum([0] + [m["depth"] for m in models])
-    for lines in (axis.hlines, axis.vlines):
-        lines(ends[1:-1] - 0.5, -0.5, ends[-1] - 0.5, color="white")
-    middle, names = (ends[1:] + ends[:-1] - 1) / 2, [m["name"] for m in models]
-    axis.set(xticks=middle, xticklabels=names, yticks=middle, yticklabels=names, xlabel="layers, in order")
-    fig.colorbar(shown, label="linear CKA of pooled tokens")
-    return fig
 
-LABELS = "labels and a training set (the stimuli, or --data with the same class folders in both)"
-LAYER, HALF, RANK, FREQUENCY, NOISE_BAND = AXES
-NMI, AT_PI = ("nmi", "NMI (band: heads, seeds)", LAYER), ("pi", "Δ log amplitude at π", HALF)
-PROBE, TUNED = ("linear probe ", "linear probe accuracy"), ("fine-tuned ", "fine-tuned accuracy")
-FIGURES = {  # name in MAP: (panels for fig_curves or another function, what it needs)
-    "accuracy": ([(*PROBE, ""), (*TUNED, ""), ("from scratch ", "from scratch accuracy", "")], LABELS),
-    "scaling": ([(*TUNED, "width")], "checkpoints of two model sizes, " + LABELS),
-    "dense": ([("mIoU ", "mIoU (test)", "")], "masks (the stimuli's, or --masks), " + LABELS),
-    "distance": ([("distance", "attention distance (px; band: heads, seeds)", LAYER)], ""),
-    "nmi": ([NMI], ""),
-    "similarity": ([(key, f"cosine between {key}", LAYER) for key in ("heads", "depths", "tokens")],
-                   "two layers and two heads"),
-    "spectra": ([(f"{key} {what}", label + key + "s", x) for key in ("token", "image") for what, label, x in (
-        ("spectrum", "last layer, first = 0,\nlog singular value, ", RANK),
-        ("volume", "mean log\nsingular value, ", HALF))], ""),
-    "fourier": ([AT_PI, ("fourier", "Δ log amplitude, last layer", FREQUENCY)], ""),
-    "bias": ([("shape bias ", "share of shape decisions", "")], "the stimuli or --cue-conflict, " + LABELS),
-    "noise": ([("noise drop", "relative accuracy drop", NOISE_BAND)], LABELS),
-    "layers": ([("layers ", "linear probe,\n", HALF)], LABELS),
-    "decoder": ([("layer probes", "linear probe, pooled tokens", LAYER), NMI, AT_PI],
-                "MIM with and without decoder, " + LABELS),
-    "sweep": ([(*PROBE, "lam"), (*TUNED, "lam"), NMI, AT_PI], "λ = 0, 1 and between, " + LABELS),
-    "views": ([("shape bias ", "share of shape decisions", "crop_min"), (*PROBE, "crop_min")],
-              "checkpoints of two --crop-min, " + LABELS),
-    "maps": (fig_images, ""), "plane": (fig_plane, ""), "tokens": (fig_plane, ""),
-    "pixels": (fig_images, "a checkpoint with mask token and pixel head"),
-    "cka": (fig_cka, "equally many images")}
-VARY = dict(scaling=("width", 2), views=("crop_min", 2), sweep=("lam", 3), decoder=("decoder_depth", 2))
-def draw(models, names, out):
-    """Each figure that the results can support; for every other a line that says what would enable it."""
-    rows = {name: (claim, figure) for _, claim, figures, names in MAP
-            for name, figure in zip(names.split(), figures.split(", "))}
-    for name in names:
-        (what, needs), (claim, figure) = FIGURES[name], rows[name]
-        stems = [stem for stem, *_ in what] if type(what) is list else [name]
-        where = "examples" if what in (fig_images, fig_plane) else ""     # numbers of pictures lie apart
-        able = [m for m in models if all(any(k.startswith(s) for k in m.get(where, m)) for s in stems)]
-        able = models if name == "cka" and able else able   # one table for all
-        key, least = VARY.get(name, ("name", 1))            # so many values of it, or more
-        able = [m for m in able if m[key] is not None and (name != "decoder" or m["role"] == "MIM")]
-        if len({m[key] for m in able}) < least:
-            print(f"skipped {name}: needs {needs}")
+def row_text(row):
+    if "why" in row:
+        return row["why"]
+    cells = []
+    for role in ROLES:
+        cell = "-"
+        if row[role] is not None:
+            cell = f"{row[role]:.3f}"
+        cells.append(f"{cell:>9}")
+    low, high = row["interval"]
+    text = f"{' '.join(cells)}   {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    for outcome in ("holds", "opposed"):
+        if row[outcome]:
+            text += f"  {outcome}"
+    for role, value in row.items():
+        if role.startswith("MIM "):
+            text += f"; {role} {value:.3f}"
+    return text
+
+
+# ==== The engine: which networks ====================================================
+
+COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
+ROLE_OF = {None: "other", 0: "MIM", 1: "CL"}  # of λ; between 0 and 1: hybrid
+GIVEN_ROLES = {"cl": ("CL", 1.0), "mim": ("MIM", 0.0), "hybrid": ("hybrid", 0.2)}
+METHODS = {"CL": "MoCo v3", "MIM": "SimMIM"}
+
+
+def split_name(text):
+    """NAME=FILE or FILE -> name or "", file."""
+    if os.path.exists(text):
+        return "", text
+    name, _, path = text.rpartition("=")
+    return name, path
+
+
+def load_given(text, options):
+    """FILE or NAME=FILE -> network."""
+    name, path = split_name(text)
+    vit = load_encoder(path, options.heads).requires_grad_(False)
+    if name.lower() in GIVEN_ROLES:
+        role, lam = GIVEN_ROLES[name.lower()]
+        if role != vit.facts["role"]:
+            vit.facts |= {"role": role, "lam": lam}
+        name = ""
+    vit.facts["given"] = name
+    return vit
+
+
+def load_companions(loaded, options):
+    """The shipped networks of the roles that are missing, of the same size and data."""
+    roles = {vit.facts["role"] for vit in loaded}
+    companions, used = [], []
+    for path in sorted(COMPANIONS.glob("*.pt")):
+        config = sslvit.load_checkpoint(path)["config"]
+        role = ROLE_OF.get(config["lam"], "hybrid")
+        shape = shape_of(config | SIZES[config["model"]])
+        fits = shape == shape_of(loaded[0].facts) and not config["decoder_depth"]
+        same_data = bool(config["data"]) == bool(options.data)
+        if fits and same_data and role not in roles:
+            companions.append(load_given(str(path), options))
+            used.append(path.name)
+            roles.add(role)
+    if used:
+        print(f"beside it the shipped {', '.join(used)}; --alone leaves them out")
+    return companions
+
+
+def untrained_like(vit):
+    """A network of the same shape and seed that was never trained."""
+    facts = vit.facts
+    seed = facts["seed"] or 0
+    torch.manual_seed(seed)
+    if facts["config"]:
+        known = {field.name for field in fields(Config)}
+        given = {key: v for key, v in facts["config"].items() if key in known}
+        new = sslvit.make_encoder(Config(**given))
+    else:
+        sizes = [facts[key] for key in (*SHAPE, "num_heads")]
+        options = dict(vit.options)
+        if vit.pos_embed is not None and fixed_positions(vit):
+            options["positions"] = "sincos"
+        new = ViT(*sizes, **options)
+    new.facts = facts | {"role": "untrained", "lam": None, "path": "", "given": ""}
+    new.facts |= {"decoder_depth": 0, "config": {}, "family": "untrained", "seed": seed}
+    return new.eval().requires_grad_(False)
+
+
+# what legends say of a network where several differ in it
+VARYING = {
+    "image_size": "{} px",
+    "patch_size": "patches of {}",
+    "embed_dim": "{} wide",
+    "depth": "{} deep",
+    "decoder_depth": "decoder of {}",
+    "crop_min": "crops from {}",
+    "blur": "blur to {} px",
+}
+
+
+def name_networks(networks):
+    """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else."""
+    all_facts = [vit.facts for vit in networks]
+    varies = [key for key in VARYING if len({f[key] for f in all_facts}) > 1]
+    names = defaultdict(list)
+    for facts in all_facts:
+        name = facts["given"]
+        if not name:
+            differs = [VARYING[key].format(facts[key]) for key in varies if facts[key]]
+            name = ", ".join([base_name(facts), *differs])
+        seeds = names[name]
+        seeds.append(facts)
+        for key in ("role", "lam", *SHAPE):
+            fault = f"{name} has another {key} already: one NAME= is for seeds"
+            require(seeds[0][key] == facts[key], f"{fault} of one network")
+        kin = [n for n, s in names.items() if s[0]["role"] == facts["role"]]
+        facts |= {"name": name, "run": len(seeds) - 1, "nth": kin.index(name)}
+
+
+def base_name(facts):
+    role = facts["role"]
+    if role == "untrained":
+        return "untrained"
+    if role == "hybrid":
+        return f"hybrid, λ = {facts['lam']:g}"
+    if role == "other":
+        return f"{facts['family']}: {Path(facts['path']).stem}"
+    method = facts["family"]
+    if facts["config"]:
+        method = METHODS[role]
+    return f"{role} ({method})"
+
+
+# ==== The engine: results and drawing ===============================================
+
+
+def analyse(options):
+    """Checkpoints -> (what results.json holds, every network's rows)."""
+    # every file is read before anything long begins
+    loaded = [load_given(text, options) for text in options.checkpoints]
+    if not options.alone:
+        loaded += load_companions(loaded, options)
+    shapes = {}
+    for vit in loaded:
+        shapes.setdefault(shape_of(vit.facts), vit)
+    loaded += [untrained_like(vit) for vit in shapes.values()]
+    name_networks(loaded)
+    figures = [FIGURES[name] for name in options.only]
+    models, rows, chosen, note = [], [], defaultdict(dict), ""
+    for vit in loaded:
+        name = vit.facts["name"]
+        print(name, flush=True)
+        vit.to(options.device)
+        study = Study(vit, options, chosen[name])
+        rows.append(study.run(figures))
+        model = vit.facts | {"values": study.values(figures), "pictures": {}}
+        model |= {"label_names": study.label_names, "classes": study.classes}
+        if model["run"] == 0:
+            model["pictures"] = study.pictures(figures)
+        models.append(model)
+        note = note or study.note()
+        vit.cpu()
+    together = {}
+    for figure in figures:
+        if figure.across is not None:
+            together |= figure.across(models, rows)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["numpy"] = np.__version__
+    results = {"edition": 2, "settings": vars(options), "versions": versions}
+    results |= {"note": note, "models": models, "together": together}
+    samples = []
+    for found in rows:
+        samples.append({k: v for k, v in found.items() if k not in FEATURES})
+    return plain(results), samples
+
+
+def plain(results):
+    """Arrays as lists, 5 significant digits, nan as None: what JSON can hold."""
+    text = json.dumps(results, default=np.ndarray.tolist)
+    return json.loads(text, parse_float=five_digits, parse_constant=none_of)
+
+
+def five_digits(text):
+    return float(f"{float(text):.5g}")
+
+
+def none_of(constant):
+    """For NaN and the infinities."""
+
+
+def write_results(results, samples, out):
+    """results.json, and samples.npz with a row per image, to be judged otherwise."""
+    arrays = {}
+    for number, rows in enumerate(samples):
+        for key, array in rows.items():
+            arrays[f"{number}/{key}"] = array
+    numbers, images = out / "results.json.tmp", out / "samples.npz.tmp"
+    numbers.write_text(json.dumps(results))
+    with open(images, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    for file in (numbers, images):  # whole or not at all
+        os.replace(file, file.with_suffix(""))
+
+
+def read_results(path):
+    """results.json and the samples.npz beside it."""
+    try:
+        results = json.loads(Path(path).read_text())
+        models, edition = results["models"], results.get("edition", 1)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = type(error).__name__
+        raise UserError(f"--from {path}: not results ({reason})") from error
+    fault = "the first edition's numbers mean other things: analyse again"
+    require(edition == 2, f"--from {path}: {fault}")
+    samples = [{} for _ in models]
+    with np.load(Path(path).parent / "samples.npz") as arrays:
+        for name in arrays.files:
+            number, key = name.split("/", maxsplit=1)
+            samples[int(number)][key] = arrays[name]
+    return results, samples
+
+
+def title_of(figure, claims):
+    """The finding, with its numbers, verdict and seeds."""
+    title = figure.text
+    for claim in claims:
+        if claim["claim"] != figure.claim:
             continue
-        fig = fig_curves(what, able) if type(what) is list else what(name, [m for m in able if m["run"] == 0])
-        fig.suptitle(f"{claim[0].upper()}{claim[1:]}?", wrap=True)
-        number, *side = figure.split()
-        file = out / ("_".join([f"fig{number:0>2}"] * (number != "-") + [*side, name]) + ".png")
-        fig.savefig(file, dpi=130)          # then 256 colours, rare ones among them: a third of the bytes
-        Image.open(file).convert("RGB").quantize(256, 1, 1).save(file, optimize=True)     # MAXCOVERAGE
-        plt.close(fig)
+        own = {part.name for part in figure.parts}
+        rows = [row for row in claim["parts"] if row["part"] in own]
+        if rows and "difference" in rows[0]:
+            title = figure.otherwise
+            if rows[0]["difference"] > 0:
+                title = figure.finding
+            title += ": " + figure.numbers.format(**rows[0])
+        verdict = verdict_of(rows or claim["parts"])
+        if claim["seeds"] > 0:
+            verdict += ", " + count_seeds(claim["seeds"])
+        title += f" ({verdict})"
+    return title
 
-# ==== 7. Command line ======================================================================================
+
+def drawable(figure, results):
+    """The models that have the figure's numbers."""
+    keys = figure.keys + tuple(panel.key for panel in figure.panels)
+    found = []
+    for model in results["models"]:
+        here = model["values"] | model["pictures"] | results["together"]
+        if all(key in here for key in keys):
+            found.append(model | {"together": results["together"]})
+    return found
+
+
+def draw_figures(results, names, out):
+    """Every figure that the results support -> list for the report."""
+    drawn = []
+    for name in names:
+        figure = FIGURES[name]
+        models = drawable(figure, results)
+        if not models or not figure.enough(models):
+            needs = " and ".join(NEEDS[need] for need in figure.needs)
+            print(f"skipped {name}: needs {needs or 'more numbers: --only ' + name}")
+            continue
+        title = title_of(figure, results["claims"])
+        with plt.rc_context(STYLE):
+            if figure.panels:
+                fig = draw_panels(models, figure.panels)
+            else:
+                fig = figure.draw(models)
+            fig.suptitle("\n".join(textwrap.wrap(title, 95)))
+            file = out / file_name(name, figure)
+            save(fig, file)
+        entry = {"name": name, "title": title, "file": file, "claim": figure.claim}
+        drawn.append(entry | {"number": figure.number, "lesson": figure.lesson})
+    return drawn
+
+
+def file_name(name, figure):
+    if figure.number == "-":
+        return f"{name}.png"
+    number, *side = figure.number.split()
+    return "_".join([f"fig{number:0>2}", *side, name]) + ".png"
+
+
+def save(fig, file):
+    """1,600 px wide, in 256 colours, rare ones among them: a third of the bytes."""
+    fig.savefig(file, dpi=150)
+    plt.close(fig)
+    image = Image.open(file).convert("RGB")
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, 1).save(file, optimize=True)
+
+
+# ==== Command line ==================================================================
+
+
+def figure_table():
+    """The help text's list of figures, from FIGURES."""
+    lines = ["figures (for --only), their claims, and where they stand in [P]:"]
+    for name, figure in FIGURES.items():
+        claim = figure.claim or "-"
+        lines.append(f"  {name:11} {claim:>3}  {figure.text} ({figure.number})")
+    return "\n".join(lines)
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser("analyze.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = lambda message: require(False, f"{message} (see --help)"), parser.add_argument
-    add("checkpoints", nargs="*", help="files; NAME=FILE names one, cl=, mim=, hybrid= say what it is")
-    add("--data", default="", help="folder of images as for sslvit.py; without it, the built-in stimuli")
-    add("--masks", default="", help="folder with <same path>.png of class numbers per pixel")
-    add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png, classes as in --data")
-    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME", help=" ".join(FIGURES))
-    add("--out", default="figures", help="where PNGs and results.json go [figures]")
-    add("--from", dest="results", default="", help="a results.json: draw again, compute nothing")
-    add("--images", type=int, default=1000, help="test images; probes learn from three times as many [1000]")
-    add("--epochs", type=int, default=10, help="of fine-tuning and of the segmentation heads [10]")
-    add("--decay", type=float, default=0.75, help="fine-tuning: rate of a layer / of the next [0.75]")
-    add("--heads", type=int, help="attention heads, for files whose shapes do not tell")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser = sslvit.Parser(
+        "analyze.py",
+        description=f"{__doc__}\n{figure_table()}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    device, workers = "cpu", 0
+    if torch.cuda.is_available():
+        device, workers = "cuda", min(8, os.cpu_count() or 1)
+    names = list(FIGURES)
+    files = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
+    images = "test images, four times as many to learn from; 0: all [%(default)s]"
+    epochs = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
+    gpus = "one; several GPUs run several analyses [%(default)s]"
+    add = parser.add_argument
+    add("checkpoints", nargs="*", help=files)
+    add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
+    add("--masks", default="", help="folder with <same path>.png, a class per pixel")
+    add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
+    add("--only", nargs="+", default=names, choices=names, metavar="NAME")
+    add("--out", default="", help="for everything [figures/ beside the first file]")
+    add("--from", dest="results", default="", help="results.json to judge, draw again")
+    add("--alone", action="store_true", help="without the shipped networks")
+    add("--images", type=int, default=1000, help=images)
+    add("--epochs", type=int, default=10, help=epochs)
+    add("--heads", type=int, help="attention heads, where shapes do not tell")
+    add("--device", default=device, help=gpus)
+    add("--workers", type=int, default=workers, help="read images [%(default)s]")
     options = parser.parse_args(argv)
+    check(options)
+    return options
+
+
+def check(options):
     try:
         torch.zeros(1, device=options.device)
-    except Exception as error:                              # torch has many kinds
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    require(bool(options.checkpoints) != bool(options.results), "give checkpoints, or --from results")
-    require(options.images >= 20 and options.epochs >= 1, "--images is 20 or more, --epochs 1 or more")
-    require(0 < options.decay <= 1, "--decay is above 0 and at most 1")
-    for folder in filter(None, (options.masks, options.cue_conflict)):
-        require(os.path.isdir(folder), f"{folder}: no such folder")
-    return options
-def analyse(options):
-    """Checkpoints -> the contents of results.json."""
-    loaded, scratch = [], {}
-    for given in options.checkpoints:                       # every file is read before anything long begins
-        name, _, path = ("", "", given) if os.path.exists(given) else given.rpartition("=")
-        vit = load_encoder(path, options.heads).to(options.device).requires_grad_(False)
-        if role := dict(cl="CL", mim="MIM", hybrid="hybrid").get(name.lower()):
-            vit.facts |= dict(role=role, lam=dict(CL=1.0, MIM=0.0).get(role, vit.facts["lam"]))
-        role, file = vit.facts["role"], Path(path)
-        vit.facts["name"] = name or f"{role}: {file.parent.name if file.stem == 'ckpt' else file.stem}"
-        seeds = [other.facts for other in loaded if other.facts["name"] == vit.facts["name"]]
-        require(all(vit.facts[key] == m[key] for m in seeds for key in ("role", "lam", "width", "depth")),
-                f"{vit.facts['name']} is another model already: one NAME= is for seeds of one model")
-        names = {other.facts["name"] for other in loaded if other.facts["role"] == role}
-        vit.facts |= dict(nth=len(names - {vit.facts["name"]}), run=len(seeds))
-        loaded.append(vit)
-    studies = [study(vit, options, scratch) for vit in loaded]
-    models = [vit.facts | result for vit, (result, _) in zip(loaded, studies)]
-    samples = [sample for _, sample in studies]
-    if len({len(sample["pooled"]) for sample in samples}) == 1:
-        layers = [torch.from_numpy(layer) for m, sample in zip(models, samples) if m["run"] == 0
-                  for layer in sample["pooled"].swapaxes(0, 1)]
-        models[0]["cka"] = [[float(cka(a, b)) for a in layers] for b in layers]
-    results = dict(settings=vars(options), models=models, claims=judge(groups_of(models, samples)))
-    text = json.dumps(results, default=lambda array: array.tolist())    # 5 significant digits, nan as null:
-    return json.loads(text, parse_float=lambda x: float(f"{float(x):.5g}"), parse_constant=lambda nan: None)
+    except Exception as error:  # torch has many kinds
+        raise UserError(f"--device {options.device}: there is none here") from error
+    one = bool(options.checkpoints) != bool(options.results)
+    require(one, "give checkpoints, or --from results")
+    require(options.images == 0 or options.images >= 20, "--images is 0, or 20 or more")
+    require(options.epochs >= 1, "--epochs is 1 or more")
+    require(0 <= options.workers <= 256, "--workers is 0 to 256")
+    for folder in (options.masks, options.cue_conflict):
+        require(not folder or os.path.isdir(folder), f"{folder}: no such folder")
+    if not options.out and options.results:
+        options.out = str(Path(options.results).parent)
+    elif not options.out:
+        _, first = split_name(options.checkpoints[0])
+        options.out = str(Path(first).parent / "figures")
+
+
 def main(argv=None):
-    """Runs the command line; returns the exit status: 0, or 2 for bad input with one line on what to mend."""
+    """Runs the command line -> exit status: 0, or 2 with one line on what to mend."""
     try:
-        old, options = "", parse(argv)
-        out, old = Path(options.out), options.results
+        options = parse(argv)
+        if options.results:
+            results, samples = read_results(options.results)
+        else:
+            results, samples = analyse(options)
+        models = []
+        for model, rows in zip(results["models"], samples, strict=True):
+            models.append(model | {"rows": rows})
+        names = [name for name in results["settings"]["only"] if name in FIGURES]
+        claims = judge(models, names, results["note"])
+        results["claims"] = plain(claims)
+        out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        results = json.loads(Path(old).read_text()) if old else analyse(options)
-        if not old:
-            (out / "results.json").write_text(json.dumps(results))
-        draw(results["models"], options.only, out)
-        print(claims_table(results["claims"]), f"what was drawn and computed is in {out}", sep="\n")
+        # numbers first: a full disk takes the pictures only
+        write_results(results, samples, out)
+        print(claims_table(results["claims"]))
+        figures = draw_figures(results, options.only, out)
+        write_report(out / "report.html", results, figures)
+        print(f"what was computed and drawn is in {out}")
         return 0
-    except Exception as error:
-        known = isinstance(error, (UserError, OSError))
-        if not (known or old):
-            raise
-        message = error if known else f"--from {old}: not results ({type(error).__name__})"
-        print(f"analyze.py: {message}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"analyze.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+# ==== The report: one page with the claims, their figures and their lessons =========
+# report.html needs no network, library or script: pictures stand in it as base64. It
+# opens from a mail and prints. The comments <!-- like this --> of PAGE are filled in.
+
+VERDICT_MARKS = {"agrees": "✓", "weak": "≈", "mixed": "±", "opposed": "✗", "open": "?"}
+MODEL_FACTS = ("path", "role", "lam", "seed", *SHAPE, "num_heads")
+
+
+def write_report(path, results, figures):
+    """results: as in results.json; figures: dicts of draw_figures."""
+    claims = results["claims"]
+    judged = [claim["claim"] for claim in claims]
+    others = [figure for figure in figures if figure["claim"] not in judged]
+    slots = {
+        "data": html.escape(results["settings"]["data"] or "the built-in stimuli"),
+        "rows": "\n".join(report_claim(claim, figures) for claim in claims),
+        "lessons": "\n".join(report_chapter(claim, figures) for claim in claims),
+        "others": report_section("others", "Beyond the paper", "", others),
+        "facts": html.escape("\n".join(report_facts(results))),
+    }
+    page = PAGE
+    for name, text in slots.items():
+        page = page.replace(f"<!-- {name} -->", text)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def report_facts(results):
+    """Networks, settings and versions, a line each."""
+    lines = []
+    for model in results["models"]:
+        facts = [f"{key} {model[key]}" for key in MODEL_FACTS]
+        lines.append(f"{model['name']}: {', '.join(facts)}")
+    for name, value in (results["settings"] | results["versions"]).items():
+        lines.append(f"{name}: {value}")
+    return lines
+
+
+def report_number(value, sign=""):
+    """Three decimals and a typographic minus; a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def report_verdict(claim):
+    """The verdict as a coloured label, and what stands behind it."""
+    kind = claim["verdict"].partition(" (")[0]
+    label = f"{VERDICT_MARKS.get(kind, '–')} {claim['verdict']}"
+    evidence = {part["interval_kind"] for part in claim["parts"] if "why" not in part}
+    evidence = sorted(evidence)
+    if claim["seeds"] > 1:
+        evidence.append(f"{claim['seeds']} seeds")
+    if claim["note"]:
+        evidence.append(claim["note"])
+    behind = html.escape(", ".join(evidence))
+    return f'<b class="verdict {kind}">{label}</b> <small>{behind}</small>'
+
+
+def report_claim(claim, figures):
+    """A claim in the table: its heading with the verdict, then a row for each part."""
+    number = claim["claim"]
+    heading = f"{number} · {html.escape(claim['text'])}"
+    if any(figure["claim"] == number for figure in figures):
+        heading = f'<a href="#claim-{number}">{heading}</a>'
+    rows = [f'<tr><th colspan="7">{heading} {report_verdict(claim)}</th></tr>']
+    for part in claim["parts"]:
+        if "why" in part:
+            cells = f'<td colspan="6" class="why">{html.escape(part["why"])}</td>'
+        else:
+            cells = report_values(part)
+        rows.append(f"<tr><td>{html.escape(part['part'])}</td>{cells}</tr>")
+    return "<tbody>" + "\n".join(rows) + "</tbody>"
+
+
+def report_values(part):
+    cells = ""
+    for role in ROLES:
+        cells += f'<td class="number {role}">{report_number(part[role])}</td>'
+    difference = report_number(part["difference"], sign="+")
+    low, high = [report_number(end, sign="+") for end in part["interval"]]
+    cells += f'<td class="number"><b>{difference}</b> [{low}, {high}]</td>'
+    outcome = "undecided"
+    for word in ("holds", "opposed"):
+        if part[word]:
+            outcome = word
+    return cells + f'<td class="{outcome}">{outcome}</td>'
+
+
+def report_chapter(claim, figures):
+    number = claim["claim"]
+    own = [figure for figure in figures if figure["claim"] == number]
+    heading = f"Claim {number}: {html.escape(claim['text'])}"
+    return report_section(f"claim-{number}", heading, report_verdict(claim), own)
+
+
+def report_section(place, heading, text, figures):
+    """Figures, each with its lesson below; nothing if there are none."""
+    if not figures:
+        return ""
+    body = "\n".join(report_figure(figure) for figure in figures)
+    return f'<section id="{place}"><h2>{heading}</h2><p>{text}</p>{body}</section>'
+
+
+def report_figure(figure):
+    title = html.escape(figure["title"])
+    picture = base64.b64encode(Path(figure["file"]).read_bytes()).decode()
+    lesson = ""
+    for paragraph in figure["lesson"].split("\n\n"):
+        kind = "text"
+        if paragraph.startswith(" "):  # an equation keeps its lines
+            kind = "equation"
+        lesson += f'<p class="{kind}">{html.escape(paragraph.strip())}</p>'
+    origin = figure["name"]
+    if figure["number"] != "-":
+        origin += f", the paper's figure {figure['number']}"
+    return (
+        f'<figure><img src="data:image/png;base64,{picture}" alt="{title}">'
+        f"<figcaption><h3>{title}</h3>{lesson}<small>{origin}</small></figcaption>"
+        "</figure>"
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>What did they learn?</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { margin: 0 auto; padding: 1.5em; max-width: 62em; color: #1a1a1a;
+  font: clamp(16px, 0.6vw + 10px, 24px)/1.55 system-ui, "DejaVu Sans", sans-serif; }
+h1, h2, h3 { line-height: 1.2; text-wrap: balance; break-after: avoid; }
+h2 { margin-top: 2.2em; padding-top: 0.6em; border-top: 3px solid; }
+p { max-width: 42em; }
+small { font-weight: normal; color: #555; }
+a { color: inherit; }
+table { border-collapse: collapse; font-size: 0.88em; line-height: 1.35; }
+td, th { padding: 0.3em 0.6em; text-align: left; vertical-align: top; }
+tbody th { padding-top: 1em; border-top: 1px solid #bbb; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.CL { color: #b34e00; } .MIM { color: #0072b2; } .hybrid { color: #7a3aa2; }
+.untrained, .why, .undecided { color: #666; }
+.holds { font-weight: bold; }
+.opposed { color: #a0001c; }
+.verdict { padding: 0 0.5em; border-radius: 1em; background: #eee; }
+.verdict.agrees { color: #00573f; background: #dcf3ea; }
+.verdict.weak, .verdict.mixed { color: #6b4a00; background: #fff2cc; }
+.verdict.opposed { background: #fde3e6; }
+figure { margin: 1.2em 0 2.5em; }
+figure img { display: block; max-width: 100%; }
+.equation { white-space: pre-wrap; padding-left: 1.5em; font-family: Georgia, serif; }
+.wide { overflow-x: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }
+@media print {
+  body { font-size: 10pt; padding: 0; print-color-adjust: exact; }
+  figure, tr { break-inside: avoid; }
+  figure img { max-height: 15cm; }
+  table { font-size: 7.5pt; }
+}
+</style></head><body>
+<h1>What did they learn?</h1>
+<p>Vision Transformers that were taught without labels, taken apart on <!-- data -->.
+<b class="CL">CL</b> learnt to recognise two views of one image (MoCo v3),
+<b class="MIM">MIM</b> to fill in what was hidden (SimMIM), the
+<b class="hybrid">hybrid</b> both; the <b class="untrained">untrained</b> network learnt
+nothing. The claims are those of Park et al., <i>What Do Self-Supervised Vision
+Transformers Learn?</i> (ICLR 2023, arXiv 2305.00729).</p>
+<div class="wide"><table><thead><tr><th>The paper's claim, and what is measured</th>
+<th class="number untrained">untrained</th><th class="number CL">CL</th>
+<th class="number MIM">MIM</th><th class="number hybrid">hybrid</th>
+<th class="number">difference [95 % interval]</th><th></th></tr></thead>
+<!-- rows --></table></div>
+<p><small>A part <b>holds</b> when its difference, counted in the claim's direction, is
+above 0 with its whole interval, and is <b>opposed</b> when the interval lies below 0. A
+claim <b>agrees</b> when every part holds; <b>opposed</b>: none holds and some are
+opposed; <b>mixed</b>: some hold, some are opposed; <b>weak</b>: none is opposed, and
+every sign is right or half of the parts hold; <b>open</b>: anything else. One seed says
+how sure the images are, not whether another training would end alike.</small></p>
+<!-- lessons -->
+<!-- others -->
+<section><h2>Models, settings, versions</h2>
+<pre><!-- facts --></pre></section>
+</body></html>
+"""
+
+
+# ==== Whose network is it?  Checkpoints of other people, as data ====================
+# Nearly every published ViT is timm's: tensors of the same shapes. What differs is
+# where they lie in a file (in a dict of a dict, behind a prefix) and what a few of them
+# are called. So a family of checkpoints is one row of a table; what a table cannot say
+# is a function of a few lines: biases, positions, registers.
+#
+# A file is data. Nothing that it names is imported or called, sizes come from the
+# shapes of its tensors, and what is used or left out is printed: a network that is
+# almost right gives figures that look right.
+
+PATCHES = "patch_embed.proj.weight"
+TABLE = "rel_pos_bias.relative_position_bias_table"
+OWN_TABLE = "blocks.0." + TABLE
+
+
+@dataclass
+class Family:
+    """One way to publish a ViT. Of FAMILIES the first counts that finds its keys."""
+
+    name: str
+    prefix: str  # of the encoder's keys; prefix + PATCHES must be in the file
+    needs: list = field(default_factory=list)  # what else must be in the file
+    # λ of L = (1 - λ)·MIM + λ·CL; None: another objective, or the file has a config
+    lam: float | None = None
+    small_heads: int = 6  # of a ViT-S, whose shapes do not tell
+
+
+FAMILIES = [
+    Family("sslvit with its average", "encoder.", ["momentum_encoder.cls_token"]),
+    Family("sslvit, first edition", "encoder.", ["key_encoder.cls_token"]),
+    Family("sslvit", "encoder.", ["mask_token"], lam=0.0),
+    Family("MoCo v3", "base_encoder.", lam=1.0, small_heads=12),
+    Family("MoCo v3, its average", "momentum_encoder.", lam=1.0, small_heads=12),
+    Family("SimMIM", "encoder.", ["encoder.mask_token"], lam=0.0),
+    Family("encoder alone", "encoder."),
+    Family("DINO, iBOT or DINOv2 in training", "backbone."),
+    Family("MAE with its decoder", "", ["decoder_pos_embed"], lam=0.0),
+    Family("BEiT", "", ["lm_head.weight"], lam=0.0),
+    Family("iBOT", "", ["masked_embed"]),
+    Family("DINOv2", "", ["mask_token", "blocks.0.ls1.gamma"]),
+    Family("DINOv2 in chunks", "", ["mask_token", "blocks.0.0.ls1.gamma"]),
+    # also the encoders alone of MAE, DINO and MoCo v3, and whatever was fine-tuned
+    Family("timm", ""),
+]
+
+# other names: pattern -> ours, tried in order on a key without its prefix
+RENAMES = {
+    r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's chunks of blocks
+    r"\.gamma_([12])$": r".ls\1.gamma",
+    r"^(reg_token|register_tokens)$": "registers",
+    # fine-tuned SimMIM and BEiT: each block has position biases of its own
+    r"\.attn\.relative_position_bias_table$": "." + TABLE,
+    # fine-tuned on the mean of all tokens: the last norm stands behind the mean
+    r"^fc_norm\.": "norm.",
+}
+# where in a file the state dict may lie, in this order; averages of weights come last
+BOXES = ["state_dict", "model", "teacher", "student", "module", "net", "encoder"]
+BOXES += ["network", "backbone", "state_dict_ema", "model_ema", "ema"]
+# what DDP, torch.compile, FSDP and Lightning put into keys
+WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "model"]
+# behind the same prefix, and no part of the encoder
+NOT_ENCODER = re.compile(
+    r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)"
+    r"|.*(relative_position_index|num_batches_tracked)$"
+)
+
+
+# ---- From a file to a dict of tensors ----
+
+
+class Inert:
+    """Stands in for whatever a file names beside tensors and dicts.
+
+    Be it the arguments of a run (MAE, DINO), a yacs node (SimMIM) or os.system: it
+    takes any call and does nothing.
+    """
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = __init__
+
+
+class SafePickle:
+    """What torch.load takes for the module pickle."""
+
+    KNOWN = re.compile(
+        r"collections\.OrderedDict"
+        r"|torch\.(Size|\w+Storage)"
+        r"|torch\._utils\._rebuild_(parameter|tensor\w*)"
+    )
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if SafePickle.KNOWN.fullmatch(f"{module}.{name}"):
+                return super().find_class(module, name)
+            return Inert
+
+    @staticmethod
+    def load(file, **options):
+        return SafePickle.Unpickler(file, **options).load()
+
+
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(file):
+    """Eight bytes tell the length of a header, JSON, and that where each tensor lies.
+
+    Recent versions of torch.load read this too, with the help of a package.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    numbers = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
+    state = {}
+    for key, entry in header.items():
+        require(entry["dtype"] in SAFETENSORS, f"tensor {key} is {entry['dtype']}")
+        start, end = entry["data_offsets"]
+        require(end <= len(numbers), f"tensor {key} is cut off")
+        flat = torch.from_numpy(numbers[start:end]).view(SAFETENSORS[entry["dtype"]])
+        state[key] = flat.reshape(entry["shape"])
+    return state
+
+
+def read_checkpoint(path):
+    """What is in a file, told by its first bytes. Objects are replaced by Inert."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+        file.seek(0)
+        if start[8:] == b"{":
+            return read_safetensors(file)
+        if start[:4] == b"PK\x03\x04":
+            names = torch._C.PyTorchFileReader(file).get_all_records()
+            is_program = "constants.pkl" in names
+            require(not is_program, "a TorchScript program, which torch.load would run")
+            file.seek(0)
+        options = {"map_location": "cpu", "weights_only": False}
+        return torch.load(file, pickle_module=SafePickle, **options)
+
+
+def find_state(content, levels=4):
+    """The first dict with tensors in it, looked for in BOXES, and in BOXES therein."""
+    if not isinstance(content, dict) or levels == 0:
+        return {}
+    for box in BOXES:
+        state = find_state(content.get(box), levels - 1)
+        if state:
+            return state
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            tensors[str(key)] = value.detach()
+    return tensors
+
+
+def find_config(content):
+    """The settings of a run of sslvit.py, which tell λ and more. Others: {}."""
+    config = content.get("config", {})
+    if isinstance(config, dict) and "objective" in config:
+        return config
+    return {}
+
+
+# ---- From their names to ours ----
+
+
+def bare(key):
+    """A key without wrappers: module._orig_mod.blocks.0 -> blocks.0."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def recognise(state):
+    """State dict -> its Family. UserError: none, and what each would need."""
+    require(state, "no tensors in its dicts (of a whole module, save the state_dict())")
+    names = [bare(key) for key in state]
+    known = []
+    for family in FAMILIES:
+        keys = [family.prefix + PATCHES, *family.needs]
+        if all(key in names for key in keys):
+            return family
+        known.append(f"{family.name}: {' and '.join(keys)}")
+    # some other network with a ViT in it
+    prefixes = [name.removesuffix(PATCHES) for name in names if name.endswith(PATCHES)]
+    if prefixes:
+        return Family("ViT in another network", min(prefixes, key=len))
+    found = f"{len(names)} tensors ({', '.join(names[:3])} ...) of no known family"
+    raise UserError(f"{found}. Keys that would tell: {'; '.join(known)}")
+
+
+def rename(state, family):
+    """State dict -> weights by our names, and the keys left out."""
+    names = {bare(key) for key in state}
+    weights, skipped = {}, []
+    for key, value in state.items():
+        is_inside = bare(key).startswith(family.prefix)
+        name = bare(key).removeprefix(family.prefix)
+        for pattern, new in RENAMES.items():
+            renamed = re.sub(pattern, new, name)
+            # never onto a name that the file has itself: fc_norm beside norm
+            if family.prefix + renamed not in names:
+                name = renamed
+        if not is_inside or NOT_ENCODER.match(name):
+            skipped.append(key)
+            continue
+        require(value.isfinite().all(), f"tensor {key} holds NaN or infinity")
+        weights[name] = value
+    return weights, skipped
+
+
+def join_biases(weights):
+    """SimMIM and BEiT have biases of queries and of values. Ours and timm's are one."""
+    for name in list(weights):
+        if not name.endswith("attn.qkv.weight"):
+            continue
+        attn = name.removesuffix("qkv.weight")
+        zeros = torch.zeros(len(weights[name]) // 3)
+        q_bias = weights.pop(attn + "q_bias", zeros)
+        k_bias = weights.pop(attn + "k_bias", zeros)
+        v_bias = weights.pop(attn + "v_bias", zeros)
+        weights.setdefault(attn + "qkv.bias", torch.cat([q_bias, k_bias, v_bias]))
+
+
+def split_positions(weights):
+    """Positions as ours: of CLS, then of a square of patches."""
+    if "pos_embed" not in weights:
+        return
+    positions = weights["pos_embed"]
+    count = positions.shape[1]
+    # places of tokens that are no patches: none, CLS, or CLS and registers
+    extra = count - math.isqrt(count) ** 2
+    registers = weights.get("registers", torch.zeros(1, 0, 1))
+    known = (0, 1, 1 + registers.shape[1])
+    require(extra in known, f"{count} positions, which is no square of patches and CLS")
+    cls = positions[:, :1]
+    if extra == 0:
+        # timm's no_embed_class: CLS has no place
+        cls = torch.zeros_like(cls)
+    if extra > 1:
+        weights["registers"] = registers + positions[:, 1:extra]
+    weights["pos_embed"] = torch.cat([cls, positions[:, extra:]], dim=1)
+
+
+# ---- From weights to a network ----
+
+
+class ForeignViT(ViT):
+    """A ViT with what ours has not.
+
+    Registers (DINOv2) are tokens without a place, which nobody outside sees; position
+    biases of each block's own are in fine-tuned SimMIM and BEiT.
+    """
+
+    def __init__(self, *sizes, registers, **options):
+        super().__init__(*sizes, **options)
+        self.registers = nn.Parameter(torch.zeros(1, registers, self.embed_dim))
+        for block in self.blocks:
+            block.rel_pos_bias = deepcopy(self.rel_pos_bias)
+        self.rel_pos_bias = None
+
+    def forward(self, x, mask=None, record=False):
+        rows = x.shape[2] // self.patch_size
+        cols = x.shape[3] // self.patch_size
+        x = self.embed(x, mask, None, rows, cols)  # (B, 1+N, D)
+        visible = x.shape[1]
+        registers = self.registers.expand(len(x), -1, -1).to(x.dtype)
+        x = torch.cat([x, registers], dim=1)  # (B, 1+N+R, D)
+        records = []
+        for block in self.blocks:
+            bias = None
+            if block.rel_pos_bias is not None:
+                bias = block.rel_pos_bias(rows, cols)
+            entry = block.record(x, bias, explicit=record)
+            x = entry.out
+            if record:
+                records.append(first_tokens(entry, visible))
+        x = self.norm(x)[:, :visible]
+        return (x, records) if record else x
+
+
+def first_tokens(record, count):
+    """A block's Record without its last tokens, which are registers."""
+    return record._replace(
+        attn=record.attn[:, :, :count, :count],
+        heads=record.heads[:, :, :count],
+        mid=record.mid[:, :count],
+        out=record.out[:, :count],
+    )
+
+
+def find_sizes(weights, family, config, heads):
+    """Sizes of the network that has these weights, as arguments of ViT.
+
+    Heads are told by a table of position biases, a config or the user, or 64 wide.
+    """
+    embed_dim, _, _, patch_size = weights[PATCHES].shape
+    numbers = re.findall(r"\bblocks\.(\d+)\.", " ".join(weights))
+    require(numbers, "there are patches, but no blocks: no blocks.0.norm1.weight")
+    depth = 1 + max(int(number) for number in numbers)
+    num_heads = {384: family.small_heads, 1280: 16}.get(embed_dim, embed_dim // 64)
+    num_heads = heads or max(1, num_heads)
+    if config:
+        require(config["model"] in SIZES, f"a model of unknown size {config['model']}")
+        num_heads = SIZES[config["model"]]["num_heads"]
+    grid = 224 // patch_size
+    if "pos_embed" in weights:
+        grid = math.isqrt(weights["pos_embed"].shape[1])
+    table = weights.get(TABLE, weights.get(OWN_TABLE))
+    if table is not None:
+        # (2·grid - 1)² offsets, and three places for CLS
+        grid = (math.isqrt(len(table) - 3) + 1) // 2
+        num_heads = table.shape[1]
+    return grid * patch_size, patch_size, embed_dim, depth, num_heads
+
+
+def build(weights, sizes):
+    """The ViT of these weights -> ViT, keys missing in them, keys that it has not."""
+    options = {"positions": "none", "layer_scale": None}
+    options["rel_pos_bias"] = TABLE in weights or OWN_TABLE in weights
+    if "pos_embed" in weights:
+        options["positions"] = "learned"
+    if "blocks.0.ls1.gamma" in weights:
+        options["layer_scale"] = 0.1
+    odd = [key for key in ("registers", TABLE, OWN_TABLE) if key in weights]
+    require(len(odd) < 2, f"{' and '.join(odd)} in one network")
+    if odd in ([], [TABLE]):
+        vit = ViT(*sizes, **options)
+    else:
+        none = torch.zeros(1, 0, len(weights[PATCHES]))
+        registers = weights.setdefault("registers", none)
+        vit = ForeignViT(*sizes, registers=registers.shape[1], **options)
+    vit.options = options
+    missing, unexpected = vit.load_state_dict(weights, strict=False)
+    # without a last norm, as in some fine-tuned networks, it does nothing but normalise
+    absent = [key for key in missing if not key.startswith("norm.")]
+    some = ", ".join(absent[:4])
+    require(not absent, f"{len(absent)} tensors are missing, among them {some}")
+    return vit.eval(), missing, unexpected
+
+
+def find_facts(path, vit, family, config):
+    """What the rest of this file wants to know of a network."""
+    lam = config.get("lam", family.lam)
+    return {
+        "path": str(path),
+        "family": family.name,
+        "role": ROLE_OF.get(lam, "hybrid"),
+        "lam": lam,
+        "image_size": vit.grid * vit.patch_size,
+        "patch_size": vit.patch_size,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "decoder_depth": config.get("decoder_depth", 0),
+        "config": config,
+        "crop_min": config.get("crop_min"),
+        "blur": config.get("blur"),
+        "seed": config.get("seed"),
+    }
+
+
+def load_encoder(path, heads=None):
+    """File -> ViT in eval mode, with a dict `facts`. Prints what became of each key.
+
+    heads: how many, for files whose shapes do not tell.
+    """
+    try:
+        content = read_checkpoint(path)
+        state = find_state(content)
+        family = recognise(state)
+        config = find_config(content)
+        weights, skipped = rename(state, family)
+        join_biases(weights)
+        split_positions(weights)
+        sizes = find_sizes(weights, family, config, heads)
+        vit, missing, unexpected = build(weights, sizes)
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, UserError):
+            reason = reason[:300]
+        message = f"no Vision Transformer that can be taken apart here: {reason}"
+        raise UserError(f"{path}: {message}") from error
+    vit.facts = find_facts(path, vit, family, config)
+    facts = "{path}: {family}, {role}, patches of {patch_size} px, {embed_dim} wide, "
+    facts += "{depth} deep, {num_heads} heads"
+    guess = ""
+    if not (heads or config or vit.options["rel_pos_bias"]):
+        guess = " (assumed: MoCo v3's ViT-S has 12, timm's 6; --heads sets it)"
+    print(facts.format(**vit.facts) + guess)
+    if vit.options["positions"] == "none" and not vit.options["rel_pos_bias"]:
+        print("  no positions in this file: wrong, if the network computes its own")
+    print_keys("missing", missing)
+    print_keys("unexpected, not used", unexpected)
+    print_keys("skipped", skipped)
+    return vit
+
+
+def print_keys(title, keys):
+    """One line for the same key of all blocks, and for all of a training head."""
+    print(f"  {title}: {len(keys)} keys")
+    heads = r"^(momentum_\w+|projector|predictor|decoder)\..*"
+    folded = Counter()
+    for key in keys:
+        name = re.sub(r"blocks\.\d+\.", "blocks.*.", key)
+        folded[re.sub(heads, r"\1.*", name)] += 1
+    for name, count in folded.items():
+        print(f"    {name} ({count})")
+
+
 if __name__ == "__main__":
     sys.exit(main())
