@@ -661,7 +661,10 @@ def gaussian_blur(x, sigma):
     channels = x.shape[1]
     radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1)
-    kernel = (-0.5 * (offsets / sigma) ** 2).softmax(dim=-1)  # (B, 1, 1, 2r+1)
+    exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
+    # each image's own 4σ, so that its blur does not depend on the others'
+    too_far = offsets.abs() > (4 * sigma).int() + 1
+    kernel = exponent.masked_fill(too_far, -math.inf).softmax(dim=-1)
     kernel = kernel.repeat_interleave(channels, dim=0).to(x, non_blocking=True)
     groups = len(kernel)
     padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")

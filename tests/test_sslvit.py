@@ -503,6 +503,16 @@ def test_jitters_run_in_each_images_own_order():
         torch.testing.assert_close(y[image : image + 1], z)
 
 
+def test_an_images_blur_does_not_depend_on_the_others():
+    x = torch.rand(3, 3, 24, 20, dtype=torch.float64)
+    sigmas = column([0.1, 0.7, 2.0]).double()
+    together = sslvit.gaussian_blur(x, sigmas)
+    for i in range(3):
+        alone = sslvit.gaussian_blur(x[i : i + 1], sigmas[i : i + 1])
+        # a kernel that the widest one lengthens would differ by 1e-8
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-12, rtol=0)
+
+
 def test_operations_match_torchvision():
     tv = pytest.importorskip("torchvision.transforms.v2.functional")
     x = torch.rand(4, 3, 40, 30)
