@@ -572,12 +572,13 @@ class TrainingViews:
         broken = -1 if index == wanted else wanted
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = draw_masks(1, self.cfg, generator)[0]
-        # [B] appendix B: view 1 is always blurred; view 2 seldom, but solarised
-        first = draw_colours(rng, self.cfg, blur_share=1.0, solarise_share=0.0)
-        second = draw_colours(rng, self.cfg, blur_share=0.1, solarise_share=0.2)
         colours = {}
-        for name in first:
-            colours[name] = np.stack([first[name], second[name]])
+        if self.cfg.lam > 0:
+            # [B] appendix B: view 1 is always blurred; view 2 seldom, but solarised
+            first = draw_colours(rng, self.cfg, blur_share=1.0, solarise_share=0.0)
+            second = draw_colours(rng, self.cfg, blur_share=0.1, solarise_share=0.2)
+            for name in first:
+                colours[name] = np.stack([first[name], second[name]])
         if self.cfg.lam < 1 and rng.random() < 0.5:
             # the masked view is cropped and flipped, no more
             crops[-1] = crops[-1, :, :, ::-1]
