@@ -1,4 +1,5 @@
-"""README.md keeps its promises: its command lines parse, its links, figures, functions, tests and flags exist."""
+"""README.md keeps its promises: commands parse, names exist, quoted code is the file's,
+and the table of claims says what results.json says."""
 
 import ast
 import json
@@ -6,6 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,160 +17,213 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-root = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(root), str(root / "tests")]
-import analyze  # noqa: E402
-import exercises  # noqa: E402
-import sslvit  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import analyze
+import cifar10
+import exercises
+import sslvit
 
-text = (root / "README.md").read_text()
-code = {name: (root / name).read_text() for name in ("sslvit.py", "analyze.py", "tests/bench.py")}
+TEXT = (ROOT / "README.md").read_text()
+PROGRAMS = {"sslvit.py": sslvit, "analyze.py": analyze}
+
+
+# ---- commands ----
 
 
 def commands():
-    """Every command in README.md's sh blocks and between backticks, loops and variables expanded by a shell in which python, torchrun
-    and pip only say how they were called."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    blocks += re.findall(
-        r"(?<!`)`((?:OMP_NUM_THREADS=1 )?(?:python|torchrun) [^`…]+)`", text.replace("\n", " ")
+    """Every command of README.md's sh blocks, word by word.
+
+    A shell expands loops and variables, while python, torchrun and others only say how
+    they were called.
+    """
+    blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
+    shell = ""
+    for name in ("python", "torchrun", "pip", "git", "cd", "bash"):
+        shell += f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\"; }}\n"
+    shell += "\n".join(blocks)
+    said = subprocess.run(
+        ["bash", "-eu", "-c", shell], capture_output=True, text=True, check=True
     )
-    say = "".join(  # a line in one piece, as some run side by side
-        f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\"; }}\n" for name in ("python", "torchrun", "pip")
-    )
-    shell = say + "\n".join(blocks)
-    said = subprocess.run(["bash", "-eu", "-c", shell], capture_output=True, text=True, check=True, cwd=root)
-    assert not said.stderr, said.stderr
+    assert said.stderr == ""
     return [line.rstrip("\t").split("\t") for line in said.stdout.splitlines()]
 
 
 def test_every_command_parses(monkeypatch):
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)  # /imagenet is the reader's
-    programs, seen = {"sslvit.py": sslvit.parse, "analyze.py": analyze.parse}, set()
+    monkeypatch.setattr(
+        os.path, "isdir", lambda path: True
+    )  # /imagenet is the reader's
+    seen = set()
     for words in commands():
-        program = next((word for word in words if word.endswith(".py")), None)
-        seen.add(program)
-        if program is None:
-            assert words[0] == "pip" or words[1:4] == ["-m", "pytest", "-q"], words
-            continue
-        assert (root / program).exists(), words
-        if program in programs and "--help" not in words:
-            programs[program](words[words.index(program) + 1 :])
-    assert seen >= {*programs, "tests/bench.py", "figures/first_look.py", "tests/exercises.py", None}
+        scripts = [word for word in words if word.endswith((".py", ".sh"))]
+        for script in scripts[:1]:
+            assert (ROOT / script).exists(), words
+            seen.add(script)
+            if script in PROGRAMS:
+                arguments = words[words.index(script) + 1 :]
+                PROGRAMS[script].parse(arguments)
+    assert seen >= {"sslvit.py", "analyze.py", "tests/bench.py"}
 
 
-def test_cifar10_becomes_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.mkdir("cifar-10-batches-bin")
-    Path("cifar-10-batches-bin/batches.meta.txt").write_text("plane\ncar\nbird\n\n")
-    red, green = np.repeat(np.uint8([[2, 255, 0, 0], [1, 0, 255, 0]]), [1, 1024, 1024, 1024], axis=1)
-    for i in range(1, 6):
-        red.tofile(f"cifar-10-batches-bin/data_batch_{i}.bin")
-    np.stack([red, green]).tofile("cifar-10-batches-bin/test_batch.bin")
-    exec(re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1], {})
-    train, test = sslvit.find_data(sslvit.Config(data="cifar10"))
-    assert len(train) == 5 and len(test) == 2 and test.classes == (["bird", "car"],)
-    for i, colour in enumerate(([255, 0, 0], [0, 255, 0])):  # bird, then car: sorted
-        image, labels = test.load(i)
-        assert image.size == (32, 32) and labels == [i] and image.getpixel((31, 0)) == tuple(colour)
+def test_no_command_writes_into_the_repositorys_own_figures():
+    for words in commands():
+        if "--out" in words:
+            out = words[words.index("--out") + 1]
+            assert out.split("/")[0] != "figures", words
+
+
+# ---- names, words and quotations ----
 
 
 def test_every_name_exists():
-    for path in re.findall(r"\]\(([^)#]+?)\)", text):
-        assert path.startswith("http") or (root / path).exists(), path
-    for module, name in re.findall(r"`(sslvit|analyze)\.(?!py)(\w+)", text):
-        assert hasattr({"sslvit": sslvit, "analyze": analyze}[module], name), (module, name)
-    functions = {
-        node.name
-        for path in (root / "tests").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-    }
-    for name in set(re.findall(r"\btest_\w+(?!\w|\.py)", text)) - {"test_batch"}:
-        assert name in functions or (root / "tests" / f"{name}.py").exists(), name
-    known = {"--" + field.name.replace("_", "-") for field in sslvit.fields(sslvit.Config)} | {"--help"}
-    known |= set(re.findall(r'"(--[a-z-]+)"', code["analyze.py"] + code["tests/bench.py"]))
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-    assert set(re.findall(r"--[a-z][a-z_-]+", text)) <= known, (
-        set(re.findall(r"--[a-z][a-z_-]+", text)) - known
-    )
+    for path in re.findall(r"\]\(([^)#]+?)\)", TEXT):
+        assert path.startswith("http") or (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:tests|figures)/[\w./-]+)`", TEXT):
+        assert (ROOT / path).exists(), path
+    for program, name in re.findall(r"`(sslvit|analyze)\.(?!py)(\w+)", TEXT):
+        assert hasattr(PROGRAMS[f"{program}.py"], name), name
+    known = {"--help", "--nproc_per_node", "--nnodes", "--only", "--rdzv_backend"}
+    known |= {"--rdzv_endpoint"}
+    known |= {"--" + field.name.replace("_", "-") for field in fields(sslvit.Config)}
+    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "analyze.py").read_text()))
+    assert set(re.findall(r"--[a-z][a-z_-]+", TEXT)) <= known
 
 
-def test_every_field_of_the_log_is_in_the_glossary():
-    glossary = text.split("\n## Glossary", 1)[1].split("\n## ", 1)[0]
-    for name in ("cl", "mim", "loss", "std", "norm", "lr", "momentum", "images/s", "broken", "stall", "minutes left",
-                 "skipped", "knn_shape", "knn_texture"):  # fmt: skip
-        assert re.search(rf"^\| .*`{name}`", glossary, re.M), name
+def test_it_is_read_in_ten_minutes():
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
+    words = [word for word in prose.split() if re.search(r"\w", word)]
+    assert len(words) <= 2200
 
 
-SOLUTIONS = {
-    "info_nce": lambda q, k, t: sslvit.contrastive_loss(q, k, t) / (2 * t),
-    "looked_at_keys": lambda attn: torch.special.entr(attn).sum(dim=-1).exp(),
-    "first_good_layer": lambda curve, share: 1 + int((curve >= share * curve.max() - 1e-6).float().argmax()),
-}
+def test_quoted_code_is_the_files():
+    source = (ROOT / "sslvit.py").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    assert len(blocks) >= 3
+    for block in blocks:
+        lines = textwrap.dedent(block).splitlines()
+        wanted = [line.strip() for line in lines]
+        found = "\n".join(line.strip() for line in source.splitlines())
+        assert "\n".join(wanted) in found, block
+
+
+# ---- exercises ----
+
+
+def info_nce(q, k, temperature):
+    return sslvit.contrastive_loss(q, k, temperature) / (2 * temperature)
+
+
+def looked_at_keys(attn):
+    return torch.special.entr(attn).sum(dim=-1).exp()
 
 
 def low_pass(images, cutoff):
-    y, x = (torch.fft.fftfreq(side) * 2 * torch.pi for side in images.shape[-2:])
-    return torch.fft.ifft2(
-        torch.fft.fft2(images) * (torch.hypot(*torch.meshgrid(y, x, indexing="ij")) <= cutoff)
-    ).real
+    height, width = images.shape[-2:]
+    y = torch.fft.fftfreq(height)[:, None] * 2 * torch.pi
+    x = torch.fft.fftfreq(width) * 2 * torch.pi
+    is_slow = torch.hypot(*torch.broadcast_tensors(y, x)) <= cutoff
+    return torch.fft.ifft2(torch.fft.fft2(images) * is_slow).real
 
 
-def gradient_cosine(a, b, parameters):
+def first_good_layer(curve, share):
+    is_good = curve >= share * curve.max() - 1e-6
+    return 1 + int(is_good.float().argmax())
+
+
+def gradient_cosine(loss_a, loss_b, parameters):
     def flat(loss):
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-        return torch.cat([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters)])
+        gradients = torch.autograd.grad(
+            loss, parameters, allow_unused=True, retain_graph=True
+        )
+        parts = []
+        for gradient, p in zip(gradients, parameters, strict=True):
+            parts.append(torch.zeros_like(p) if gradient is None else gradient)
+        return torch.cat(parts)
 
-    return F.cosine_similarity(flat(a), flat(b), dim=0)
+    return F.cosine_similarity(flat(loss_a), flat(loss_b), dim=0)
 
 
-@pytest.mark.parametrize(
-    "name", ["info_nce", "looked_at_keys", "low_pass", "first_good_layer", "gradient_cosine"]
-)
-def test_exercises_fail_until_solved(name, monkeypatch):
-    assert f"`{name}`" in text
+SOLUTIONS = (info_nce, looked_at_keys, low_pass, first_good_layer, gradient_cosine)
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS)
+def test_exercises_fail_until_solved(solution, monkeypatch):
+    name = solution.__name__
+    assert f"`{name}`" in TEXT
     check = getattr(exercises, f"test_{name}")
     with pytest.raises(NotImplementedError):
         check()
-    monkeypatch.setattr(exercises, name, SOLUTIONS.get(name) or globals()[name])
+    monkeypatch.setattr(exercises, name, solution)
     check()
 
 
-def test_the_claims_table_says_what_was_measured():
-    def claims(folder):
-        return {
-            c["claim"]: c
-            for c in json.loads((root / "figures" / folder / "results.json").read_text())["claims"]
-        }
+def test_every_exercise_is_in_the_file():
+    tree = ast.parse((ROOT / "tests" / "exercises.py").read_text())
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {solution.__name__ for solution in SOLUTIONS} <= names
 
-    def numbers(cell):
-        return [float(x) for x in re.findall(r"[-+]?\d+\.\d+", cell.replace("−", "-"))]
 
-    ours, photographs = claims("."), claims("cifar10")
-    ours |= {2: claims("sizes")[2], 11: claims("decoder")[11]}
-    table = re.search(r"^\| # \| claim.*\n\|.*\n((?:\|.*\n)+)", text, re.M)[1].splitlines()
-    rows = iter([cell.strip() for cell in line.split(" | ")] for line in table)
-    for number in range(1, 13):
-        for i, (part, photo) in enumerate(zip(ours[number]["parts"], photographs[number]["parts"])):
-            _, name, *roles, difference, seeds, last = next(rows)
-            assert part["part"] in name and ("does not hold" in name) != part["holds"], name
-            for role, cell in zip(("CL", "MIM", "hybrid"), roles):
-                close = 0.006 if abs(part.get(role, 0)) > 3 else 0.0006
-                assert not cell or numbers(cell)[0] == pytest.approx(part[role], abs=close), (name, role)
-            assert numbers(difference) == pytest.approx([part["difference"], *part["interval"]], abs=6e-4), (
-                name
-            )
-            if count := part.get("seeds"):
-                assert f"{sum(seed['holds'] for seed in count)}/{len(count)}" in seeds, name
-            if "difference" in photo:
-                assert numbers(last) == pytest.approx([photo["difference"], *photo["interval"]], abs=6e-4), (
-                    name
-                )
-                assert ("(no)" in last) != photo["holds"], name
-            if i == 0:
-                assert f"**{ours[number]['text']}: {ours[number]['verdict']}**" in name
-                assert photographs[number]["verdict"] in (
-                    re.sub(r"\W", "", last.split("<br>")[0]),
-                    "not testable",
-                )
-    assert next(rows, None) is None
+# ---- the table of claims ----
+
+
+def number(value):
+    if value is None:
+        return ""
+    return f"{value:.3f}".replace("-", "−")
+
+
+def row_of(claim, photographs):
+    """README's row for a claim of results.json: its first part, the verdict of all."""
+    part = claim["parts"][0]
+    name = part["part"]
+    others = len(claim["parts"]) - 1
+    if others:
+        name += f" (and {others} more)"
+    cells = [str(claim["claim"]), claim["text"], name]
+    for role in ("untrained", "CL", "MIM"):
+        cells.append(number(part.get(role)))
+    gap = ""
+    if part.get("difference") is not None:
+        low, high = part["interval"]
+        gap = f"{number(part['difference'])} [{number(low)}, {number(high)}]"
+    cells += [gap, f"**{claim['verdict']}**", photographs.get(claim["claim"], "")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def verdicts(path):
+    if not path.exists():
+        return {}
+    claims = json.loads(path.read_text())["claims"]
+    return {claim["claim"]: claim["verdict"] for claim in claims}
+
+
+def test_the_table_says_what_results_json_says():
+    claims = json.loads((ROOT / "figures" / "results.json").read_text())["claims"]
+    photographs = verdicts(ROOT / "figures" / "cifar10" / "results.json")
+    assert [claim["claim"] for claim in claims] == list(range(1, 13))
+    for claim in claims:
+        assert row_of(claim, photographs) in TEXT, row_of(claim, photographs)
+
+
+# ---- CIFAR-10's official archive ----
+
+
+def test_cifar10_becomes_folders(tmp_path):
+    (tmp_path / "batches.meta.txt").write_text("plane\ncar\nbird\n\n")
+    red = np.uint8([2] + [255] * 1024 + [0] * 2048)  # a red bird
+    green = np.uint8([1] + [0] * 1024 + [255] * 1024 + [0] * 1024)  # a green car
+    red.tofile(tmp_path / "data_batch_1.bin")
+    np.stack([red, green]).tofile(tmp_path / "test_batch.bin")
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in ("batches.meta.txt", "data_batch_1.bin", "test_batch.bin"):
+            tar.add(tmp_path / file, f"cifar-10-batches-bin/{file}")
+    assert cifar10.unpack(archive, tmp_path / "cifar10") == 3
+    train, test = sslvit.find_data(sslvit.Config(data=str(tmp_path / "cifar10")))
+    assert len(train) == 1
+    assert test.classes == (["bird", "car"],)
+    for i, colour in enumerate([(255, 0, 0), (0, 255, 0)]):
+        image, labels = test.load(i)
+        assert image.size == (32, 32)
+        assert labels == [i]
+        assert image.getpixel((31, 0)) == colour
