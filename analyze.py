@@ -277,7 +277,7 @@ def draw_points(models, columns, label, line=None):
         for place, (key, read) in enumerate(columns.values()):
             x = place + offset
             y = [read(m["values"][key]) for m in seeds]
-            axis.plot([x] * len(y), y, marker, **style)
+            axis.plot([x] * len(y), y, marker, clip_on=False, **style)
             axis.hlines(np.mean(y), x - 0.05, x + 0.05, color=colour, lw=3)
     if line:
         reference(axis, *line)
@@ -294,7 +294,8 @@ def against(axis, models, fact, key, **line):
     for x in places:
         seeds = [m for m in models if m[fact] == x]
         y = [np.mean(m["values"][key]) for m in seeds]
-        axis.plot([x] * len(y), y, "o", mfc="none", ms=9, color=colour_of(seeds[0]))
+        style = {"mfc": "none", "ms": 9, "color": colour_of(seeds[0])}
+        axis.plot([x] * len(y), y, "o", clip_on=False, **style)
         means.append(np.mean(y))
     axis.plot(places, means, zorder=0, **line)
     axis.set(ylabel=f"{key} (test)", ylim=(0, 1))
