@@ -826,14 +826,38 @@ def average_gradients(model):
         gradient.copy_(share.view_as(gradient))
 
 
+def contrast_in_parts(model, views_of, parts, cfg, autocast, scaler):
+    """The contrastive loss of the joint batch, sent back to the encoder's outputs.
+
+    views_of(part) -> the views of a micro-batch. -> L_CL, queries of view 1 (B, C), and
+    for each part its CLS outputs (2, b, D) and the gradient there. One part's outputs
+    keep their graph, so that the encoder need not run again; several parts' do not.
+    """
+    rank, world_size = world()
+    query_cls = []
+    key_cls = []
+    for part in range(parts):
+        view1, view2, _, _ = views_of(part)
+        with autocast(), torch.set_grad_enabled(parts == 1):
+            query_cls.append(encode_views(model.encoder, view1, view2))
+        with autocast(), torch.no_grad():
+            key_cls.append(encode_views(model.momentum_encoder, view1, view2))
+    all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+    all_keys = gather(torch.cat(key_cls, dim=1))
+    with autocast():
+        cl, queries = model.compare(all_queries, all_keys)
+    scaler.scale(cfg.lam * cl).backward()
+    # a mean over ranks follows, but each rank's encoder has its own images only
+    share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
+    return cl, queries, query_cls, share.chunk(parts, dim=1)
+
+
 def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
     """Adds to .grad what one backward pass over the joint batch of all ranks would.
 
     micro_batches: this rank's share. -> the joint batch's losses, as from SSL.forward.
     """
-    rank, world_size = world()
     parts = len(micro_batches)
-    runs_once = parts == 1  # then the first pass keeps its graph for the second
     cl = torch.zeros((), device=cfg.device)
     mim = torch.zeros((), device=cfg.device)
 
@@ -843,30 +867,15 @@ def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
         return augment(micro_batches[part], cfg, cfg.device)
 
     if model.use_cl:
-        query_cls = []
-        key_cls = []
-        for part in range(parts):
-            view1, view2, _, _ = views_of(part)
-            with autocast(), torch.set_grad_enabled(runs_once):
-                query_cls.append(encode_views(model.encoder, view1, view2))
-            with autocast(), torch.no_grad():
-                key_cls.append(encode_views(model.momentum_encoder, view1, view2))
-        # the loss of all images of all ranks, and its gradient at the encoder's outputs
-        all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
-        all_keys = gather(torch.cat(key_cls, dim=1))
-        with autocast():
-            cl, features = model.compare(all_queries, all_keys)
-        scaler.scale(cfg.lam * cl).backward()
-        # a mean over ranks follows, but each rank's encoder has its own images only
-        share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
-        gradients = share.chunk(parts, dim=1)
-
+        cl, features, query_cls, gradients = contrast_in_parts(
+            model, views_of, parts, cfg, autocast, scaler
+        )
     pooled = []
     for part in range(parts):
         view1, view2, view_mim, mask = views_of(part)
         if model.use_cl:
             outputs = query_cls[part]
-            if not runs_once:
+            if parts > 1:
                 with autocast():
                     outputs = encode_views(model.encoder, view1, view2)
             outputs.backward(gradients[part])
@@ -879,7 +888,7 @@ def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
             pooled.append(part_pooled.detach())
     if not model.use_cl:
         features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    if world_size > 1:
+    if dist.is_initialized():
         average_gradients(model)
     return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
 
@@ -959,15 +968,11 @@ def train(cfg, state):
         if not (stops_at_once or is_due(step, total, cfg)):
             continue
         stop_by, broken = share_news(signals, broken)
-        row = {"step": step}
-        for name, value in (losses | {"loss": loss, "norm": norm}).items():
-            row[name] = round(value.item(), 5)  # waits for a GPU
+        row = {"step": step} | to_numbers(losses | {"loss": loss, "norm": norm})
         stop_if_not_finite(row, rows[-1], scaler)
-        seconds = time.perf_counter() - began
         row |= {"lr": lr, "momentum": momentum, "broken": len(broken)}
-        row["images/s"] = round((step - since) * cfg.batch_size / seconds, 1)
-        row["stall"] = round(waited / seconds, 3)  # share of time spent on waiting
-        row["minutes left"] = round((total - step) * seconds / (step - since) / 60, 1)
+        seconds = time.perf_counter() - began
+        row |= speed(cfg, step - since, total - step, seconds, waited)
         is_saved = step % cfg.save_every == 0 or step == total or stop_by is not None
         if is_saved and stop_by is None and rank == 0:
             row |= knn_scores(model.encoder, data, cfg, autocast)
@@ -1077,6 +1082,20 @@ def share_news(signals, broken):
         if its_signals:
             stop_by = its_signals[0]
     return stop_by, broken
+
+
+def to_numbers(tensors):
+    """{name: scalar} -> the same as numbers, for which a GPU has to finish its work."""
+    return {name: round(tensor.item(), 5) for name, tensor in tensors.items()}
+
+
+def speed(cfg, steps, steps_left, seconds, waited):
+    """Since the last line: images/s of all ranks, share of time spent on waiting."""
+    return {
+        "images/s": round(steps * cfg.batch_size / seconds, 1),
+        "stall": round(waited / seconds, 3),
+        "minutes left": round(steps_left * seconds / steps / 60, 1),
+    }
 
 
 def stop_if_not_finite(row, last_row, scaler):
