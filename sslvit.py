@@ -123,6 +123,8 @@ def masked_l1(pred, target, mask):
 SIZES = {
     "nano": {"embed_dim": 48, "depth": 6, "num_heads": 3},
     "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    # as deep as micro with two decoder blocks, for figure 11's comparison
+    "micro8": {"embed_dim": 96, "depth": 8, "num_heads": 3},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     # 12 heads as in [M]; timm's has 6
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
@@ -574,11 +576,7 @@ class TrainingViews:
         mask = draw_masks(1, self.cfg, generator)[0]
         colours = {}
         if self.cfg.lam > 0:
-            # [B] appendix B: view 1 is always blurred; view 2 seldom, but solarised
-            first = draw_colours(rng, self.cfg, blur_share=1.0, solarise_share=0.0)
-            second = draw_colours(rng, self.cfg, blur_share=0.1, solarise_share=0.2)
-            for name in first:
-                colours[name] = np.stack([first[name], second[name]])
+            colours = draw_colours(rng, self.cfg)
         if self.cfg.lam < 1 and rng.random() < 0.5:
             # the masked view is cropped and flipped, no more
             crops[-1] = crops[-1, :, :, ::-1]
@@ -590,27 +588,35 @@ def draw_masks(batch, cfg, generator=None):
     return random_mask(batch, *sizes, cfg.mask_ratio, generator)
 
 
-def draw_colours(rng, cfg, blur_share, solarise_share):
-    """The random choices for one view, which change_colours() carries out.
+# [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
+SHARES = {
+    "jitter": (0.8, 0.8),
+    "grey": (0.2, 0.2),
+    "blur": (1.0, 0.1),
+    "solarise": (0.0, 0.2),
+    "flip": (0.5, 0.5),
+}
 
-    order (4,): when which jitter runs, -1: never; factors (4,): of brightness,
-    contrast, saturation, hue; blur: σ in px, 0: none; grey, solarise, flip: yes or no.
+
+def draw_colours(rng, cfg):
+    """The random choices for two views, which change_colours() carries out.
+
+    order (2, 4): when which jitter runs, -1: never; factors (2, 4): of brightness,
+    contrast, saturation, hue; blur (2,): σ in px, 0: none; grey, solarise, flip (2,):
+    yes or no.
     """
-    order = np.full(4, -1)
-    if rng.random() < 0.8:
-        order = rng.permutation(4)
-    shares = (0.2, blur_share, solarise_share, 0.5)
-    grey, is_blurred, solarise, flip = rng.random(4) < shares
-    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur)
+    happens = dict(zip(SHARES, rng.random((5, 2)) < list(SHARES.values()), strict=True))
+    order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
-    factors = rng.uniform(-reach, reach) + (1, 1, 1, 0)
+    factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
+    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, 2)
     return {
-        "order": order,
-        "factors": np.float32(factors),
-        "blur": np.float32(sigma if is_blurred else 0),
-        "grey": grey,
-        "solarise": solarise,
-        "flip": flip,
+        "order": np.where(happens["jitter"][:, None], order, -1),
+        "factors": factors.astype(np.float32),
+        "blur": (sigma * happens["blur"]).astype(np.float32),
+        "grey": happens["grey"],
+        "solarise": happens["solarise"],
+        "flip": happens["flip"],
     }
 
 
@@ -1235,6 +1241,9 @@ PRESETS = {
     "small32": """
         --epochs 100 --batch-size 128 --lr 4e-3 --momentum 0.99
         --hue-shift 0.1 --blur 0.3""",
+    # the encoder's work is equal here too
+    "small32-moco": "--epochs 137.5",
+    "small32-simmim": "--epochs 366.7",
     # ViT-B/16 on ImageNet: MoCo v3's recipe ([M] section 5), also for the hybrid
     "imagenet": """
         --model base --image-size 224 --patch-size 16 --proj-hidden 4096
@@ -1493,6 +1502,11 @@ def texture_wave(texture, u, v):
     return np.maximum(np.cos(u), np.cos(v)) * 2 - 1
 
 
+def may_be_kept(count, width, height):
+    """Do `count` images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
+    return 3 * count * width * height <= 250e6
+
+
 class Stimuli:
     """Images of one object, of 8 shapes in 8 textures, on smooth grey.
 
@@ -1524,7 +1538,7 @@ class Stimuli:
             return self.kept[index]
         image, shape, texture, _ = self[index]
         loaded = (Image.fromarray(image), [shape, texture])
-        if self.size <= 64:  # 20,000 of 224 px would be 3 GB
+        if may_be_kept(len(self), self.size, self.size):
             self.kept[index] = loaded
         return loaded
 
@@ -1605,6 +1619,7 @@ class ImageFolder(list):
         names = sorted({top for top, _ in found} - {"."})
         if len(names) > 1:  # what lies beside the class folders is of no class
             found = [(top, path) for top, path in found if top != "."]
+        self.kept = {}
         self.label_names = ()
         self.classes = ()
         if len(names) > 1:
@@ -1617,9 +1632,15 @@ class ImageFolder(list):
                 self.append((path, [numbers.get(top, 0)]))
 
     def load(self, index):
-        """-> opened PIL image, [class]."""
+        """-> opened PIL image, [class]; small images are decoded once and kept."""
         path, labels = self[index]
-        return Image.open(path), labels
+        if index in self.kept:
+            return self.kept[index], labels
+        image = Image.open(path)
+        if may_be_kept(len(self), *image.size):
+            image = to_rgb(ImageOps.exif_transpose(image))
+            self.kept[index] = image
+        return image, labels
 
 
 def find_data(cfg):
@@ -1647,16 +1668,14 @@ def crop_box(width, height, smallest, rng):
     `smallest` to 1 of the area, aspect 3/4 to 4/3; the first of ten tries that fits,
     else the largest square.
     """
-    area = width * height * rng.uniform(smallest, 1, 10)
-    ratio = (4 / 3) ** rng.uniform(-1, 1, 10)
-    w = np.sqrt(area * ratio)
-    h = np.sqrt(area / ratio)
-    fits = (w <= width) & (h <= height)
-    if fits.any():
-        w = w[fits][0]
-        h = h[fits][0]
-    else:
-        w = h = min(width, height)
+    w = h = min(width, height)
+    for _ in range(10):
+        area = width * height * rng.uniform(smallest, 1)
+        ratio = (4 / 3) ** rng.uniform(-1, 1)
+        if area * ratio <= width**2 and area / ratio <= height**2:
+            w = math.sqrt(area * ratio)
+            h = math.sqrt(area / ratio)
+            break
     left = rng.uniform(0, width - w)
     top = rng.uniform(0, height - h)
     return left, top, left + w, top + h

@@ -1368,8 +1368,8 @@ def test_small_stimuli_are_drawn_once_and_kept():
     assert kept is source.load(5)[0]
     assert labels == [*source[5][1:3]]
     assert np.array_equal(np.asarray(kept), source[5][0])
-    # 20,000 of 224 px would be 3 GB
-    large = Stimuli(20, 96)
+    # 20,000 of 96 px would be 553 MB
+    large = Stimuli(20000, 96)
     assert large.load(5)[0].size == (96, 96)
     assert not large.kept
 
