@@ -724,6 +724,33 @@ def free_spectrum(x):
     return singular_spectrum(x)[..., :rank]
 
 
+def log_volume(x):
+    """Mean log singular value of x (..., n, D) and of x / its Frobenius norm -> (...).
+
+    The means over free_spectrum(x), for less: log singular values sum to half the
+    log-determinant of the Gram matrix, which a Cholesky factor has on its diagonal.
+    """
+    x = (x - x.mean(dim=-2, keepdim=True)).double()
+    n, width = x.shape[-2:]
+    rank = min(n - 1, width)
+    square_norm = x.square().sum(dim=(-2, -1))
+    if n > width:
+        gram, log_fill = x.mT @ x, torch.zeros(())
+    else:
+        # centred rows leave the direction (1, ..., 1) empty: it gets the value `fill`
+        fill = square_norm / n
+        gram = x @ x.mT + fill[..., None, None] / n
+        log_fill = fill.log()
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    volume = (pivots.log().sum(dim=-1) - log_fill / 2) / (rank or math.nan)
+    # singular_spectrum() has a floor for directions that hold nothing but rounding
+    empty = (failed > 0) | (pivots.amin(dim=-1).square() < 1e-13 * square_norm)
+    if empty.any():
+        volume[empty] = free_spectrum(x[empty]).mean(dim=-1)
+    return volume, volume - square_norm.log() / 2
+
+
 def scale_free(log):
     """Log singular values of x -> those of x / its Frobenius norm."""
     return log - torch.logsumexp(2 * log, dim=-1, keepdim=True) / 2
@@ -735,14 +762,13 @@ def measure_tokens(layer):
 
 
 def measure_spectra(layer):
-    log = free_spectrum(layer.states)  # (B, 2, K)
-    found = {"token volume": log.mean(dim=-1)}
-    found["token volume, scale-free"] = scale_free(log).mean(dim=-1)
+    volume, free = log_volume(layer.states)  # (B, 2)
+    found = {"token volume": volume, "token volume, scale-free": free}
     if layer.number == 1:
-        found["token volume, entered"] = free_spectrum(layer.entered).mean(dim=-1)
+        found["token volume, entered"], _ = log_volume(layer.entered)
         found["images, entered"] = layer.entered.mean(dim=1)
     if layer.last:
-        found["token spectrum"] = log[:, 1]
+        found["token spectrum"] = free_spectrum(layer.states[:, 1])
         found["images, left"] = layer.states[:, 1].mean(dim=1)
     return found
 
@@ -2629,6 +2655,28 @@ def read_results(path):
     return results, samples
 
 
+def join_results(paths):
+    """Several analyses of the same images as one: seeds may come later than others."""
+    results, samples = read_results(paths[0])
+    models = results["models"]
+    for path in paths[1:]:
+        more, found = read_results(path)
+        for key in ("data", "images", "epochs"):
+            same = more["settings"][key] == results["settings"][key]
+            require(same, f"--from {path}: another --{key} than {paths[0]}")
+        for model, rows in zip(more["models"], found, strict=True):
+            same = np.array_equal(rows["index"], samples[0]["index"])
+            require(same, f"--from {path}: other test images than {paths[0]}")
+            seeds = [m for m in models if m["name"] == model["name"]]
+            if model["seed"] in [m["seed"] for m in seeds]:
+                continue
+            if seeds:
+                model |= {"run": len(seeds), "nth": seeds[0]["nth"], "pictures": {}}
+            models.append(model)
+            samples.append(rows)
+    return results, samples
+
+
 def title_of(figure, claims):
     """The finding, with its numbers, verdict and seeds."""
     title = figure.text
@@ -2733,7 +2781,8 @@ def parse(argv):
     add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     add("--out", default="", help="for everything [figures/ beside the first file]")
-    add("--from", dest="results", default="", help="results.json to judge, draw again")
+    again = "results.json of one analysis or several, to judge and draw again"
+    add("--from", dest="results", nargs="+", default=[], help=again)
     add("--alone", action="store_true", help="without the shipped networks")
     add("--images", type=int, default=1000, help=images)
     add("--epochs", type=int, default=10, help=epochs)
@@ -2758,7 +2807,7 @@ def check(options):
     for folder in (options.masks, options.cue_conflict):
         require(not folder or os.path.isdir(folder), f"{folder}: no such folder")
     if not options.out and options.results:
-        options.out = str(Path(options.results).parent)
+        options.out = str(Path(options.results[0]).parent)
     elif not options.out:
         _, first = split_name(options.checkpoints[0])
         options.out = str(Path(first).parent / "figures")
@@ -2769,7 +2818,7 @@ def main(argv=None):
     try:
         options = parse(argv)
         if options.results:
-            results, samples = read_results(options.results)
+            results, samples = join_results(options.results)
         else:
             results, samples = analyse(options)
         models = []

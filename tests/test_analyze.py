@@ -134,6 +134,36 @@ def test_singular_spectrum_by_hand():
     assert analyze.singular_spectrum(torch.zeros(1, 3, 3)).isfinite().all()
 
 
+def test_volume_of_a_box_by_hand():
+    # rows ±a on the first axis, ±b on the second: singular values a√2 and b√2
+    a, b = 3.0, 0.5
+    box = torch.tensor([[a, 0], [-a, 0], [0, b], [0, -b]]) + 7
+    volume, free = analyze.log_volume(box)
+    assert float(volume) == pytest.approx(math.log(2 * a * b) / 2)
+    norm = math.sqrt(2 * (a**2 + b**2))
+    assert float(free) == pytest.approx(float(volume) - math.log(norm))
+
+
+@pytest.mark.parametrize("n,width", [(20, 30), (30, 20), (20, 20), (1, 4)])
+def test_volume_is_the_mean_log_singular_value(n, width):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, n, width, generator=random) * torch.logspace(0, -3, width)
+    x[2, n // 2 :] = x[2, 0]  # directions that nothing fills
+    volume, free = analyze.log_volume(x)
+    for image in range(3):
+        rows = x[image].double().numpy()
+        values = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
+        values = values[: min(n - 1, width)]
+        if n == 1:
+            assert volume.isnan().all()
+            continue
+        floor = np.maximum(values, 1e-8 * values.max())
+        assert float(volume[image]) == pytest.approx(np.log(floor).mean(), abs=1e-3)
+        if image < 2:
+            norm = np.log(np.sqrt((values**2).sum()))
+            assert float(free[image] - volume[image]) == pytest.approx(-norm, abs=1e-6)
+
+
 def test_scale_free_spectra_by_hand():
     log = torch.tensor([3.0, 4.0]).log()  # Frobenius norm 5
     assert close(analyze.scale_free(log), torch.tensor([0.6, 0.8]).log())
@@ -802,6 +832,25 @@ def test_from_judges_again(checkpoints, tmp_path):
     claim = json.loads((tmp_path / "results.json").read_text())["claims"][0]
     assert claim["verdict"] == "agrees (one seed)" and claim != results["claims"][0]
     assert claim["parts"][0]["difference"] == pytest.approx(0.24)
+
+
+def test_seeds_of_two_analyses_are_joined(checkpoints, tmp_path, capsys):
+    only = ["--only", "nmi"]
+    together = run(checkpoints, ["moco", "simmim", "moco1"], tmp_path / "c", *only)
+    run(checkpoints, ["moco", "simmim"], tmp_path / "a", *only)
+    run(checkpoints, ["moco1", "simmim"], tmp_path / "b", *only)
+    files = [str(tmp_path / name / "results.json") for name in "ab"]
+    assert analyze.main(["--from", *files, "--out", str(tmp_path / "d")]) == 0
+    joined = json.loads((tmp_path / "d" / "results.json").read_text())
+    part, expected = (r["claims"][0]["parts"][0] for r in (joined, together))
+    for key in ("CL", "MIM", "difference", "interval", "seeds"):
+        assert part[key] == expected[key]
+    roles = [model["role"] for model in joined["models"]]
+    # SimMIM's seed 0 counts once; each analysis had an untrained network of its own
+    assert roles == ["CL", "MIM", "untrained", "CL", "untrained"]
+    assert [model["run"] for model in joined["models"]] == [0, 0, 0, 1, 1]
+    run(checkpoints, ["moco1"], tmp_path / "b", *only, "--images", "30")
+    assert "--images" in fails(capsys, "--from", *files, "--out", tmp_path / "e")
 
 
 def test_a_new_figure_is_one_section(checkpoints, tmp_path, monkeypatch, capsys):
