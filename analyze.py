@@ -438,7 +438,7 @@ def attention_distance(attn, grid, patch_size):
     """
     x = grid_points(grid, attn) * patch_size
     distance = (x[:, None] - x).norm(dim=-1)  # (N, N)
-    return (attn * distance).sum(dim=-1).mean(dim=-1)
+    return attn.flatten(-2) @ distance.flatten() / len(x)
 
 
 def grid_points(grid, like):
@@ -497,6 +497,12 @@ MIM's far above. Grey is near 0 as well: attention need not collapse under train
 starts collapsed. What to look at: which layers leave the grey curve, and how far."""
 
 
+def entropy(p):
+    """-Σ p·log p over the last dimension; in place, as weights are many."""
+    tiny = torch.finfo(p.dtype).tiny  # 0·log 0 is 0
+    return -p.clamp(min=tiny).log_().mul_(p).sum(dim=-1)
+
+
 def attention_nmi(attn):
     """Does it matter who asks?  Mutual information of query and key ([P] figure 4).
 
@@ -504,8 +510,8 @@ def attention_nmi(attn):
     -> (B, H) in [0, 1]. 0: one map for all queries (collapse), and if all look at one
     key, where H(k) = 0. 1: each query its own key.
     """
-    key_entropy = torch.special.entr(attn.mean(dim=-2)).sum(dim=-1)  # H(k): (B, H)
-    row_entropy = torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
+    key_entropy = entropy(attn.mean(dim=-2))  # H(k): (B, H)
+    row_entropy = entropy(attn).mean(dim=-1)
     query_entropy = math.log(attn.shape[-2])
     nmi = (key_entropy - row_entropy) / (key_entropy * query_entropy).sqrt()
     # rounding may step over the ends
@@ -601,7 +607,8 @@ SHARED = "heads, shared coordinates"
 
 def measure_similarity(layer):
     found = {"heads": head_similarity(layer.heads)}
-    found[SHARED] = shared_head_similarity(layer.heads, layer.output_weight)
+    some = layer.heads[:, :, ::4]  # a product as large as the output layer's
+    found[SHARED] = shared_head_similarity(some, layer.output_weight)
     found["tokens"] = token_similarity(layer.added)
     if layer.above is not None:
         found["depths"] = depth_similarity(layer.above, layer.added)
@@ -1979,7 +1986,8 @@ class Layer:
     @cached_property
     def attn(self):
         """Attention among patches, rows renormalised to sum 1 (B, H, N, N)."""
-        return F.normalize(self.record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)
+        among = self.record.attn[:, :, 1:, 1:]
+        return among / among.sum(dim=-1, keepdim=True).clamp(min=1e-37)
 
     @cached_property
     def added(self):
