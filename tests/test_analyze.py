@@ -164,6 +164,37 @@ def test_volume_is_the_mean_log_singular_value(n, width):
             assert float(free[image] - volume[image]) == pytest.approx(-norm, abs=1e-6)
 
 
+def test_image_growth_counts_directions_that_the_embedding_fills():
+    rng = np.random.default_rng(0)
+    entered = np.zeros((40, 1, 6), np.float32)
+    entered[:, 0, :2] = rng.normal(size=(40, 2)) * (3, 0.2) + 5
+    left = math.e**2 * entered
+    # what enters three directions is rounding, what leaves them is small
+    entered[:, 0, 2:5] = 1e-7 * rng.normal(size=(40, 3))
+    left[:, 0, 2:] = 0.01 * rng.normal(size=(40, 4))
+    assert analyze.image_growth(entered, left) == pytest.approx(2, abs=1e-3)
+    rows = {"images, entered": entered, "images, left": left}
+    kept = analyze.lean(rows)
+    assert kept["images, left"].dtype == np.float16
+    assert analyze.image_growth(*kept.values()) == pytest.approx(2, abs=1e-3)
+
+
+def test_samples_keep_what_claims_read():
+    rows = {
+        "pooled": np.ones((9, 2, 2, 4), np.float32),
+        "nmi": np.full((9, 2, 3), 0.2),
+        "fourier": np.arange(90, dtype=np.float32).reshape(9, 1, 2, 5),
+        "labels": np.arange(9),
+        "images, left": np.full((600, 1, 4), 7.0),
+    }
+    kept = analyze.lean(rows)
+    assert list(kept) == ["nmi", "fourier", "labels", "images, left"]
+    assert kept["fourier"].tolist() == rows["fourier"][..., 4:].tolist()
+    assert analyze.at_pi(kept["fourier"][0]).tolist() == [4.0, 9.0]
+    assert kept["images, left"].shape == (500, 1, 4)
+    assert kept["images, left"].max() == 0
+
+
 def test_scale_free_spectra_by_hand():
     log = torch.tensor([3.0, 4.0]).log()  # Frobenius norm 5
     assert close(analyze.scale_free(log), torch.tensor([0.6, 0.8]).log())
