@@ -2500,7 +2500,7 @@ def load_companions(loaded, options):
     """The shipped networks of the roles that are missing, of the same size and data."""
     roles = {vit.facts["role"] for vit in loaded}
     companions, used = [], []
-    for path in sorted(COMPANIONS.glob("*.pt")):
+    for path in sorted(COMPANIONS.rglob("*.pt")):
         config = sslvit.load_checkpoint(path)["config"]
         role = ROLE_OF.get(config["lam"], "hybrid")
         shape = shape_of(config | SIZES[config["model"]])

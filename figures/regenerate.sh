@@ -1,16 +1,39 @@
 #!/usr/bin/env bash
-# Draws everything in figures/ anew, from training on: about an hour on two cores.
+# Draws everything in figures/ anew, from training on.
+#
+#   figures/regenerate.sh CIFAR10 CUE_CONFLICT
+#
+# CIFAR10 is a folder made by tests/cifar10.py, CUE_CONFLICT one with the images of its
+# classes from https://github.com/rgeirhos/texture-vs-shape, scaled to 32 px. A day on
+# two cores; what is shipped was trained on a GPU, many runs side by side.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+photographs="--data $(realpath "$1") --preset small32"
+cues=$(realpath "$2")
+export OMP_NUM_THREADS=1
 
-for objective in moco simmim hybrid; do
-  OMP_NUM_THREADS=1 python sslvit.py --objective $objective &
+# 22, 8.25 and 6 epochs are equal work for the encoder: 3, 8 and 11 passes an image
+train() { # objective, seed, epochs for photographs
+  python sslvit.py --objective $1 --seed $2 --out runs/stimuli-$1-$2
+  if [ "$2" -lt 3 ]; then
+    python sslvit.py $photographs --objective $1 --seed $2 --epochs $3 --out runs/cifar10-$1-$2
+  fi
+}
+for seed in 0 1 2 3; do
+  train moco $seed 8.25 &
+  train simmim $seed 22 &
+  train hybrid $seed 6 &
+  wait
 done
-wait
 for objective in moco simmim hybrid; do
-  python figures/ship.py runs/micro-$objective/ckpt.pt figures/checkpoints/micro-$objective.pt
+  python figures/ship.py runs/stimuli-$objective-0/ckpt.pt figures/checkpoints/micro-$objective.pt
+  python figures/ship.py runs/cifar10-$objective-0/ckpt.pt figures/checkpoints/cifar10/small32-$objective.pt
 done
-python analyze.py runs/micro-{moco,simmim,hybrid}/ckpt.pt --out figures
-cp runs/micro-hybrid/reconstruction.png figures/
+
+unset OMP_NUM_THREADS
+python analyze.py runs/stimuli-{moco,simmim,hybrid}-{0,1,2,3}/ckpt.pt --alone --out figures
+python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
+  --data "$1" --cue-conflict "$cues" --out figures/cifar10
+cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
-python figures/poster.py figures/results.json --out figures/poster.png
+python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png
