@@ -18,8 +18,6 @@ learning, MIM masked image modelling.
 
 import argparse
 import base64
-import html
-import io
 import json
 import math
 import os
@@ -34,6 +32,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -48,7 +47,7 @@ from torch.utils.data import DataLoader
 
 import sslvit
 from sslvit import MEAN, SIZES, STD
-from sslvit import Block, Config, Stimuli, UserError, ViT, require
+from sslvit import Config, Stimuli, UserError, ViT, require
 
 # ==== What a figure is ==============================================================
 
@@ -60,7 +59,10 @@ def greater(first, second=0.0):
 
 @dataclass
 class Part:
-    """One sentence of a claim that can be tested: a difference that it says is > 0."""
+    """One sentence of a claim that can be tested: a difference that it says is > 0.
+
+    Part("distance", ("distance",), np.mean, ("CL", "MIM")): CL's mean distance - MIM's.
+    """
 
     name: str
     # read(means of these keys over a network's test images) -> a number
@@ -84,7 +86,7 @@ class Panel:
     x: str = "layer"  # the axis, one of those in places()
     pick: Callable = np.asarray
     dotted: str = ""  # key of a second definition, drawn as dotted curves
-    line: tuple | None = None  # height and name of a reference line
+    line: tuple | None = None  # a reference line: (height, name)
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Figure:
     parts: tuple = ()
     roles: tuple = ("CL", "MIM")
     needs: tuple = ()  # of NEEDS
+    # What is computed: functions, which several figures may share.
     # measure(layer of a batch) -> {key: (B, ...)}, stacked over layers: (n, L, ...);
     # of test images, and of those that probes learn from
     measure: tuple = ()
@@ -103,11 +106,11 @@ class Figure:
     # learn(study) -> {key: (n, ...)}: what has to be trained first
     learn: tuple = ()
     # pictures(network, images) -> {key: lists}, of the first seed
-    pictures: Callable | None = None
+    pictures: tuple = ()
     # summary(rows) -> {key: value}: what is no mean over images
-    summary: Callable | None = None
+    summary: tuple = ()
     # across(models, their rows) -> {key: value}: what compares networks
-    across: Callable | None = None
+    across: tuple = ()
     # drawn as panels, or by draw(models) from the values named in keys
     panels: tuple = ()
     draw: Callable | None = None
@@ -134,7 +137,7 @@ NEEDS = {
 
 
 def several(fact, models, count=2):
-    """Enough for a figure: trained networks that differ in a fact."""
+    """Enough for a figure: trained networks with `count` values of a fact."""
     return len({m[fact] for m in models if m["role"] != "untrained"}) >= count
 
 
@@ -187,9 +190,9 @@ BAND = "noise frequency (π per pixel)"
 
 
 def places(kind, count, depth):
-    """Where `count` values of a network of `depth` layers lie on such an axis."""
+    """Where `count` values of a network of `depth` layers lie on a kind of axis."""
     ends = {
-        LAYER: (depth - count + 1, depth),
+        LAYER: (depth - count + 1, depth),  # neighbours: one value less than layers
         HALF: (0.5, depth),
         RANK: (1, count),
         FREQUENCY: (0, 1),
@@ -219,9 +222,10 @@ def by_name(models):
     return names
 
 
-def canvas(columns, rows=1, height=4.6):
-    size = (32 / 3, height * rows)  # inches; at 150 dots an inch 1,600 px wide
-    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+def canvas(columns, rows=1, height=4.6, **axis):
+    """A figure 1,600 px wide, at 150 dots an inch, and its axes (rows, columns)."""
+    size = (32 / 3, height * rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=axis)
 
 
 def curves(axis, models, panel):
@@ -243,7 +247,7 @@ def curves(axis, models, panel):
         if panel.dotted:
             other = stack_values(seeds, panel.dotted, panel.pick).mean(axis=0)
             axis.plot(x, other, ":", color=colour, lw=2)
-    if panel.dotted:
+    if panel.dotted:  # once in the legend
         axis.plot([], [], ":", color="black", lw=2, label=panel.dotted)
     if panel.line:
         reference(axis, *panel.line)
@@ -261,7 +265,6 @@ def draw_panels(models, panels):
     fig, axes = canvas(columns, math.ceil(len(panels) / columns))
     for axis, panel in zip(axes.flat, panels, strict=True):
         curves(axis, models, panel)
-    legend(fig)
     return fig
 
 
@@ -283,21 +286,19 @@ def draw_points(models, columns, label, line=None):
         reference(axis, *line)
     axis.set_xticks(range(len(columns)), columns)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 1), ylabel=f"{label} (test)")
-    legend(fig)
     return fig
 
 
 def against(axis, models, fact, key, **line):
     """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    places = sorted({m[fact] for m in models})
-    means = []
-    for x in places:
+    means = {}
+    for x in sorted({m[fact] for m in models}):
         seeds = [m for m in models if m[fact] == x]
         y = [np.mean(m["values"][key]) for m in seeds]
         style = {"mfc": "none", "ms": 9, "color": colour_of(seeds[0])}
         axis.plot([x] * len(y), y, "o", clip_on=False, **style)
-        means.append(np.mean(y))
-    axis.plot(places, means, zorder=0, **line)
+        means[x] = np.mean(y)
+    axis.plot(list(means), list(means.values()), zorder=0, **line)
     axis.set(ylabel=f"{key} (test)", ylim=(0, 1))
 
 
@@ -307,16 +308,18 @@ def reference(axis, y, text):
 
 
 def legend(fig):
-    """One legend below, each name once."""
-    found = {}
+    """One legend below, each name once; none where nothing has a name."""
+    lines = {}
     for axis in fig.axes:
         handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    columns = len(found)
-    if sum(len(label) + 7 for label in found) > 105:  # more than one line
+        lines |= dict(zip(labels, handles, strict=True))
+    if not lines:
+        return
+    columns = len(lines)
+    if sum(len(label) + 7 for label in lines) > 105:  # too long for one row
         columns = 3
     where = "outside lower center"
-    fig.legend(found.values(), found.keys(), loc=where, ncols=columns, frameon=False)
+    fig.legend(lines.values(), lines.keys(), loc=where, ncols=columns, frameon=False)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -332,31 +335,19 @@ does the untrained network have, which is where every Vision Transformer starts?
 
 
 def picture_maps(vit, x):
-    """Attention of two queries in three layers, relative to uniform attention.
-
-    Also, for the report, that of every query: bytes, each layer's largest weight 255.
-    """
+    """Attention of two queries in three layers, relative to uniform attention."""
     _, records = vit(x[:1], record=True)
     rows, cols = x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size
     shown = sorted({0, len(records) // 2, len(records) - 1})
     attn = torch.cat([records[layer].attn[:, :, 1:, 1:] for layer in shown])
     attn = attn.mean(dim=1)  # (layers, N, N)
     maps = []
-    for row, col in ((rows // 2, cols // 2), (rows // 8, cols // 8)):
+    centre, corner = (rows // 2, cols // 2), (rows // 8, cols // 8)
+    for row, col in (centre, corner):
         for layer, seen in zip(shown, attn[:, row * cols + col], strict=True):
             relative = (seen / seen.mean()).reshape(rows, cols).tolist()
             maps.append({"query": [row, col], "layer": layer + 1, "map": relative})
-    photograph = to_picture(x[0])
-    png = io.BytesIO()
-    Image.fromarray(photograph).save(png, "PNG")
-    scaled = (255 * attn / attn.amax(dim=(1, 2), keepdim=True)).byte()
-    attention = {
-        "image": base64.b64encode(png.getvalue()).decode(),
-        "grid": [rows, cols],
-        "layers": [layer + 1 for layer in shown],
-        "maps": base64.b64encode(scaled.cpu().numpy().tobytes()).decode(),
-    }
-    return {"maps": maps, "photograph": photograph, "attention": attention}
+    return {"maps": maps, "photograph": to_picture(x[0])}
 
 
 def to_picture(x):
@@ -367,30 +358,31 @@ def to_picture(x):
 
 
 def draw_maps(models):
+    """A row for each network, left of the first the photograph with both queries."""
     maps = [model["pictures"]["maps"] for model in models]
-    fig, axes = canvas(1 + len(maps[0]), len(models), height=1.6)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+    columns = 1 + len(maps[0])
+    fig, axes = canvas(columns, len(models), height=1.6, xticks=[], yticks=[])
     for axis in axes[1:, 0]:
         axis.axis("off")
     # one scale for all: 0 to where one value in a hundred lies above
-    highest = np.percentile([entry["map"] for row in maps for entry in row], 99)
-    for model, row, line in zip(models, maps, axes[:, 1:], strict=True):
+    highest = np.percentile([entry["map"] for own in maps for entry in own], 99)
+    for model, own, line in zip(models, maps, axes[:, 1:], strict=True):
         line[0].set_ylabel(wrapped(model["name"]), color=colour_of(model), fontsize=12)
-        for entry, axis in zip(row, line, strict=True):
+        for entry, axis in zip(own, line, strict=True):
             shown = axis.imshow(entry["map"], cmap="magma", vmin=0, vmax=highest)
             frame(axis, entry["query"], 1)
     pixels = models[0]["pictures"]["photograph"]
     photograph = axes[0, 0]
     photograph.imshow(pixels)
-    side = len(pixels) / len(maps[0][0]["map"])
-    for number, entry in enumerate(maps[0]):
-        query = "AB"[2 * number // len(maps[0])]
-        title = f"query {query}\nlayer {entry['layer']}"
-        axes[0, 1 + number].set_title(title, fontsize=12)
-        frame(photograph, entry["query"], side)
+    side = len(pixels) / len(maps[0][0]["map"])  # of a patch, in pixels
+    for entry, axis in zip(maps[0], axes[0, 1:], strict=True):
         row, col = entry["query"]
-        photograph.text(col * side, row * side, query, color="white", va="bottom")
+        name = "B"
+        if entry["query"] == maps[0][0]["query"]:
+            name = "A"
+        axis.set_title(f"query {name}\nlayer {entry['layer']}", fontsize=12)
+        frame(photograph, entry["query"], side)
+        photograph.text(col * side, row * side, name, color="white", va="bottom")
     fig.colorbar(shown, ax=axes, shrink=0.8, label="attention / uniform")
     return fig
 
@@ -410,7 +402,7 @@ FIGURES["maps"] = Figure(
     claim=4,
     text="CL attends globally, MIM locally",
     lesson=maps_lesson,
-    pictures=picture_maps,
+    pictures=(picture_maps,),
     draw=draw_maps,
     keys=("maps",),
 )
@@ -455,7 +447,7 @@ def measure_distance(layer):
 
 
 def draw_distance(models):
-    """A panel with a line at the mean distance of all pairs of grid points."""
+    """With a line at the mean distance of all pairs of grid points."""
     patch_size = models[0]["patch_size"]
     side = models[0]["image_size"] // patch_size
     uniform = torch.full((1, 1, side**2, side**2), 1 / side**2)
@@ -607,7 +599,8 @@ SHARED = "heads, shared coordinates"
 
 def measure_similarity(layer):
     found = {"heads": head_similarity(layer.heads)}
-    some = layer.heads[:, :, ::4]  # a product as large as the output layer's
+    # costs as much as the output layer: a quarter of the tokens is enough for a mean
+    some = layer.heads[:, :, ::4]
     found[SHARED] = shared_head_similarity(some, layer.output_weight)
     found["tokens"] = token_similarity(layer.added)
     if layer.above is not None:
@@ -665,18 +658,16 @@ def picture_plane(vit, x):
 
 def draw_plane(models):
     photographs = models[0]["pictures"]["photographs"]
-    fig, axes = canvas(1 + len(models), height=5.2)
-    for axis in axes[0]:
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].imshow(np.concatenate(photographs))
+    fig, [[left, *right]] = canvas(1 + len(models), height=5.2, xticks=[], yticks=[])
+    left.imshow(np.concatenate(photographs))  # one below the other
     for number, colour in enumerate(IMAGE_COLOURS):
-        frame(axes[0, 0], (number, 0), len(photographs[0]), colour)
-    for axis, model in zip(axes[0, 1:], models, strict=True):
+        frame(left, (number, 0), len(photographs[0]), colour)
+    for axis, model in zip(right, models, strict=True):
         images = np.array(model["pictures"]["plane"])
         for tokens, colour in zip(images, IMAGE_COLOURS, strict=True):
             before, after = np.split(tokens, 2)
             x, y = np.stack([before, after], axis=1).T  # (2, N) each
-            axis.plot(x, y, color=colour, lw=0.5)
+            axis.plot(x, y, color=colour, lw=0.5)  # N lines, from before to after
             axis.scatter(*before.T, s=12, ec=colour, fc="none")
             axis.scatter(*after.T, s=12, color=colour)
         axis.set_title(wrapped(model["name"]), color=colour_of(model), fontsize=12)
@@ -688,7 +679,7 @@ FIGURES["plane"] = Figure(
     claim=7,
     text="CL moves the tokens of an image together",
     lesson=plane_lesson,
-    pictures=picture_plane,
+    pictures=(picture_plane,),
     draw=draw_plane,
     keys=("plane",),
 )
@@ -732,7 +723,7 @@ def free_spectrum(x):
 
 
 def log_volume(x):
-    """Mean log singular value of x (..., n, D) and of x / its Frobenius norm -> (...).
+    """Mean log singular value of x (..., n, D), and of x / its Frobenius norm.
 
     The means over free_spectrum(x), for less: log singular values sum to half the
     log-determinant of the Gram matrix, which a Cholesky factor has on its diagonal.
@@ -742,7 +733,8 @@ def log_volume(x):
     rank = min(n - 1, width)
     square_norm = x.square().sum(dim=(-2, -1))
     if n > width:
-        gram, log_fill = x.mT @ x, torch.zeros(())
+        gram = x.mT @ x
+        log_fill = torch.zeros(())
     else:
         # centred rows leave the direction (1, ..., 1) empty: it gets the value `fill`
         fill = square_norm / n
@@ -759,7 +751,7 @@ def log_volume(x):
 
 
 def scale_free(log):
-    """Log singular values of x -> those of x / its Frobenius norm."""
+    """Log singular values of x -> those of x / its Frobenius norm, √Σ σ²."""
     return log - torch.logsumexp(2 * log, dim=-1, keepdim=True) / 2
 
 
@@ -781,7 +773,7 @@ def measure_spectra(layer):
 
 
 def image_spectra(rows):
-    """The same of the matrix of images, which is no mean over images."""
+    """The same of each layer's matrix of mean tokens (n images, D)."""
     layers = torch.from_numpy(rows["pooled"]).permute(1, 2, 0, 3)  # (L, 2, n, D)
     log = torch.stack([free_spectrum(layer) for layer in layers])  # (L, 2, K)
     return {
@@ -792,6 +784,7 @@ def image_spectra(rows):
 
 
 def token_growth(entered, volume):
+    """entered (1,), volume (L, 2): from before the first layer to after the last."""
     return volume[-1, 1] - entered[0]
 
 
@@ -809,15 +802,17 @@ def image_growth(entered, left):
 
 
 def relative_to_first(log):
+    """Of the last layer alone (1, K), or (K,) -> (K,)."""
     log = log.reshape(-1)
     return log - log[0]
 
 
 def spectra_panels(what):
     log = f"log singular value, {what}s"
-    free = f"{what} volume, scale-free"
-    volume = Panel(f"{what} volume", f"mean {log}", HALF, sub_layers, free)
-    return volume, Panel(f"{what} spectrum", log, RANK, relative_to_first)
+    even = f"{what} volume, scale-free"
+    volume = Panel(f"{what} volume", f"mean {log}", HALF, sub_layers, dotted=even)
+    spectrum = Panel(f"{what} spectrum", log, RANK, relative_to_first)
+    return volume, spectrum
 
 
 TOKENS = ("token volume, entered", "token volume")
@@ -830,7 +825,7 @@ FIGURES["spectra"] = Figure(
     text="CL spreads images apart, MIM the tokens of an image",
     lesson=spectra_lesson,
     measure=(measure_tokens, measure_spectra),
-    summary=image_spectra,
+    summary=(image_spectra,),
     parts=(
         Part("growth of log volume, tokens", TOKENS, token_growth, ("MIM", "CL")),
         image_part("growth of log volume, images", IMAGES, image_growth),
@@ -928,8 +923,9 @@ weights. What to look at: is the gap larger than the scatter of seeds, and is an
 above grey?"""
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
-ROWS_AT_ONCE = SAMPLE = 65536
-FEW_SHOT = 20  # training images a class
+ROWS_AT_ONCE = 65536  # features that are on the device together
+SAMPLE = 65536  # features that mean and deviation are taken from
+FEW_SHOT = 20  # training images a class: below it, results carry a note
 
 
 def linear_probe(train, val, test, strengths=STRENGTHS, device="cpu"):
@@ -950,18 +946,18 @@ def linear_probe(train, val, test, strengths=STRENGTHS, device="cpu"):
     weight = torch.zeros(features.shape[1] + 1, classes, device=device)
     weight.requires_grad_()
 
-    def pieces(features):
+    def pieces(rows):
         """Standardised, and a 1 for the bias."""
-        for x in torch.as_tensor(features).split(ROWS_AT_ONCE):
+        for x in torch.as_tensor(rows).split(ROWS_AT_ONCE):
             yield F.pad((x.float() - mean) / std, (0, 1), value=1.0).to(device)
 
     @torch.no_grad()
-    def classify(features):
-        found = [(x @ weight).argmax(dim=1) for x in pieces(features)]
-        return torch.cat(found).cpu().numpy()
+    def classify(rows):
+        decisions = [(x @ weight).argmax(dim=1) for x in pieces(rows)]
+        return torch.cat(decisions).cpu().numpy()
 
     kept = []
-    if len(features) <= ROWS_AT_ONCE:
+    if len(features) <= ROWS_AT_ONCE:  # standardised once for all steps
         kept = list(pieces(features))
 
     def batches():
@@ -1091,57 +1087,58 @@ def fit(network, loss, train, epochs, lr, decay=1.0):
     device = network.head.weight.device
     solver = torch.optim.AdamW(parameter_groups(network, lr, decay))
     peaks = [group["lr"] for group in solver.param_groups]
-    batch = min(BATCH, len(train))
-    steps = epochs * (len(train) // batch)
+    size = min(BATCH, len(train))
+    steps = epochs * (len(train) // size)
     bf16 = sslvit.has_bf16(device.type)
-    batches = progress(train.augmented(epochs, batch), "training", steps)
-    for step, found in enumerate(batches, start=1):
-        if len(found["images"]) < 2:  # BatchNorm has nothing to say about one image
+    batches = train.augmented(epochs, size)
+    for step, batch in enumerate(batches, start=1):
+        if len(batch["images"]) < 2:  # BatchNorm has nothing to say about one image
             continue
         for group, peak in zip(solver.param_groups, peaks, strict=True):
             group["lr"] = sslvit.lr_at(step, steps + 1, steps / 10, peak)
         solver.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            lost = loss(network(normalise(found["images"], device)), found)
-        lost.backward()
+            error = loss(network(normalise(batch["images"], device)), batch)
+        error.backward()
         solver.step()
     return network.eval()
 
 
 @torch.no_grad()
-def look_at_all(network, source, look):
-    """look(logits, batch) of all images of a source, a row for each."""
+def score_images(network, source, score):
+    """score(logits, batch) of all images of a source, a row for each."""
     device = network.head.weight.device
     rows = []
-    for found in source.batches(BATCH):
-        logits = network(normalise(found["images"], device)).float().cpu()
-        rows.append(look(logits, found))
+    for batch in source.batches(BATCH):
+        logits = network(normalise(batch["images"], device)).float().cpu()
+        rows.append(score(logits, batch))
     return torch.cat(rows).numpy()
 
 
-def choose(make, loss, look, score, sources, epochs, settings):
+def choose(make, loss, score, total, sources, epochs, settings):
     """Every setting for a third of the epochs, then the best for all of them.
 
-    make() -> a Tuned; score(rows of look()) on validation images chooses the setting,
-    and the better of its two trainings. -> rows of test, of validation, the setting.
+    make() -> a Tuned; loss, score(logits, batch) -> scalar, a row for each image;
+    total(rows) on validation images chooses the setting, and the better of its two
+    trainings. -> rows of test, of validation, the setting.
     """
     train, val, test = sources
 
     def attempt(epochs, setting):
         network = fit(make(), loss, train, epochs, **setting)
-        rows = look_at_all(network, val, look)
-        return {"score": score(rows), "network": network, "val": rows}
+        rows = score_images(network, val, score)
+        return {"total": total(rows), "network": network, "val": rows}
 
-    best, chosen = {"score": -1.0}, settings[0]
+    best, chosen = {"total": -1.0}, settings[0]
     if len(settings) > 1:
         for setting in settings:
-            found = attempt(max(1, epochs // 3), setting)
-            if found["score"] > best["score"]:
-                best, chosen = found, setting
-    found = attempt(epochs, chosen)
-    if found["score"] >= best["score"]:
-        best = found
-    return look_at_all(best["network"], test, look), best["val"], chosen
+            short = attempt(max(1, epochs // 3), setting)
+            if short["total"] > best["total"]:
+                best, chosen = short, setting
+    long = attempt(epochs, chosen)
+    if long["total"] >= best["total"]:
+        best = long
+    return score_images(best["network"], test, score), best["val"], chosen
 
 
 def fine_tune(vit, sources, classes, epochs, settings):
@@ -1151,15 +1148,15 @@ def fine_tune(vit, sources, classes, epochs, settings):
     whether it was right, of test and of validation (n, label sets), and the setting.
     """
 
-    def loss(logits, found):
-        labels = found["labels"].to(logits.device)
+    def loss(logits, batch):
+        labels = batch["labels"].to(logits.device)
         parts = zip(logits.float().split(classes, dim=1), labels.T, strict=True)
         return sum(F.cross_entropy(part, y) for part, y in parts)
 
-    def right(logits, found):
+    def right(logits, batch):
         parts = logits.split(classes, dim=1)
         guess = torch.stack([part.argmax(dim=1) for part in parts], dim=1)
-        return guess == found["labels"]
+        return guess == batch["labels"]
 
     def make():
         return Tuned(vit, sum(classes), pooled=True, tune=True)
@@ -1169,10 +1166,11 @@ def fine_tune(vit, sources, classes, epochs, settings):
 
 def learn_tuned(study):
     settings = study.chosen.get("fine-tuning", FINE_TUNING)
-    sources = *study.learning.split(study.cut), study.testing
+    train, val = study.learning.split(study.cut)
+    sources = (train, val, study.testing)
     epochs = study.options.epochs
     test, val, setting = fine_tune(study.vit, sources, study.classes, epochs, settings)
-    study.say(f"fine-tuned with {setting}")
+    print(f"  fine-tuned with {setting}", flush=True)
     study.chosen["fine-tuning"] = [setting]
     return {"fine-tuned": test, "fine-tuned val": val}
 
@@ -1232,7 +1230,6 @@ def draw_scaling(models):
         against(axis, group, "embed_dim", "fine-tuned", **line)
     axis.set_xlabel("width")
     axis.set_xscale("log", base=2)
-    legend(fig)
     return fig
 
 
@@ -1310,47 +1307,49 @@ def dense_probe(vit, sources, classes, epochs, tune, settings):
     def fold(logits, mask):  # (B, N, classes·p²) -> (B, classes, S, S)
         return F.fold(logits.float().mT, mask.shape[1:], p, stride=p)
 
-    def loss(logits, found):
-        mask = found["masks"].to(logits.device)
+    def loss(logits, batch):
+        mask = batch["masks"].to(logits.device)
         return F.cross_entropy(fold(logits, mask), mask, ignore_index=VOID)
 
-    def counts(logits, found):
-        mask = found["masks"]
+    def counts(logits, batch):
+        mask = batch["masks"]
         return overlap(fold(logits, mask).argmax(dim=1), mask, classes)
 
-    def score(counts):
+    def total(counts):
         return mean_iou(counts.mean(axis=0))
 
     def make():
         return Tuned(vit, classes * p * p, pooled=False, tune=tune)
 
-    return choose(make, loss, counts, score, sources, epochs, settings)
+    return choose(make, loss, counts, total, sources, epochs, settings)
 
 
 def learn_dense(study):
-    if not study.testing.has_masks:
+    if not (study.on_stimuli or study.options.masks):
         return {}
     vit, epochs = study.vit, study.options.epochs
     testing = replace(study.testing, with_masks=True)
     learning = study.learning.first(max(4, len(study.learning) // 4))
     learning = replace(learning, with_masks=True)
     classes = 1 + max(largest_class(learning), largest_class(testing))
-    sources = *learning.split(3 * len(learning) // 4), testing
+    train, val = learning.split(3 * len(learning) // 4)
+    sources = (train, val, testing)
     found = {}
-    for key, settings in (("linear", LINEAR_HEADS), ("fine-tuned", FINE_TUNING)):
-        tune = key == "fine-tuned"
-        settings = study.chosen.get(f"mIoU {key}", settings)
+    for head, settings in (("linear", LINEAR_HEADS), ("fine-tuned", FINE_TUNING)):
+        key = f"mIoU {head}"
+        tune = head == "fine-tuned"
+        settings = study.chosen.get(key, settings)
         rows, _, setting = dense_probe(vit, sources, classes, epochs, tune, settings)
-        study.say(f"{key} segmentation with {setting}")
-        study.chosen[f"mIoU {key}"] = [setting]
-        found[f"mIoU {key}"] = rows
+        print(f"  {head} segmentation with {setting}", flush=True)
+        study.chosen[key] = [setting]
+        found[key] = rows
     return found
 
 
 def largest_class(source):
     largest = 0
-    for found in source.batches(BATCH):
-        known = found["masks"] * (found["masks"] != VOID)
+    for batch in source.batches(BATCH):
+        known = batch["masks"] * (batch["masks"] != VOID)
         largest = max(largest, int(known.max()))
     return largest
 
@@ -1431,7 +1430,10 @@ def taught_pairing(study, offset):
 
 
 def decide(study, known, labels, rows):
-    """Classes for `rows` by the better probe, on validation, of mean token and CLS."""
+    """Classes of `rows` by a probe that learnt the `known` training images.
+
+    The better one, on validation, of mean patch token and CLS.
+    """
     seen, labels = study.seen["output"][known], labels[known]
     cut = 3 * len(seen) // 4
     probes = []
@@ -1511,18 +1513,18 @@ def learn_noise(study):
     half = study.testing.first(max(1, len(study.testing) // 2))
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for found in progress(half.batches(BATCH), "band noise", -(-len(half) // BATCH)):
-        images = found["images"].float()
+    for batch in half.batches(BATCH, "band noise"):
+        images = batch["images"].float()
         right = []
         for low, high in [(0, 0), *BANDS]:
             noisy = images
-            if high > 0:
+            if high > 0:  # else the clean ones
                 noise = NOISE * band_noise(images.shape, low, high, generator)
                 noisy = (images + noise).clamp(0, 255)
             tokens = study.vit(normalise(noisy, study.vit.cls_token.device))
-            seen = features(tokens)[:, study.probe.kind].cpu()
+            seen = pooled_and_cls(tokens)[:, study.probe.kind].cpu()
             decisions = study.probe.classify(seen)
-            right.append((decisions == found["labels"].numpy()).mean(axis=1))
+            right.append((decisions == batch["labels"].numpy()).mean(axis=1))
         rows.append(np.stack(right, axis=1))
     return {"noise": np.concatenate(rows)}
 
@@ -1537,13 +1539,13 @@ def pixels_per_wave(frequency):
 
 
 def draw_noise(models):
-    fig, [[axis]] = canvas(1)
-    label, no_loss = "relative accuracy drop", (0, "no loss")
-    curves(axis, models, Panel("noise", label, BAND, band_noise_drop, line=no_loss))
-    above = axis.secondary_xaxis("top", functions=(pixels_per_wave, pixels_per_wave))
+    drop = "relative accuracy drop"
+    panel = Panel("noise", drop, BAND, band_noise_drop, line=(0, "no loss"))
+    fig = draw_panels(models, [panel])
+    both_ways = (pixels_per_wave, pixels_per_wave)
+    above = fig.axes[0].secondary_xaxis("top", functions=both_ways)
     above.set_xlabel("pixels per wave")
     above.set_xticks([40, 13, 8, 5, 4, 3, 2.5, 2.1])
-    legend(fig)
     return fig
 
 
@@ -1578,17 +1580,20 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 
 def learn_layers(study):
     """-> layers, layers val (n, L) for claims; curves (n, 2L, label sets)."""
-    places = list(np.ndindex(len(study.vit.blocks), 2))
+    depth = len(study.vit.blocks)
+    states = list(np.ndindex(depth, 2))  # (layer, 0 after attention or 1 after MLP)
     found = {}
     for kind in ("cls", "pooled"):
         seen, rows = study.seen[kind], study.rows[kind]  # (n, L, 2, D)
         probes = []
-        for place in progress(places, f"probes of every layer, {kind}", len(places)):
-            probes.append(Probe(study, seen[:, *place], rows[:, *place]))
-        found[f"layers {kind}"] = np.stack([probe.right for probe in probes], axis=1)
-    validated = np.stack([probe.val_right for probe in probes], axis=1)
-    found["layers"] = found["layers pooled"][:, 1::2].mean(axis=2)  # after each MLP
-    found["layers val"] = validated[:, 1::2].mean(axis=2)
+        for state in progress(states, f"probes of every layer, {kind}", 2 * depth):
+            probes.append(Probe(study, seen[:, *state], rows[:, *state]))
+        right = np.stack([probe.right for probe in probes], axis=1)
+        val_right = np.stack([probe.val_right for probe in probes], axis=1)
+        found[f"layers {kind}"] = right
+    # claims read what came last, pooled tokens, after each MLP; mean over label sets
+    found["layers"] = right[:, 1::2].mean(axis=2)
+    found["layers val"] = val_right[:, 1::2].mean(axis=2)
     return found
 
 
@@ -1731,7 +1736,6 @@ def draw_sweep(models):
     curves(axes[1, 0], models, NMI)
     curves(axes[1, 1], models, AT_PI)
     fig.colorbar(ScalarMappable(cmap=LAMBDAS), ax=axes, shrink=0.6, label="λ")
-    legend(fig)
     return fig
 
 
@@ -1826,7 +1830,7 @@ FIGURES["cka"] = Figure(
     text="Which layers see the same differences between images",
     lesson=cka_lesson,
     measure=(measure_tokens,),
-    across=compare_layers,
+    across=(compare_layers,),
     draw=draw_cka,
     keys=("cka",),
 )
@@ -1861,39 +1865,36 @@ class Source:
     def split(self, cut):
         return self.first(cut), self.only(self.indices[cut:])
 
-    @property
-    def has_masks(self):
-        return isinstance(self.images, Stimuli) or bool(self.masks)
-
-    def batches(self, batch):
+    def batches(self, size, label="images"):
         """Centre squares: dicts of images, labels, index and perhaps masks."""
         keys = [(None, index) for index in self.indices]
-        return self.load(keys, batch)
+        return self.load(keys, size, label)
 
-    def augmented(self, epochs, batch):
+    def augmented(self, epochs, size):
         """Every epoch in another order, cropped and flipped; whole batches only."""
         keys = []
         for epoch in range(epochs):
             order = np.random.default_rng([0, epoch]).permutation(len(self))
-            whole = order[: len(order) // batch * batch]
+            whole = order[: len(order) // size * size]
             keys += [(epoch, self.indices[place]) for place in whole]
-        return self.load(keys, batch)
+        return self.load(keys, size, "training")
 
-    def load(self, keys, batch):
+    def load(self, keys, size, label):
+        batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         loader = DataLoader(
             self,
-            batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
             generator=torch.Generator(),
         )
-        for faults, found in loader:
+        for faults, batch in progress(loader, label, len(batches)):
             for fault in faults:
                 if isinstance(fault, UserError):
                     raise fault
                 print(f"  left out: {fault}")
-            if found:
-                yield found
+            if batch:
+                yield batch
 
     def __getitem__(self, key):
         """What the loader asks for, with key = (epoch, index)."""
@@ -1940,12 +1941,12 @@ class Source:
 
 def collate(items):
     """-> what could not be read, and the rest as a batch."""
-    found = defaultdict(list)
+    batch = defaultdict(list)
     for item in items:
         for key, value in item.items():
-            found[key].append(value)
-    faults = found.pop("fault", [])
-    return faults, {key: torch.stack(values) for key, values in found.items()}
+            batch[key].append(value)
+    faults = batch.pop("fault", [])
+    return faults, {key: torch.stack(values) for key, values in batch.items()}
 
 
 def normalise(images, device):
@@ -1976,7 +1977,7 @@ class Layer:
     last: bool
     grid: tuple  # rows, columns
     patch_size: int
-    block: Block
+    output_weight: torch.Tensor  # of its attention (D, D)
     record: sslvit.Record
     entered: torch.Tensor  # tokens before it (B, N, D)
     above: torch.Tensor | None  # what attention added in the layer before
@@ -1984,10 +1985,6 @@ class Layer:
     @property
     def heads(self):
         return self.record.heads[:, :, 1:]  # (B, H, N, d)
-
-    @property
-    def output_weight(self):
-        return self.block.attn.proj.weight
 
     @cached_property
     def attn(self):
@@ -2010,7 +2007,7 @@ class Layer:
         return torch.stack([self.record.mid[:, 0], self.record.out[:, 0]], dim=1)
 
 
-def features(tokens):
+def pooled_and_cls(tokens):
     """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
     return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
 
@@ -2018,22 +2015,22 @@ def features(tokens):
 def measure_batch(vit, x, measures):
     """All measurements of one batch -> {key: (B, L, ...)}; output is (B, 2, D)."""
     if not measures:
-        return {"output": features(vit(x))}
+        return {"output": pooled_and_cls(vit(x))}
     tokens, records = vit(x, record=True)
     p = vit.patch_size
-    grid = x.shape[2] // p, x.shape[3] // p
+    grid = (x.shape[2] // p, x.shape[3] // p)
     entered, above = vit.embed(x, None, None, *grid)[:, 1:], None
     found = defaultdict(list)
     for number, record in enumerate(records, start=1):
         last = number == len(records)
-        block = vit.blocks[number - 1]
-        layer = Layer(number, last, grid, p, block, record, entered, above)
+        weight = vit.blocks[number - 1].attn.proj.weight
+        layer = Layer(number, last, grid, p, weight, record, entered, above)
         for measure in measures:
             for key, value in measure(layer).items():
                 found[key].append(value)
         entered, above = record.out[:, 1:], layer.added
     rows = {key: torch.stack(values, dim=1) for key, values in found.items()}
-    return rows | {"output": features(tokens)}
+    return rows | {"output": pooled_and_cls(tokens)}
 
 
 FEATURES = ("output", "pooled", "cls")  # large: not kept with the samples
@@ -2046,10 +2043,10 @@ def collect(vit, batches, measures, total, half=False):
     half: features in half precision. Their size is known after the first batch.
     """
     rows, done = {}, 0
-    for found in batches:
-        x = normalise(found["images"], vit.cls_token.device)
+    for batch in batches:
+        x = normalise(batch["images"], vit.cls_token.device)
         new = measure_batch(vit, x, measures)
-        new |= {"labels": found["labels"], "index": found["index"]}
+        new |= {"labels": batch["labels"], "index": batch["index"]}
         for key, value in new.items():
             value = value.cpu()
             if half and key in FEATURES:
@@ -2074,7 +2071,11 @@ def unique(figures, field):
 
 
 class Study:
-    """One network and what its figures need: rows of test images, probes, choices."""
+    """One network and what its figures need.
+
+    testing, learning: Sources, to test on and to learn from; rows, labels: measured on
+    the first; seen, seen_labels: on the second, where something is learnt.
+    """
 
     def __init__(self, vit, options, chosen):
         self.vit = vit
@@ -2103,9 +2104,6 @@ class Study:
         given = self.options
         return Source(images, order, self.size, given.workers, given.masks, given.data)
 
-    def say(self, text):
-        print(f"  {text}", flush=True)
-
     def run(self, figures):
         """Everything that the figures ask for; -> rows, one per test image."""
         can_do = self.is_labelled or any("labels" not in f.needs for f in figures)
@@ -2128,14 +2126,14 @@ class Study:
         return self.rows
 
     def look(self, source, measures, label, half=False):
-        batch = BATCH
+        """One pass over a source -> {key: rows}."""
+        size = BATCH
         if measures:  # at most 400 MB of attention weights
             heads = self.vit.blocks[0].attn.num_heads
             tokens = 1 + (source.size // self.vit.patch_size) ** 2
             weights = len(self.vit.blocks) * heads * tokens**2
-            batch = max(1, min(BATCH, 10**8 // weights))
-        steps = math.ceil(len(source) / batch)
-        batches = progress(source.batches(batch), label, steps)
+            size = max(1, min(BATCH, 10**8 // weights))
+        batches = source.batches(size, label)
         return collect(self.vit, batches, measures, len(source), half)
 
     def cue_source(self):
@@ -2162,11 +2160,10 @@ class Study:
     def probe(self):
         """The better probe, on validation, of mean patch token and CLS."""
         seen, rows = self.seen["output"], self.rows["output"]
-        probes = []
-        for kind in range(2):
-            probes.append(Probe(self, seen[:, kind], rows[:, kind]))
-            probes[kind].kind = kind
-        return max(probes, key=lambda probe: probe.val)
+        probes = [Probe(self, seen[:, kind], rows[:, kind]) for kind in range(2)]
+        best = max(probes, key=lambda probe: probe.val)
+        best.kind = probes.index(best)
+        return best
 
     @torch.no_grad()
     def pictures(self, figures):
@@ -2174,9 +2171,8 @@ class Study:
         batch = next(self.testing.first(10).batches(10))
         x = normalise(batch["images"], self.vit.cls_token.device)
         found = {}
-        for figure in figures:
-            if figure.pictures is not None:
-                found |= figure.pictures(self.vit, x)
+        for picture in unique(figures, "pictures"):
+            found |= picture(self.vit, x)
         return found
 
     def values(self, figures):
@@ -2185,9 +2181,8 @@ class Study:
         for key, rows in self.rows.items():
             if key not in (*FEATURES, "labels", "index"):
                 found[key] = rows.mean(axis=0, dtype=np.float64)
-        for figure in figures:
-            if figure.summary is not None:
-                found |= figure.summary(self.rows)
+        for summarise in unique(figures, "summary"):
+            found |= summarise(self.rows)
         return found
 
     def note(self):
@@ -2254,8 +2249,8 @@ def paired(groups):
     """Groups of networks -> of equal length, seed by seed where seeds are known."""
     by_seed = [{m["seed"]: m for m in group} for group in groups]
     common = set.intersection(*map(set, by_seed)) - {None}
-    known = [len(seeds) for seeds in by_seed] == [len(group) for group in groups]
-    if common and known:
+    no_seed_twice = [len(seeds) for seeds in by_seed] == [len(g) for g in groups]
+    if common and no_seed_twice:
         return [[seeds[seed] for seed in sorted(common)] for seeds in by_seed]
     length = min(map(len, groups))
     return [group[:length] for group in groups]
@@ -2307,6 +2302,7 @@ def groups_of(models):
     shapes = [shape_of(m) for m in plain if m["role"] != "untrained"]
     if not shapes:
         return {}, ""
+    # of shapes that are as frequent the largest
     common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
     groups = {role: group_of(plain, role, common) for role in ROLES}
     hybrids = [m for m in plain if m["role"] == "hybrid" and shape_of(m) == common]
@@ -2314,16 +2310,19 @@ def groups_of(models):
         lams = by_name(hybrids).values()
         groups["hybrid"] = min(lams, key=lambda group: abs(group[0]["lam"] - 0.2))
         groups["best hybrid"] = max(lams, key=validation_score)
-    groups["MIM with decoder"] = group_of(decoded, "MIM", common)
-    for model in groups["MIM with decoder"][:1]:
-        depth = model["depth"] + model["decoder_depth"]
-        groups["MIM as deep"] = group_of(plain, "MIM", (*common[:3], depth))
-    scale = {shape for shape in shapes if shape[:2] == common[:2]}
-    scale = sorted(scale, key=lambda shape: shape[2] ** 2 * shape[3])
-    if len(scale) > 1:
+    with_decoder = group_of(decoded, "MIM", common)
+    if with_decoder:
+        groups[DECODED] = with_decoder
+        *others, depth = common
+        as_deep = (*others, depth + with_decoder[0]["decoder_depth"])
+        groups["MIM as deep"] = group_of(plain, "MIM", as_deep)
+    # sizes for the same images and patches, by width²·depth, as parameters grow
+    sizes = {shape for shape in shapes if shape[:2] == common[:2]}
+    by_size = sorted(sizes, key=lambda shape: shape[2] ** 2 * shape[3])
+    if len(by_size) > 1:
         for role in ROLES:
-            groups[f"smallest {role}"] = group_of(plain, role, scale[0])
-            groups[f"largest {role}"] = group_of(plain, role, scale[-1])
+            groups[f"smallest {role}"] = group_of(plain, role, by_size[0])
+            groups[f"largest {role}"] = group_of(plain, role, by_size[-1])
     groups = {role: group for role, group in groups.items() if group}
     return groups, note_on_shapes(plain, common)
 
@@ -2357,22 +2356,23 @@ def judge_part(part, groups, needs):
     compared = paired([groups[role] for role in part.roles])
     if not all(was_measured(part, group) for group in compared):
         return row | {"why": f"needs {needs}"}
-    numbers = []
+    numbers = []  # of each role (1 + draws, seeds)
     for group in compared:
         numbers.append(np.stack([numbers_of(part, m["rows"]) for m in group], axis=1))
     difference = part.test(*numbers)
     if np.isnan(difference[0]).any():
         return row | {"why": "gives no number here (needs two heads and two layers)"}
-    # columns of the table: beside those that are compared the others of their size
-    prefix = re.match("(smallest |largest )?", part.roles[0])[0]
+    # columns of the table: every role, of the size that is asked about
+    size = re.match("(smallest |largest )?", part.roles[0])[0]
     for role in ROLES:
         row[role] = None
-        group = groups.get(prefix + role, [])
+        group = groups.get(size + role, [])
         if group and was_measured(part, group):
             row[role] = np.mean([numbers_of(part, m["rows"])[0] for m in group])
+    # those compared: means of the paired seeds only; 'best hybrid' stands as hybrid
     means = [drawn[0].mean() for drawn in numbers]
     for role, mean in zip(part.roles, means, strict=True):
-        row[role.removeprefix(prefix).removeprefix("best ")] = mean
+        row[role.removeprefix(size).removeprefix("best ")] = mean
     if part.unless is not None:
         reason = part.unless(means, row["untrained"])
         if reason:
@@ -2435,11 +2435,11 @@ def claims_table(table):
     heads = " ".join(f"{role:>9}" for role in ROLES)
     lines = [f"{'':34} {heads}   difference [95 % interval]"]
     for claim in table:
-        number, text, figure = claim["claim"], claim["text"], claim["figure"]
-        verdict = claim["verdict"].upper()
+        line = "{claim:2} {text} (figure {figure}): ".format(**claim)
+        line += claim["verdict"].upper()
         if claim["seeds"] >= 3:
-            verdict += f", {claim['seeds']} seeds"
-        lines.append(f"{number:2} {text} (figure {figure}): {verdict}")
+            line += f", {claim['seeds']} seeds"
+        lines.append(line)
         for row in claim["parts"]:
             lines.append(f"   {row['part']:31} {row_text(row)}")
         if claim["note"]:
@@ -2450,21 +2450,29 @@ def claims_table(table):
 def row_text(row):
     if "why" in row:
         return row["why"]
-    cells = []
-    for role in ROLES:
-        cell = "-"
-        if row[role] is not None:
-            cell = f"{row[role]:.3f}"
-        cells.append(f"{cell:>9}")
-    low, high = row["interval"]
-    text = f"{' '.join(cells)}   {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    for outcome in ("holds", "opposed"):
-        if row[outcome]:
-            text += f"  {outcome}"
+    cells = " ".join(f"{number_text(row[role]):>9}" for role in ROLES)
+    difference = number_text(row["difference"], sign="+")
+    low, high = [number_text(end, sign="+") for end in row["interval"]]
+    text = f"{cells}   {difference} [{low}, {high}]  {outcome_of(row)}"
     for role, value in row.items():
-        if role.startswith("MIM "):
-            text += f"; {role} {value:.3f}"
+        if role.startswith("MIM "):  # with decoder, as deep: they have no column
+            text += f"; {role} {number_text(value)}"
     return text
+
+
+def number_text(value, sign=""):
+    """Three decimals and a typographic minus; a dash for nothing."""
+    if value is None:
+        return "–"
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def outcome_of(row):
+    if row["holds"]:
+        return "holds"
+    if row["opposed"]:
+        return "opposed"
+    return "undecided"
 
 
 # ==== The engine: which networks ====================================================
@@ -2562,6 +2570,7 @@ def name_networks(networks):
         for key in ("role", "lam", *SHAPE):
             fault = f"{name} has another {key} already: one NAME= is for seeds"
             require(seeds[0][key] == facts[key], f"{fault} of one network")
+        # the nth name of its role, which chooses a marker and a kind of line
         kin = [n for n, s in names.items() if s[0]["role"] == facts["role"]]
         facts |= {"name": name, "run": len(seeds) - 1, "nth": kin.index(name)}
 
@@ -2590,7 +2599,7 @@ def analyse(options):
     if not options.alone:
         loaded += load_companions(loaded, options)
     shapes = {}
-    for vit in loaded:
+    for vit in loaded:  # the first of each shape has an untrained twin
         shapes.setdefault(shape_of(vit.facts), vit)
     loaded += [untrained_like(vit) for vit in shapes.values()]
     name_networks(loaded)
@@ -2610,9 +2619,8 @@ def analyse(options):
         note = note or study.note()
         vit.cpu()
     together = {}
-    for figure in figures:
-        if figure.across is not None:
-            together |= figure.across(models, rows)
+    for compare in unique(figures, "across"):
+        together |= compare(models, rows)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["numpy"] = np.__version__
     results = {"edition": 2, "settings": vars(options), "versions": versions}
@@ -2631,9 +2639,8 @@ def lean(rows):
             continue
         if key in IMAGES:
             x = x[:500]
-            x = x - x.mean(
-                axis=0
-            )  # spectra centre anyway, and small numbers round less
+            # spectra centre anyway, and small numbers round less
+            x = x - x.mean(axis=0)
         if key == "fourier":
             x = x[..., -1:]  # at π
         if x.dtype.kind == "f":
@@ -2662,12 +2669,11 @@ def write_results(results, samples, out):
     for number, rows in enumerate(samples):
         for key, array in rows.items():
             arrays[f"{number}/{key}"] = array
-    numbers, images = out / "results.json.tmp", out / "samples.npz.tmp"
-    numbers.write_text(json.dumps(results))
-    with open(images, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    for file in (numbers, images):  # whole or not at all
-        os.replace(file, file.with_suffix(""))
+    # under other names first: whole or not at all
+    (out / "new.json").write_text(json.dumps(results))
+    np.savez_compressed(out / "new.npz", **arrays)
+    os.replace(out / "new.json", out / "results.json")
+    os.replace(out / "new.npz", out / "samples.npz")
 
 
 def read_results(path):
@@ -2713,21 +2719,21 @@ def join_results(paths):
 def title_of(figure, claims):
     """The finding, with its numbers, verdict and seeds."""
     title = figure.text
-    for claim in claims:
-        if claim["claim"] != figure.claim:
-            continue
-        own = {part.name for part in figure.parts}
-        rows = [row for row in claim["parts"] if row["part"] in own]
-        if rows and "difference" in rows[0]:
-            title = figure.otherwise
-            if rows[0]["difference"] > 0:
-                title = figure.finding
-            title += ": " + figure.numbers.format(**rows[0])
-        verdict = verdict_of(rows or claim["parts"])
-        if claim["seeds"] > 0:
-            verdict += ", " + count_seeds(claim["seeds"])
-        title += f" ({verdict})"
-    return title
+    claims = [claim for claim in claims if claim["claim"] == figure.claim]
+    if not claims:
+        return title
+    claim = claims[0]
+    own = {part.name for part in figure.parts}
+    rows = [row for row in claim["parts"] if row["part"] in own]
+    if rows and "difference" in rows[0]:
+        title = figure.otherwise
+        if rows[0]["difference"] > 0:
+            title = figure.finding
+        title += ": " + figure.numbers.format(**rows[0])
+    verdict = verdict_of(rows or claim["parts"])
+    if claim["seeds"] > 0:
+        verdict += ", " + count_seeds(claim["seeds"])
+    return f"{title} ({verdict})"
 
 
 def drawable(figure, results):
@@ -2757,7 +2763,8 @@ def draw_figures(results, names, out):
                 fig = draw_panels(models, figure.panels)
             else:
                 fig = figure.draw(models)
-            fig.suptitle("\n".join(textwrap.wrap(title, 95)))
+            legend(fig)
+            fig.suptitle(textwrap.fill(title, 95))
             file = out / file_name(name, figure)
             save(fig, file)
         entry = {"name": name, "title": title, "file": file, "claim": figure.claim}
@@ -2803,24 +2810,24 @@ def parse(argv):
     if torch.cuda.is_available():
         device, workers = "cuda", min(8, os.cpu_count() or 1)
     names = list(FIGURES)
-    files = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
-    images = "test images, four times as many to learn from; 0: all [%(default)s]"
-    epochs = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
-    gpus = "one; several GPUs run several analyses [%(default)s]"
     add = parser.add_argument
-    add("checkpoints", nargs="*", help=files)
+    text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
+    add("checkpoints", nargs="*", help=text)
     add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
     add("--masks", default="", help="folder with <same path>.png, a class per pixel")
     add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     add("--out", default="", help="for everything [figures/ beside the first file]")
-    again = "results.json of one analysis or several, to judge and draw again"
-    add("--from", dest="results", nargs="+", default=[], help=again)
+    text = "results.json of one analysis or several, to judge and draw again"
+    add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    add("--images", type=int, default=1000, help=images)
-    add("--epochs", type=int, default=10, help=epochs)
+    text = "test images, four times as many to learn from; 0: all [%(default)s]"
+    add("--images", type=int, default=1000, help=text)
+    text = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
+    add("--epochs", type=int, default=10, help=text)
     add("--heads", type=int, help="attention heads, where shapes do not tell")
-    add("--device", default=device, help=gpus)
+    text = "one; several GPUs run several analyses [%(default)s]"
+    add("--device", default=device, help=text)
     add("--workers", type=int, default=workers, help="read images [%(default)s]")
     options = parser.parse_args(argv)
     check(options)
@@ -2884,108 +2891,84 @@ MODEL_FACTS = ("path", "role", "lam", "seed", *SHAPE, "num_heads")
 
 def write_report(path, results, figures):
     """results: as in results.json; figures: dicts of draw_figures."""
-    claims = results["claims"]
-    judged = [claim["claim"] for claim in claims]
+    rows, chapters = "", ""
+    for claim in results["claims"]:
+        number, text = claim["claim"], escape(claim["text"])
+        own = [figure for figure in figures if figure["claim"] == number]
+        heading = f"{number} · {text}"
+        if own:
+            heading = f'<a href="#claim-{number}">{heading}</a>'
+        verdict = report_verdict(claim)
+        rows += report_rows(f"{heading} {verdict}", claim["parts"])
+        heading = f'<h2 id="claim-{number}">Claim {number}: {text}</h2>'
+        chapters += report_chapter(f"{heading}<p>{verdict}</p>", own)
+    judged = [claim["claim"] for claim in results["claims"]]
     others = [figure for figure in figures if figure["claim"] not in judged]
+    chapters += report_chapter("<h2>Beyond the paper</h2>", others)
     slots = {
-        "data": html.escape(results["settings"]["data"] or "the built-in stimuli"),
-        "rows": "\n".join(report_claim(claim, figures) for claim in claims),
-        "lessons": "\n".join(report_chapter(claim, figures) for claim in claims),
-        "others": report_section("others", "Beyond the paper", "", others),
-        "facts": html.escape("\n".join(report_facts(results))),
+        "data": escape(results["settings"]["data"] or "the built-in stimuli"),
+        "rows": rows,
+        "chapters": chapters,
+        "facts": escape(report_facts(results)),
     }
     page = PAGE
-    for name, text in slots.items():
-        page = page.replace(f"<!-- {name} -->", text)
+    for name, content in slots.items():
+        page = page.replace(f"<!-- {name} -->", content)
     Path(path).write_text(page, encoding="utf-8")
-
-
-def report_facts(results):
-    """Networks, settings and versions, a line each."""
-    lines = []
-    for model in results["models"]:
-        facts = [f"{key} {model[key]}" for key in MODEL_FACTS]
-        lines.append(f"{model['name']}: {', '.join(facts)}")
-    for name, value in (results["settings"] | results["versions"]).items():
-        lines.append(f"{name}: {value}")
-    return lines
-
-
-def report_number(value, sign=""):
-    """Three decimals and a typographic minus; a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:{sign}.3f}".replace("-", "−")
 
 
 def report_verdict(claim):
     """The verdict as a coloured label, and what stands behind it."""
     kind = claim["verdict"].partition(" (")[0]
     label = f"{VERDICT_MARKS.get(kind, '–')} {claim['verdict']}"
-    evidence = {part["interval_kind"] for part in claim["parts"] if "why" not in part}
-    evidence = sorted(evidence)
+    kinds = {part["interval_kind"] for part in claim["parts"] if "why" not in part}
+    evidence = sorted(kinds)
     if claim["seeds"] > 1:
         evidence.append(f"{claim['seeds']} seeds")
     if claim["note"]:
         evidence.append(claim["note"])
-    behind = html.escape(", ".join(evidence))
+    behind = escape(", ".join(evidence))
     return f'<b class="verdict {kind}">{label}</b> <small>{behind}</small>'
 
 
-def report_claim(claim, figures):
-    """A claim in the table: its heading with the verdict, then a row for each part."""
-    number = claim["claim"]
-    heading = f"{number} · {html.escape(claim['text'])}"
-    if any(figure["claim"] == number for figure in figures):
-        heading = f'<a href="#claim-{number}">{heading}</a>'
-    rows = [f'<tr><th colspan="7">{heading} {report_verdict(claim)}</th></tr>']
-    for part in claim["parts"]:
-        if "why" in part:
-            cells = f'<td colspan="6" class="why">{html.escape(part["why"])}</td>'
-        else:
-            cells = report_values(part)
-        rows.append(f"<tr><td>{html.escape(part['part'])}</td>{cells}</tr>")
-    return "<tbody>" + "\n".join(rows) + "</tbody>"
+def report_rows(heading, parts):
+    """A claim in the table: its heading, then a row for each part."""
+    rows = f'<tr><th colspan="7">{heading}</th></tr>\n'
+    for part in parts:
+        rows += f"<tr><td>{escape(part['part'])}</td>{report_cells(part)}</tr>\n"
+    return f"<tbody>{rows}</tbody>\n"
 
 
-def report_values(part):
+def report_cells(part):
+    if "why" in part:
+        return f'<td colspan="6" class="why">{escape(part["why"])}</td>'
     cells = ""
     for role in ROLES:
-        cells += f'<td class="number {role}">{report_number(part[role])}</td>'
-    difference = report_number(part["difference"], sign="+")
-    low, high = [report_number(end, sign="+") for end in part["interval"]]
+        cells += f'<td class="number {role}">{number_text(part[role])}</td>'
+    difference = number_text(part["difference"], sign="+")
+    low, high = [number_text(end, sign="+") for end in part["interval"]]
     cells += f'<td class="number"><b>{difference}</b> [{low}, {high}]</td>'
-    outcome = "undecided"
-    for word in ("holds", "opposed"):
-        if part[word]:
-            outcome = word
+    outcome = outcome_of(part)
     return cells + f'<td class="{outcome}">{outcome}</td>'
 
 
-def report_chapter(claim, figures):
-    number = claim["claim"]
-    own = [figure for figure in figures if figure["claim"] == number]
-    heading = f"Claim {number}: {html.escape(claim['text'])}"
-    return report_section(f"claim-{number}", heading, report_verdict(claim), own)
-
-
-def report_section(place, heading, text, figures):
+def report_chapter(heading, figures):
     """Figures, each with its lesson below; nothing if there are none."""
     if not figures:
         return ""
     body = "\n".join(report_figure(figure) for figure in figures)
-    return f'<section id="{place}"><h2>{heading}</h2><p>{text}</p>{body}</section>'
+    return f"<section>{heading}{body}</section>\n"
 
 
 def report_figure(figure):
-    title = html.escape(figure["title"])
+    title = escape(figure["title"])
     picture = base64.b64encode(Path(figure["file"]).read_bytes()).decode()
     lesson = ""
     for paragraph in figure["lesson"].split("\n\n"):
         kind = "text"
         if paragraph.startswith(" "):  # an equation keeps its lines
             kind = "equation"
-        lesson += f'<p class="{kind}">{html.escape(paragraph.strip())}</p>'
+        lesson += f'<p class="{kind}">{escape(paragraph.strip())}</p>'
     origin = figure["name"]
     if figure["number"] != "-":
         origin += f", the paper's figure {figure['number']}"
@@ -2996,13 +2979,23 @@ def report_figure(figure):
     )
 
 
+def report_facts(results):
+    """Networks, settings and versions, a line each."""
+    lines = []
+    for model in results["models"]:
+        facts = [f"{key} {model[key]}" for key in MODEL_FACTS]
+        lines.append(f"{model['name']}: {', '.join(facts)}")
+    for name, value in (results["settings"] | results["versions"]).items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What did they learn?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body { margin: 0 auto; padding: 1.5em; max-width: 62em; color: #1a1a1a;
-  font: clamp(16px, 0.6vw + 10px, 24px)/1.55 system-ui, "DejaVu Sans", sans-serif; }
-h1, h2, h3 { line-height: 1.2; text-wrap: balance; break-after: avoid; }
+  font: 17px/1.55 system-ui, "DejaVu Sans", sans-serif; }
 h2 { margin-top: 2.2em; padding-top: 0.6em; border-top: 3px solid; }
 p { max-width: 42em; }
 small { font-weight: normal; color: #555; }
@@ -3013,21 +3006,16 @@ tbody th { padding-top: 1em; border-top: 1px solid #bbb; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .CL { color: #b34e00; } .MIM { color: #0072b2; } .hybrid { color: #7a3aa2; }
 .untrained, .why, .undecided { color: #666; }
-.holds { font-weight: bold; }
-.opposed { color: #a0001c; }
 .verdict { padding: 0 0.5em; border-radius: 1em; background: #eee; }
-.verdict.agrees { color: #00573f; background: #dcf3ea; }
-.verdict.weak, .verdict.mixed { color: #6b4a00; background: #fff2cc; }
-.verdict.opposed { background: #fde3e6; }
+.agrees { color: #00573f; } .opposed { color: #a0001c; } .holds { font-weight: bold; }
 figure { margin: 1.2em 0 2.5em; }
 figure img { display: block; max-width: 100%; }
 .equation { white-space: pre-wrap; padding-left: 1.5em; font-family: Georgia, serif; }
 .wide { overflow-x: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }
 @media print {
-  body { font-size: 10pt; padding: 0; print-color-adjust: exact; }
+  body { font-size: 10pt; padding: 0; }
   figure, tr { break-inside: avoid; }
-  figure img { max-height: 15cm; }
   table { font-size: 7.5pt; }
 }
 </style></head><body>
@@ -3049,8 +3037,7 @@ claim <b>agrees</b> when every part holds; <b>opposed</b>: none holds and some a
 opposed; <b>mixed</b>: some hold, some are opposed; <b>weak</b>: none is opposed, and
 every sign is right or half of the parts hold; <b>open</b>: anything else. One seed says
 how sure the images are, not whether another training would end alike.</small></p>
-<!-- lessons -->
-<!-- others -->
+<!-- chapters -->
 <section><h2>Models, settings, versions</h2>
 <pre><!-- facts --></pre></section>
 </body></html>
@@ -3196,9 +3183,9 @@ def read_checkpoint(path):
     with open(path, "rb") as file:
         start = file.read(9)
         file.seek(0)
-        if start[8:] == b"{":
+        if start[8:] == b"{":  # a header behind its length
             return read_safetensors(file)
-        if start[:4] == b"PK\x03\x04":
+        if start[:4] == b"PK\x03\x04":  # a zip archive
             names = torch._C.PyTorchFileReader(file).get_all_records()
             is_program = "constants.pkl" in names
             require(not is_program, "a TorchScript program, which torch.load would run")
@@ -3304,7 +3291,7 @@ def split_positions(weights):
     if extra == 0:
         # timm's no_embed_class: CLS has no place
         cls = torch.zeros_like(cls)
-    if extra > 1:
+    if extra > 1:  # registers never move: what is added for their place can stay
         weights["registers"] = registers + positions[:, 1:extra]
     weights["pos_embed"] = torch.cat([cls, positions[:, extra:]], dim=1)
 
@@ -3365,8 +3352,9 @@ def find_sizes(weights, family, config, heads):
     numbers = re.findall(r"\bblocks\.(\d+)\.", " ".join(weights))
     require(numbers, "there are patches, but no blocks: no blocks.0.norm1.weight")
     depth = 1 + max(int(number) for number in numbers)
-    num_heads = {384: family.small_heads, 1280: 16}.get(embed_dim, embed_dim // 64)
-    num_heads = heads or max(1, num_heads)
+    # of ViT-S and ViT-H; all others have heads of 64
+    known = {384: family.small_heads, 1280: 16}
+    num_heads = heads or known.get(embed_dim, max(1, embed_dim // 64))
     if config:
         require(config["model"] in SIZES, f"a model of unknown size {config['model']}")
         num_heads = SIZES[config["model"]]["num_heads"]
@@ -3391,7 +3379,8 @@ def build(weights, sizes):
         options["layer_scale"] = 0.1
     odd = [key for key in ("registers", TABLE, OWN_TABLE) if key in weights]
     require(len(odd) < 2, f"{' and '.join(odd)} in one network")
-    if odd in ([], [TABLE]):
+    is_ours = odd in ([], [TABLE])
+    if is_ours:
         vit = ViT(*sizes, **options)
     else:
         none = torch.zeros(1, 0, len(weights[PATCHES]))
@@ -3406,25 +3395,14 @@ def build(weights, sizes):
     return vit.eval(), missing, unexpected
 
 
-def find_facts(path, vit, family, config):
+def find_facts(path, sizes, family, config):
     """What the rest of this file wants to know of a network."""
     lam = config.get("lam", family.lam)
-    return {
-        "path": str(path),
-        "family": family.name,
-        "role": ROLE_OF.get(lam, "hybrid"),
-        "lam": lam,
-        "image_size": vit.grid * vit.patch_size,
-        "patch_size": vit.patch_size,
-        "embed_dim": vit.embed_dim,
-        "depth": len(vit.blocks),
-        "num_heads": vit.blocks[0].attn.num_heads,
-        "decoder_depth": config.get("decoder_depth", 0),
-        "config": config,
-        "crop_min": config.get("crop_min"),
-        "blur": config.get("blur"),
-        "seed": config.get("seed"),
-    }
+    facts = {"path": str(path), "family": family.name, "config": config}
+    facts |= {"role": ROLE_OF.get(lam, "hybrid"), "lam": lam}
+    facts |= dict(zip((*SHAPE, "num_heads"), sizes, strict=True))
+    facts |= {key: config.get(key) for key in ("crop_min", "blur", "seed")}
+    return facts | {"decoder_depth": config.get("decoder_depth", 0)}
 
 
 def load_encoder(path, heads=None):
@@ -3448,7 +3426,7 @@ def load_encoder(path, heads=None):
             reason = reason[:300]
         message = f"no Vision Transformer that can be taken apart here: {reason}"
         raise UserError(f"{path}: {message}") from error
-    vit.facts = find_facts(path, vit, family, config)
+    vit.facts = find_facts(path, sizes, family, config)
     facts = "{path}: {family}, {role}, patches of {patch_size} px, {embed_dim} wide, "
     facts += "{depth} deep, {num_heads} heads"
     guess = ""
