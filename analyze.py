@@ -2633,9 +2633,11 @@ def lean(rows):
 
     Three digits, as means over images ask for no more; what no claim reads is left out.
     """
+    parts = [part for figure in FIGURES.values() for part in figure.parts]
+    read = {key for part in parts for key in part.keys} | {"labels", "index"}
     kept = {}
     for key, x in rows.items():
-        if key in (*FEATURES, "token spectrum"):
+        if key not in read and not key.endswith(" val"):
             continue
         if key in IMAGES:
             x = x[:500]
