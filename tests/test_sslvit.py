@@ -1330,6 +1330,19 @@ def test_what_is_given_goes_before_the_recipe():
     assert given == {"preset": "small32", "steps": 7, "blur": 1.0, "lam": 0.4}
 
 
+@pytest.mark.parametrize("preset", ["micro", "small32"])
+def test_objectives_do_equal_work(preset):
+    """Encoder passes of all training: MoCo 2·3 + 2 an image, SimMIM 3, hybrid 11."""
+    work = {}
+    for objective, passes in (("moco", 8), ("simmim", 3), ("hybrid", 11)):
+        words = ["--preset", preset, "--objective", objective, "--data", "x"]
+        cfg, _ = sslvit.parse(words)
+        steps = sslvit.number_of_steps(cfg, 50000)
+        work[objective] = steps * cfg.batch_size * passes
+    assert work["moco"] == pytest.approx(work["hybrid"], rel=1e-3)
+    assert work["simmim"] == pytest.approx(work["hybrid"], rel=1e-3)
+
+
 # ---- 8. Workshop: stimuli ----
 
 
