@@ -792,11 +792,11 @@ def image_growth(entered, left):
     """Of matrices (n, 1, D) of mean tokens: those that enter and leave the network.
 
     An embedding of 48 numbers fills 48 directions of its 96. What enters the others is
-    rounding, by the rule of NumPy's matrix_rank: they are left out on both sides.
+    rounding, of samples in half precision: they are left out on both sides.
     """
     x = torch.from_numpy(np.concatenate([entered, left], axis=1)).float()
     before, after = free_spectrum(x.transpose(0, 1))
-    rounding = len(entered) * torch.finfo(torch.float32).eps
+    rounding = torch.finfo(torch.float16).eps / 2
     is_filled = before > before[0] + math.log(rounding)
     return float((after - before)[is_filled].mean())
 
