@@ -589,7 +589,7 @@ def draw_masks(batch, cfg, generator=None):
 
 
 # [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
-SHARES = {
+COLOUR_SHARES = {
     "jitter": (0.8, 0.8),
     "grey": (0.2, 0.2),
     "blur": (1.0, 0.1),
@@ -605,7 +605,8 @@ def draw_colours(rng, cfg):
     contrast, saturation, hue; blur (2,): σ in px, 0: none; grey, solarise, flip (2,):
     yes or no.
     """
-    happens = dict(zip(SHARES, rng.random((5, 2)) < list(SHARES.values()), strict=True))
+    drawn = rng.random((5, 2)) < list(COLOUR_SHARES.values())
+    happens = dict(zip(COLOUR_SHARES, drawn, strict=True))
     order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
     factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)

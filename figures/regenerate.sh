@@ -7,16 +7,17 @@
 # classes from https://github.com/rgeirhos/texture-vs-shape, scaled to 32 px. A day on
 # two cores; what is shipped was trained on a GPU, many runs side by side.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-photographs="--data $(realpath "$1") --preset small32"
+data=$(realpath "$1")
 cues=$(realpath "$2")
+cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
 # 22, 8.25 and 6 epochs are equal work for the encoder: 3, 8 and 11 passes an image
 train() { # objective, seed, epochs for photographs
   python sslvit.py --objective $1 --seed $2 --out runs/stimuli-$1-$2
   if [ "$2" -lt 3 ]; then
-    python sslvit.py $photographs --objective $1 --seed $2 --epochs $3 --out runs/cifar10-$1-$2
+    python sslvit.py --data "$data" --preset small32 --objective $1 --seed $2 \
+      --epochs $3 --out runs/cifar10-$1-$2
   fi
 }
 for seed in 0 1 2 3; do
@@ -33,7 +34,7 @@ done
 unset OMP_NUM_THREADS
 python analyze.py runs/stimuli-{moco,simmim,hybrid}-{0,1,2,3}/ckpt.pt --alone --out figures
 python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
-  --data "$1" --cue-conflict "$cues" --out figures/cifar10
+  --data "$data" --cue-conflict "$cues" --out figures/cifar10
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png

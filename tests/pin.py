@@ -7,8 +7,8 @@ of the encoder in its checkpoint. `--program PATH` pins another version of sslvi
 that two versions can be compared side by side on one machine.
 
 Bits are those of one processor and one version of torch: `check` names both. What is in
-tests/pinned.json comes from the first edition of sslvit.py (commit 0795e15), except
-where a commit that changed it says so.
+tests/pinned.json was recorded anew when the views' random numbers changed (commit
+bbede80); before, it was the first edition's (0795e15).
 """
 
 import argparse
