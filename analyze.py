@@ -2316,9 +2316,11 @@ def groups_of(models):
         *others, depth = common
         as_deep = (*others, depth + with_decoder[0]["decoder_depth"])
         groups["MIM as deep"] = group_of(plain, "MIM", as_deep)
-    # sizes for the same images and patches, by width²·depth, as parameters grow
-    sizes = {shape for shape in shapes if shape[:2] == common[:2]}
-    by_size = sorted(sizes, key=lambda shape: shape[2] ** 2 * shape[3])
+    # sizes that both have, for the same images and patches, as parameters grow
+    both = {shape_of(m) for m in plain if m["role"] == "CL"}
+    both &= {shape_of(m) for m in plain if m["role"] == "MIM"}
+    sizes = [shape for shape in both if shape[:2] == common[:2]]
+    by_size = sorted(sizes, key=lambda shape: (shape[2] ** 2 * shape[3], shape))
     if len(by_size) > 1:
         for role in ROLES:
             groups[f"smallest {role}"] = group_of(plain, role, by_size[0])
@@ -2555,9 +2557,8 @@ VARYING = {
 }
 
 
-def name_networks(networks):
+def name_networks(all_facts):
     """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else."""
-    all_facts = [vit.facts for vit in networks]
     varies = [key for key in VARYING if len({f[key] for f in all_facts}) > 1]
     names = defaultdict(list)
     for facts in all_facts:
@@ -2602,7 +2603,7 @@ def analyse(options):
     for vit in loaded:  # the first of each shape has an untrained twin
         shapes.setdefault(shape_of(vit.facts), vit)
     loaded += [untrained_like(vit) for vit in shapes.values()]
-    name_networks(loaded)
+    name_networks([vit.facts for vit in loaded])
     figures = [FIGURES[name] for name in options.only]
     models, rows, chosen, note = [], [], defaultdict(dict), ""
     for vit in loaded:
@@ -2625,16 +2626,21 @@ def analyse(options):
     versions["numpy"] = np.__version__
     results = {"edition": 2, "settings": vars(options), "versions": versions}
     results |= {"note": note, "models": models, "together": together}
-    return plain(results), [lean(found) for found in rows]
+    return plain(results), [lean(found, options.only) for found in rows]
 
 
-def lean(rows):
+def read_by_claims(names):
+    """The keys of rows that these figures' parts read, and who is in which row."""
+    parts = [part for name in names for part in FIGURES[name].parts]
+    return {key for part in parts for key in part.keys} | {"labels", "index"}
+
+
+def lean(rows, names):
     """What samples.npz keeps of an image's numbers, and verdicts are computed from.
 
     Three digits, as means over images ask for no more; what no claim reads is left out.
     """
-    parts = [part for figure in FIGURES.values() for part in figure.parts]
-    read = {key for part in parts for key in part.keys} | {"labels", "index"}
+    read = read_by_claims(names)
     kept = {}
     for key, x in rows.items():
         if key not in read and not key.endswith(" val"):
@@ -2697,25 +2703,52 @@ def read_results(path):
 
 
 def join_results(paths):
-    """Several analyses of the same images as one: seeds may come later than others."""
+    """Several analyses of the same images as one: seeds and sizes may come later."""
     results, samples = read_results(paths[0])
+    if len(paths) == 1:
+        return results, samples
     models = results["models"]
     for path in paths[1:]:
         more, found = read_results(path)
         for key in ("data", "images", "epochs"):
             same = more["settings"][key] == results["settings"][key]
             require(same, f"--from {path}: another --{key} than {paths[0]}")
-        for model, rows in zip(more["models"], found, strict=True):
+        for rows in found:
             same = np.array_equal(rows["index"], samples[0]["index"])
             require(same, f"--from {path}: other test images than {paths[0]}")
-            seeds = [m for m in models if m["name"] == model["name"]]
-            if model["seed"] in [m["seed"] for m in seeds]:
-                continue
-            if seeds:
-                model |= {"run": len(seeds), "nth": seeds[0]["nth"], "pictures": {}}
-            models.append(model)
-            samples.append(rows)
-    return results, samples
+        models += more["models"]
+        samples += found
+    name_networks(models)
+    # who is in several analyses, as untrained networks often are, counts once
+    once = {}
+    for model, rows in zip(models, samples, strict=True):
+        path = model["path"] if model["seed"] is None else ""
+        once.setdefault((model["name"], model["seed"], path), (model, rows))
+    models, samples = map(list, zip(*once.values(), strict=True))
+    name_networks(models)
+    for model in models:
+        if model["run"] > 0:
+            model["pictures"] = {}
+    return results | {"models": models}, samples
+
+
+def reduce_to(options, results, samples):
+    """Leaves out what --only does not name, in results and -> samples."""
+    was = results["settings"]["only"]
+    names = [name for name in was if name in options.only]
+    require(names, f"--only: these results have {', '.join(was)}")
+    if len(names) == len(was):
+        return samples
+    sources = {Path(path).parent.resolve() for path in options.results}
+    fault = "--only leaves numbers out: give another --out"
+    require(Path(options.out).resolve() not in sources, fault)
+    results["settings"]["only"] = names
+    read = read_by_claims(names)
+    kept = []
+    for rows in samples:
+        is_wanted = {key: key in read or key.endswith(" val") for key in rows}
+        kept.append({key: x for key, x in rows.items() if is_wanted[key]})
+    return kept
 
 
 def title_of(figure, claims):
@@ -2820,7 +2853,7 @@ def parse(argv):
     add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     add("--out", default="", help="for everything [figures/ beside the first file]")
-    text = "results.json of one analysis or several, to judge and draw again"
+    text = "results.json of one analysis or several, to judge and draw again (--only)"
     add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
     text = "test images, four times as many to learn from; 0: all [%(default)s]"
@@ -2861,20 +2894,20 @@ def main(argv=None):
         options = parse(argv)
         if options.results:
             results, samples = join_results(options.results)
+            samples = reduce_to(options, results, samples)
         else:
             results, samples = analyse(options)
         models = []
         for model, rows in zip(results["models"], samples, strict=True):
             models.append(model | {"rows": rows})
-        names = [name for name in results["settings"]["only"] if name in FIGURES]
-        claims = judge(models, names, results["note"])
+        claims = judge(models, results["settings"]["only"], results["note"])
         results["claims"] = plain(claims)
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         # numbers first: a full disk takes the pictures only
         write_results(results, samples, out)
         print(claims_table(results["claims"]))
-        figures = draw_figures(results, options.only, out)
+        figures = draw_figures(results, results["settings"]["only"], out)
         write_report(out / "report.html", results, figures)
         print(f"what was computed and drawn is in {out}")
         return 0

@@ -176,7 +176,7 @@ def test_image_growth_counts_directions_that_the_embedding_fills():
     # the same in other axes, where half precision rounds in every direction
     axes = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     rows = {"images, entered": entered @ axes, "images, left": left @ axes}
-    kept = analyze.lean(rows)
+    kept = analyze.lean(rows, analyze.FIGURES)
     assert kept["images, left"].dtype == np.float16
     assert analyze.image_growth(*kept.values()) == pytest.approx(2, abs=1e-3)
 
@@ -189,7 +189,7 @@ def test_samples_keep_what_claims_read():
         "labels": np.arange(9),
         "images, left": np.full((600, 1, 4), 7.0),
     }
-    kept = analyze.lean(rows)
+    kept = analyze.lean(rows, analyze.FIGURES)
     assert list(kept) == ["nmi", "fourier", "labels", "images, left"]
     assert kept["fourier"].tolist() == rows["fourier"][..., 4:].tolist()
     assert analyze.at_pi(kept["fourier"][0]).tolist() == [4.0, 9.0]
@@ -677,6 +677,8 @@ def test_claim_2_needs_networks_that_are_better_than_new_ones():
         for role, width, value in (
             ("CL", 48, 0.6), ("MIM", 48, 0.5), ("untrained", 48, 0.4),
             ("CL", 192, 0.7), ("MIM", 192, 0.9), ("untrained", 192, 0.8),
+            # only one of the two has this size: no comparison, and not the largest
+            ("MIM", 384, 0.9),
         )
     ]  # fmt: skip
     small, large = judged(models, 2)["parts"]
@@ -884,6 +886,43 @@ def test_seeds_of_two_analyses_are_joined(checkpoints, tmp_path, capsys):
     assert [model["run"] for model in joined["models"]] == [0, 0, 0, 1, 1]
     run(checkpoints, ["moco1"], tmp_path / "b", *only, "--images", "30")
     assert "--images" in fails(capsys, "--from", *files, "--out", tmp_path / "e")
+
+
+def test_only_of_results_keeps_what_it_judges(checkpoints, tmp_path, capsys):
+    whole = tmp_path / "a"
+    run(checkpoints, ["moco", "simmim"], whole, "--only", "nmi", "distance")
+    before = (whole / "results.json").read_bytes(), (whole / "samples.npz").read_bytes()
+    again = ["--from", whole / "results.json", "--only", "nmi"]
+    # into the same folder it would lose the distances
+    assert "another --out" in fails(capsys, *again)
+    after = (whole / "results.json").read_bytes(), (whole / "samples.npz").read_bytes()
+    assert after == before
+    assert analyze.main([str(word) for word in again] + ["--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [claim["claim"] for claim in results["claims"]] == [5]
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert {name.split("/")[1] for name in arrays} == {"nmi", "labels", "index"}
+    again = ["--from", tmp_path / "results.json", "--only", "noise"]
+    assert "have nmi" in fails(capsys, *again, "--out", tmp_path / "e")
+
+
+def test_a_size_that_comes_later_is_another_network(checkpoints, tmp_path):
+    only = ["--only", "nmi"]
+    run(checkpoints, ["moco", "simmim"], tmp_path / "a", *only)
+    large = run(checkpoints, ["large"], tmp_path / "b", *only)
+    # alone its width needs no saying
+    assert large["models"][0]["name"] == "MIM (SimMIM)"
+    files = [str(tmp_path / name / "results.json") for name in "ab"]
+    assert analyze.main(["--from", *files, "--out", str(tmp_path / "d")]) == 0
+    joined = json.loads((tmp_path / "d" / "results.json").read_text())["models"]
+    shown = [(model["name"], model["run"]) for model in joined]
+    assert shown == [
+        ("CL (MoCo v3), 32 wide", 0),
+        ("MIM (SimMIM), 32 wide", 0),
+        ("untrained, 32 wide", 0),
+        ("MIM (SimMIM), 48 wide", 0),
+        ("untrained, 48 wide", 0),
+    ]
 
 
 def test_a_new_figure_is_one_section(checkpoints, tmp_path, monkeypatch, capsys):
