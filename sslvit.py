@@ -971,8 +971,7 @@ def train(cfg, state):
         model.update_average(momentum)
 
         # log
-        stops_at_once = signals and world_size == 1  # ranks stop at the same line
-        if not (stops_at_once or is_due(step, total, cfg)):
+        if not (any_rank(signals, cfg) or is_due(step, total, cfg)):
             continue
         stop_by, broken = share_news(signals, broken)
         row = {"step": step} | to_numbers(losses | {"loss": loss, "norm": norm})
@@ -1074,8 +1073,17 @@ def is_due(step, total, cfg):
     return is_regular or step in (3, total)
 
 
+def any_rank(signals, cfg):
+    """Has any rank had a signal? All stop at one step, or they wait for each other."""
+    if not dist.is_initialized():
+        return bool(signals)
+    has_signal = torch.tensor(float(len(signals)), device=cfg.device)
+    dist.all_reduce(has_signal)
+    return has_signal.item() > 0
+
+
 def share_news(signals, broken):
-    """Ranks tell each other what they know, or they would stop at different steps.
+    """Ranks tell each other what they know.
 
     -> the number of a signal that any rank has had, or None; all broken files.
     """
