@@ -15,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sslvit
 
 
 def info_nce(q, k, temperature):
@@ -28,15 +29,12 @@ def info_nce(q, k, temperature):
 
 
 def test_info_nce():
-    q = torch.eye(
-        4
-    )  # four orthogonal queries, each its own key: logits 1/τ and three times 0
-    assert info_nce(q, q, 0.5).item() == pytest.approx(
-        math.log(math.e**2 + 3) - 2, abs=1e-5
-    )
-    same = q[:1].expand(
-        4, 4
-    )  # collapse: every key fits every query, so the loss is that of guessing
+    # four orthogonal queries, each its own key: logits 1/τ = 2 and three times 0
+    q = torch.eye(4)
+    by_hand = math.log(math.e**2 + 3) - 2
+    assert info_nce(q, q, 0.5).item() == pytest.approx(by_hand, abs=1e-5)
+    # collapse: every key fits every query, so the loss is that of guessing
+    same = q[:1].expand(4, 4)
     assert info_nce(same, same, 0.5).item() == pytest.approx(math.log(4), abs=1e-5)
 
 
@@ -50,9 +48,10 @@ def looked_at_keys(attn):
 
 
 def test_looked_at_keys():
-    attn = torch.tensor(
-        [[0.25, 0.25, 0.25, 0.25], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]]
-    )
+    everywhere = [0.25, 0.25, 0.25, 0.25]
+    at_two = [0.0, 0.5, 0.5, 0.0]
+    at_one = [0.0, 0.0, 0.0, 1.0]
+    attn = torch.tensor([everywhere, at_two, at_one])
     assert looked_at_keys(attn).tolist() == pytest.approx([4, 2, 1], abs=1e-5)
 
 
@@ -67,12 +66,14 @@ def low_pass(images, cutoff):
 
 def test_low_pass():
     x = torch.arange(8.0)
-    slow = torch.cos(2 * math.pi * x / 8).expand(1, 3, 8, 8)  # |ω| = π/4
-    checks = torch.cos(math.pi * (x + x[:, None])).expand(1, 3, 8, 8)  # |ω| = √2·π
-    assert torch.allclose(low_pass(3 + slow + checks, math.pi / 2), 3 + slow, atol=1e-5)
-    assert torch.allclose(
-        low_pass(3 + slow, 0.1), torch.full((1, 3, 8, 8), 3.0), atol=1e-5
-    )
+    # |ω| = π/4
+    slow = torch.cos(2 * math.pi * x / 8).expand(1, 3, 8, 8)
+    # |ω| = √2·π
+    checks = torch.cos(math.pi * (x + x[:, None])).expand(1, 3, 8, 8)
+    kept = low_pass(3 + slow + checks, math.pi / 2)
+    assert torch.allclose(kept, 3 + slow, atol=1e-5)
+    mean = low_pass(3 + slow, 0.1)
+    assert torch.allclose(mean, torch.full((1, 3, 8, 8), 3.0), atol=1e-5)
 
 
 def first_good_layer(curve, share):
@@ -86,9 +87,8 @@ def first_good_layer(curve, share):
 
 
 def test_first_good_layer():
-    assert (
-        first_good_layer(torch.tensor([0.2, 0.6, 0.8, 0.7]), 0.75) == 2
-    )  # 0.6 is 0.75 of 0.8
+    # 0.6 is 0.75 of 0.8
+    assert first_good_layer(torch.tensor([0.2, 0.6, 0.8, 0.7]), 0.75) == 2
     assert first_good_layer(torch.tensor([0.5, 0.4]), 0.9) == 1
 
 
@@ -97,20 +97,46 @@ def gradient_cosine(loss_a, loss_b, parameters):
 
     Two scalars that depend on `parameters` (a list) -> 1: the losses pull together,
     0: they do not meet, -1: they pull against each other.
-    Predict first: what is it for L_CL and L_MIM in the encoder of a trained hybrid?
+    Predict first: what is it for L_CL and L_MIM in each block of a trained hybrid?
+    python tests/exercises.py runs/micro-hybrid/ckpt.pt  prints it, with your function.
     """
     raise NotImplementedError
 
 
 def test_gradient_cosine():
-    a, b = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
-    one, other = (
-        3 * a[0] + 4 * b[0],
-        3 * a[0] - 4 * b[0],
-    )  # gradients (3, 0, 4) and (3, 0, -4)
-    assert float(gradient_cosine(one, other, [a, b])) == pytest.approx(
-        (9 - 16) / 25, abs=1e-6
-    )
-    assert float(gradient_cosine(a[0] + b[0], a[1], [a, b])) == pytest.approx(
-        0, abs=1e-6
-    )
+    a = torch.zeros(2, requires_grad=True)
+    b = torch.zeros(1, requires_grad=True)
+    # gradients (3, 0, 4) and (3, 0, -4)
+    one = 3 * a[0] + 4 * b[0]
+    other = 3 * a[0] - 4 * b[0]
+    cosine = float(gradient_cosine(one, other, [a, b]))
+    assert cosine == pytest.approx((9 - 16) / 25, abs=1e-6)
+    # a loss that does not know b has no gradient there
+    cosine = float(gradient_cosine(a[0] + b[0], a[1], [a, b]))
+    assert cosine == pytest.approx(0, abs=1e-6)
+
+
+def print_cosines(path, batches=10):
+    """Your gradient_cosine in every block of the hybrid that was saved at `path`."""
+    state = sslvit.load_checkpoint(path)
+    cfg = sslvit.Config(**state["config"])
+    cfg.device = "cpu"
+    model = sslvit.SSL(cfg)
+    model.load_state_dict(state["model"])
+    train, _ = sslvit.find_data(cfg)
+    found = []
+    for micro_batch in sslvit.make_loader(cfg, train, range(batches)):
+        losses = model(*sslvit.augment(micro_batch, cfg, "cpu"))
+        cosines = []
+        for block in model.encoder.blocks:
+            parameters = list(block.parameters())
+            cosine = gradient_cosine(losses["cl"], losses["mim"], parameters)
+            cosines.append(float(cosine))
+        found.append(cosines)
+    for number, cosines in enumerate(torch.tensor(found).T, 1):
+        mean, spread = cosines.mean(), cosines.std()
+        print(f"block {number}: {mean:+.3f} ± {spread:.3f} over {batches} batches")
+
+
+if __name__ == "__main__":
+    print_cosines(sys.argv[1])

@@ -39,7 +39,7 @@ def commands():
     """
     blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
     shell = ""
-    for name in ("python", "torchrun", "pip", "git", "cd", "bash"):
+    for name in ("python", "torchrun", "pip", "git", "cd", "bash", "srun", "scontrol"):
         shell += f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\"; }}\n"
     shell += "\n".join(blocks)
     said = subprocess.run(
@@ -84,6 +84,8 @@ def test_every_name_exists():
         assert hasattr(PROGRAMS[f"{program}.py"], name), name
     known = {"--help", "--nproc_per_node", "--nnodes", "--only", "--rdzv_backend"}
     known |= {"--rdzv_endpoint"}
+    # Slurm's
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
     known |= {"--" + field.name.replace("_", "-") for field in fields(sslvit.Config)}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "analyze.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z_-]+", TEXT)) <= known
