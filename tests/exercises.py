@@ -104,15 +104,15 @@ def gradient_cosine(loss_a, loss_b, parameters):
 
 
 def test_gradient_cosine():
-    a = torch.zeros(2, requires_grad=True)
+    a = torch.zeros(1, 2, requires_grad=True)
     b = torch.zeros(1, requires_grad=True)
     # gradients (3, 0, 4) and (3, 0, -4)
-    one = 3 * a[0] + 4 * b[0]
-    other = 3 * a[0] - 4 * b[0]
+    one = 3 * a[0, 0] + 4 * b[0]
+    other = 3 * a[0, 0] - 4 * b[0]
     cosine = float(gradient_cosine(one, other, [a, b]))
     assert cosine == pytest.approx((9 - 16) / 25, abs=1e-6)
     # a loss that does not know b has no gradient there
-    cosine = float(gradient_cosine(a[0] + b[0], a[1], [a, b]))
+    cosine = float(gradient_cosine(a[0, 0] + b[0], a[0, 1], [a, b]))
     assert cosine == pytest.approx(0, abs=1e-6)
 
 
@@ -121,6 +121,7 @@ def print_cosines(path, batches=10):
     state = sslvit.load_checkpoint(path)
     cfg = sslvit.Config(**state["config"])
     cfg.device = "cpu"
+    cfg.workers = 0
     model = sslvit.SSL(cfg)
     model.load_state_dict(state["model"])
     train, _ = sslvit.find_data(cfg)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +134,13 @@ def first_good_layer(curve, share):
 
 def gradient_cosine(loss_a, loss_b, parameters):
     def flat(loss):
-        gradients = torch.autograd.grad(
-            loss, parameters, allow_unused=True, retain_graph=True
-        )
+        how = {"allow_unused": True, "retain_graph": True}
+        gradients = torch.autograd.grad(loss, parameters, **how)
         parts = []
         for gradient, p in zip(gradients, parameters, strict=True):
-            parts.append(torch.zeros_like(p) if gradient is None else gradient)
+            if gradient is None:
+                gradient = torch.zeros_like(p)
+            parts.append(gradient.flatten())
         return torch.cat(parts)
 
     return F.cosine_similarity(flat(loss_a), flat(loss_b), dim=0)
@@ -157,6 +158,19 @@ def test_exercises_fail_until_solved(solution, monkeypatch):
         check()
     monkeypatch.setattr(exercises, name, solution)
     check()
+
+
+def test_cosines_of_a_saved_hybrid(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "gradient_cosine", gradient_cosine)
+    sizes = {"batch_size": 4, "proj_hidden": 16, "model": "nano", "accum": 1}
+    cfg = sslvit.Config(lam=0.2, **sizes)
+    state = {"config": asdict(cfg), "model": sslvit.SSL(cfg).state_dict()}
+    torch.save(state, tmp_path / "ckpt.pt")
+    exercises.print_cosines(tmp_path / "ckpt.pt", batches=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"block {i}" for i in range(1, 7)]
+    cosines = [float(line.split()[2]) for line in lines]
+    assert all(-1 < cosine < 1 for cosine in cosines)
 
 
 def test_every_exercise_is_in_the_file():
