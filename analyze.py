@@ -2843,7 +2843,7 @@ def parse(argv):
     )
     device, workers = "cpu", 0
     if torch.cuda.is_available():
-        device, workers = "cuda", min(8, os.cpu_count() or 1)
+        device, workers = "cuda", min(8, sslvit.usable_cpus())
     names = list(FIGURES)
     add = parser.add_argument
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"

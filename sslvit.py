@@ -1374,6 +1374,13 @@ def has_bf16(device_type):
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
+def usable_cpus():
+    """A job of a cluster may use fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def settle(cfg, world_size):
     """Replaces each "auto" by what this machine has; UserError if it does not fit."""
     has_cuda = torch.cuda.is_available()
@@ -1394,7 +1401,7 @@ def settle(cfg, world_size):
         cfg.workers = 0
         if on_gpu:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            cfg.workers = min(8, (os.cpu_count() or 1) // ranks_here)
+            cfg.workers = min(8, usable_cpus() // ranks_here)
     divides = cfg.batch_size % (world_size * cfg.accum) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")

@@ -25,7 +25,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import sslvit
 
-CL, MIM, HYBRID = "#D55E00", "#0072B2", "#009E73"
+# as in the other figures, where the hybrid has λ = 0.2
+CL, MIM, HYBRID = "#D55E00", "#0072B2", "#6E4EB4"
 INK, GREY = "#222222", "#777777"
 
 # Text sizes in points, on pictures of 1,600 px at 100 px an inch.

@@ -213,8 +213,19 @@ def verdicts(path):
     return {claim["claim"]: claim["verdict"] for claim in claims}
 
 
-def test_the_table_says_what_results_json_says():
+def shown_claims():
+    """The twelve of figures/results.json; two from runs made for them, if shipped."""
     claims = json.loads((ROOT / "figures" / "results.json").read_text())["claims"]
+    for number, folder in ((2, "sizes"), (11, "decoder")):
+        path = ROOT / "figures" / folder / "results.json"
+        if path.exists():
+            own = json.loads(path.read_text())["claims"]
+            claims[number - 1] = next(c for c in own if c["claim"] == number)
+    return claims
+
+
+def test_the_table_says_what_results_json_says():
+    claims = shown_claims()
     photographs = verdicts(ROOT / "figures" / "cifar10" / "results.json")
     assert [claim["claim"] for claim in claims] == list(range(1, 13))
     for claim in claims:

@@ -189,8 +189,17 @@ def test_poster_headings_follow_the_numbers():
     assert poster.find_nmi(high, low) == "MIM ends in one map for all"
     assert poster.find_nmi(high, high) == "In the end CL 0.40, MIM 0.40"
     assert poster.find_frequency(low, high) == "MIM keeps more of the detail"
-    assert poster.find_layers(high, low) == "MIM leads early, CL at the end"
+    assert poster.find_layers(high, low) == "Early MIM leads, late CL"
     assert poster.find_layers(high, low - 1) == "CL leads early and late"
+
+
+def test_poster_names_no_leader_whom_seeds_do_not_show():
+    # in one layer of each pair the two seeds differ by 0.22 and 0.4, in the other by 0
+    cl = np.array([[0.5, 0.6], [0.5, 0.6]])
+    late = np.array([[0.39, 0.5], [0.61, 0.5]])
+    assert poster.find_layers(cl, late) == "Early nobody leads, late CL"
+    near = np.array([[0.39, 0.4], [0.61, 0.8]])
+    assert poster.find_layers(cl, near) == "Nobody leads"
 
 
 def test_poster_averages_heads_and_leaves_out_what_cannot_be_compared():
@@ -224,5 +233,5 @@ def test_poster_draws_with_gaps(tmp_path):
     figure = poster.draw_poster([tmp_path / "results.json"] * 2)
     assert len(figure.get_axes()) == 8
     texts = [row.get_suptitle() for row in figure.subfigs[:-1]]
-    assert texts == ["cifar10 (one seed)"] * 2
+    assert texts == ["photographs, cifar10 (one seed)"] * 2
     poster.plt.close(figure)

@@ -1882,3 +1882,11 @@ def test_the_plan_counts_imagenet_where_it_is_not_there(monkeypatch, capfd):
     assert sslvit.main(["--data", "/no/such/imagenet", "--dry-run"]) == 0
     # 300 · 1,281,167
     assert "3.84e+08 images" in capfd.readouterr().out.splitlines()[0]
+
+
+def test_loaders_count_the_cpus_that_a_job_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert sslvit.usable_cpus() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert sslvit.usable_cpus() == 1
