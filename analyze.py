@@ -785,7 +785,7 @@ def image_spectra(rows):
 
 def token_growth(entered, volume):
     """entered (1,), volume (L, 2): from before the first layer to after the last."""
-    return volume[-1, 1] - entered[0]
+    return volume[-1, -1] - entered[0]
 
 
 def image_growth(entered, left):
@@ -876,11 +876,11 @@ def measure_fourier(layer):
 
 
 def early_high(fourier):
-    return early(fourier[:, 1, -1])
+    return early(fourier[:, -1, -1])
 
 
 def late_high(fourier):
-    return late(fourier[:, 1, -1])
+    return late(fourier[:, -1, -1])
 
 
 def at_pi(fourier):
@@ -2649,8 +2649,12 @@ def lean(rows, names):
             x = x[:500]
             # spectra centre anyway, and small numbers round less
             x = x - x.mean(axis=0)
+        if key in ("distance", "nmi"):
+            x = x.mean(axis=-1)  # over heads
         if key == "fourier":
-            x = x[..., -1:]  # at π
+            x = x[:, :, -1:, -1:]  # after each MLP, at π
+        if key == "token volume":
+            x = x[:, -1:]  # leaves the last layer
         if x.dtype.kind == "f":
             x = x.astype(np.float16)
         kept[key] = x
@@ -2743,11 +2747,17 @@ def reduce_to(options, results, samples):
     fault = "--only leaves numbers out: give another --out"
     require(Path(options.out).resolve() not in sources, fault)
     results["settings"]["only"] = names
+    figures = [FIGURES[name] for name in names]
+    drawn = {key for figure in figures for key in keys_of(figure)}
+    for model in results["models"]:
+        for kind in ("values", "pictures"):
+            found = model[kind]
+            model[kind] = {key: found[key] for key in found if key in drawn}
     read = read_by_claims(names)
     kept = []
     for rows in samples:
-        is_wanted = {key: key in read or key.endswith(" val") for key in rows}
-        kept.append({key: x for key, x in rows.items() if is_wanted[key]})
+        wanted = [key for key in rows if key in read or key.endswith(" val")]
+        kept.append({key: rows[key] for key in wanted})
     return kept
 
 
@@ -2771,9 +2781,13 @@ def title_of(figure, claims):
     return f"{title} ({verdict})"
 
 
+def keys_of(figure):
+    return figure.keys + tuple(panel.key for panel in figure.panels)
+
+
 def drawable(figure, results):
     """The models that have the figure's numbers."""
-    keys = figure.keys + tuple(panel.key for panel in figure.panels)
+    keys = keys_of(figure)
     found = []
     for model in results["models"]:
         here = model["values"] | model["pictures"] | results["together"]

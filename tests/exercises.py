@@ -15,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import analyze
 import sslvit
 
 
@@ -43,6 +44,7 @@ def looked_at_keys(attn):
 
     Attention (..., N, N), rows sum to 1 -> (..., N). 0·log 0 is 0.
     Predict first: in the last layer of CL and of MIM, at how many of the 64 keys?
+    python tests/exercises.py looked_at_keys runs/micro-moco/ckpt.pt  prints it.
     """
     raise NotImplementedError
 
@@ -98,7 +100,7 @@ def gradient_cosine(loss_a, loss_b, parameters):
     Two scalars that depend on `parameters` (a list) -> 1: the losses pull together,
     0: they do not meet, -1: they pull against each other.
     Predict first: what is it for L_CL and L_MIM in each block of a trained hybrid?
-    python tests/exercises.py runs/micro-hybrid/ckpt.pt  prints it, with your function.
+    python tests/exercises.py gradient_cosine runs/micro-hybrid/ckpt.pt  prints it.
     """
     raise NotImplementedError
 
@@ -114,6 +116,20 @@ def test_gradient_cosine():
     # a loss that does not know b has no gradient there
     cosine = float(gradient_cosine(a[0, 0] + b[0], a[0, 1], [a, b]))
     assert cosine == pytest.approx(0, abs=1e-6)
+
+
+def print_keys(path, images=200):
+    """Your looked_at_keys in every layer of a network, for stimuli it has not seen."""
+    vit = analyze.load_encoder(path)
+    _, test = sslvit.find_data(sslvit.Config())
+    source = analyze.Source(test, range(images), size=vit.facts["image_size"])
+    batch = next(source.batches(images))
+    with torch.no_grad():
+        _, layers = vit(analyze.normalise(batch["images"], "cpu"), record=True)
+    for number, layer in enumerate(layers, 1):
+        attn = layer.attn[:, :, 1:, 1:]  # without CLS
+        keys = looked_at_keys(attn / attn.sum(dim=-1, keepdim=True))
+        print(f"layer {number}: {keys.mean():.1f} of {keys.shape[-1]} keys")
 
 
 def print_cosines(path, batches=10):
@@ -140,4 +156,5 @@ def print_cosines(path, batches=10):
 
 
 if __name__ == "__main__":
-    print_cosines(sys.argv[1])
+    printers = {"looked_at_keys": print_keys, "gradient_cosine": print_cosines}
+    printers[sys.argv[1]](sys.argv[2])

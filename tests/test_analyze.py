@@ -184,15 +184,19 @@ def test_image_growth_counts_directions_that_the_embedding_fills():
 def test_samples_keep_what_claims_read():
     rows = {
         "pooled": np.ones((9, 2, 2, 4), np.float32),
-        "nmi": np.full((9, 2, 3), 0.2),
+        "nmi": np.tile([0.1, 0.2, 0.6], (9, 2, 1)),
+        "token volume": np.arange(36.0).reshape(9, 2, 2),
         "fourier": np.arange(90, dtype=np.float32).reshape(9, 1, 2, 5),
         "labels": np.arange(9),
         "images, left": np.full((600, 1, 4), 7.0),
     }
     kept = analyze.lean(rows, analyze.FIGURES)
-    assert list(kept) == ["nmi", "fourier", "labels", "images, left"]
-    assert kept["fourier"].tolist() == rows["fourier"][..., 4:].tolist()
-    assert analyze.at_pi(kept["fourier"][0]).tolist() == [4.0, 9.0]
+    assert list(kept) == ["nmi", "token volume", "fourier", "labels", "images, left"]
+    # means over heads, what leaves the last layer, π after each MLP
+    np.testing.assert_allclose(kept["nmi"], np.full((9, 2), 0.3), rtol=1e-3)
+    assert analyze.token_growth([1.0], kept["token volume"][0]) == 3 - 1
+    assert analyze.late_high(kept["fourier"][0]) == 9
+    assert kept["fourier"].shape == (9, 1, 1, 1)
     assert kept["images, left"].shape == (500, 1, 4)
     assert kept["images, left"].max() == 0
 
@@ -858,7 +862,7 @@ def test_from_judges_again(checkpoints, tmp_path):
     results = run(checkpoints, ["moco", "simmim"], tmp_path, "--only", "nmi")
     with np.load(tmp_path / "samples.npz") as file:
         arrays = dict(file)
-    assert arrays["0/nmi"].shape == (24, 2, 2) and arrays["0/labels"].shape == (24, 2)
+    assert arrays["0/nmi"].shape == (24, 2) and arrays["0/labels"].shape == (24, 2)
     arrays["0/nmi"][:], arrays["1/nmi"][:] = 0.01, 0.5
     np.savez(tmp_path / "samples.npz", **arrays)
     assert (

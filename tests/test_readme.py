@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -35,16 +36,21 @@ def commands():
     """Every command of README.md's sh blocks, word by word.
 
     A shell expands loops and variables, while python, torchrun and others only say how
-    they were called.
+    they were called, wherever their output goes.
     """
     blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
-    shell = ""
+    shell = "exec 3>&1\n"
     for name in ("python", "torchrun", "pip", "git", "cd", "bash", "srun", "scontrol"):
-        shell += f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\"; }}\n"
+        shell += f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\" >&3; }}\n"
     shell += "\n".join(blocks)
-    said = subprocess.run(
-        ["bash", "-eu", "-c", shell], capture_output=True, text=True, check=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        said = subprocess.run(
+            ["bash", "-eu", "-c", shell],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=folder,
+        )
     assert said.stderr == ""
     return [line.rstrip("\t").split("\t") for line in said.stdout.splitlines()]
 
@@ -86,6 +92,7 @@ def test_every_name_exists():
     known |= {"--rdzv_endpoint"}
     # Slurm's
     known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
+    known |= {"--cpus-per-task", "--time"}
     known |= {"--" + field.name.replace("_", "-") for field in fields(sslvit.Config)}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "analyze.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z_-]+", TEXT)) <= known
@@ -160,17 +167,25 @@ def test_exercises_fail_until_solved(solution, monkeypatch):
     check()
 
 
-def test_cosines_of_a_saved_hybrid(tmp_path, monkeypatch, capsys):
+def test_exercises_print_their_answers_for_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exercises, "gradient_cosine", gradient_cosine)
     sizes = {"batch_size": 4, "proj_hidden": 16, "model": "nano", "accum": 1}
     cfg = sslvit.Config(lam=0.2, **sizes)
-    state = {"config": asdict(cfg), "model": sslvit.SSL(cfg).state_dict()}
+    model = sslvit.SSL(cfg)
+    # queries of zeros look everywhere alike
+    for block in model.encoder.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.weight)
+    state = {"config": asdict(cfg), "model": model.state_dict()}
     torch.save(state, tmp_path / "ckpt.pt")
     exercises.print_cosines(tmp_path / "ckpt.pt", batches=2)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"block {i}" for i in range(1, 7)]
     cosines = [float(line.split()[2]) for line in lines]
     assert all(-1 < cosine < 1 for cosine in cosines)
+    monkeypatch.setattr(exercises, "looked_at_keys", looked_at_keys)
+    exercises.print_keys(tmp_path / "ckpt.pt", images=4)
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert lines == [f"layer {i}: 64.0 of 64 keys" for i in range(1, 7)]
 
 
 def test_every_exercise_is_in_the_file():
