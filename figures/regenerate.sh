@@ -31,6 +31,8 @@ for seed in 0 1 2; do
   python sslvit.py --model nano --objective moco --seed $seed --out runs/nano-moco-$seed &
   python sslvit.py --model nano --objective simmim --seed $seed --out runs/nano-simmim-$seed &
   wait
+  # claim 9: do crops that cut the outline cost CL its shape bias?
+  python sslvit.py --model nano --objective moco --crop-min 0.6 --seed $seed --out runs/crops-$seed
   short="python sslvit.py --objective simmim --steps 1833 --seed $seed"
   $short --out runs/short-simmim-$seed &
   $short --decoder-depth 2 --out runs/short-decoder-$seed &
@@ -52,6 +54,8 @@ python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
   --data "$data" --cue-conflict "$cues" --out figures/cifar10
 python analyze.py runs/nano-{moco,simmim}-{0,1,2}/ckpt.pt --alone --only scaling --out runs/nano
 python analyze.py --from figures/results.json runs/nano/results.json --only scaling --out figures/sizes
+python analyze.py runs/nano-moco-{0,1,2}/ckpt.pt runs/crops-{0,1,2}/ckpt.pt --alone --only bias \
+  --out figures/crops
 python analyze.py runs/short-{simmim,decoder,micro8}-{0,1,2}/ckpt.pt --alone \
   --only decoder --out figures/decoder
 python analyze.py runs/short-{simmim,0.05,0.1,0.2,0.5,0.8,moco}-{0,1,2}/ckpt.pt --alone \
