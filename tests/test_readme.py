@@ -207,6 +207,8 @@ def row_of(claim, photographs):
     """README's row for a claim of results.json: its first part, the verdict of all."""
     part = claim["parts"][0]
     name = part["part"]
+    if claim["claim"] == 12:  # compares the hybrid, which has no column
+        name += f"; hybrid {number(part['hybrid'])}"
     others = len(claim["parts"]) - 1
     if others:
         name += f" (and {others} more)"
