@@ -28,20 +28,24 @@ for seed in 0 1 2 3 4; do
   wait
 done
 for seed in 0 1 2; do
-  python sslvit.py --model nano --objective moco --seed $seed --out runs/nano-moco-$seed &
-  python sslvit.py --model nano --objective simmim --seed $seed --out runs/nano-simmim-$seed &
+  mim="python sslvit.py --objective simmim --steps 1833 --seed $seed"
+  cl="python sslvit.py --objective moco --steps 344 --seed $seed"
+  $mim --out runs/short-simmim-$seed &
+  $cl --out runs/short-moco-$seed &
+  # claim 2: a smaller size
+  $mim --model nano --out runs/short-nano-simmim-$seed &
+  $cl --model nano --out runs/short-nano-moco-$seed &
   wait
+  # claim 11: a decoder, and as deep without one
+  $mim --decoder-depth 2 --out runs/short-decoder-$seed &
+  $mim --model micro8 --out runs/short-micro8-$seed &
   # claim 9: do crops that cut the outline cost CL its shape bias?
-  python sslvit.py --model nano --objective moco --crop-min 0.6 --seed $seed --out runs/crops-$seed
-  short="python sslvit.py --objective simmim --steps 1833 --seed $seed"
-  $short --out runs/short-simmim-$seed &
-  $short --decoder-depth 2 --out runs/short-decoder-$seed &
-  $short --model micro8 --out runs/short-micro8-$seed &
+  $cl --model nano --crop-min 0.6 --out runs/short-crops-$seed &
   wait
+  # claim 12
   for lam in 0.05 0.1 0.2 0.5 0.8; do
     python sslvit.py --lam $lam --steps 500 --seed $seed --out runs/short-$lam-$seed
   done
-  python sslvit.py --objective moco --steps 344 --seed $seed --out runs/short-moco-$seed
 done
 for objective in moco simmim hybrid; do
   python figures/ship.py runs/stimuli-$objective-0/ckpt.pt figures/checkpoints/micro-$objective.pt
@@ -52,14 +56,14 @@ unset OMP_NUM_THREADS
 python analyze.py runs/stimuli-{moco,simmim,hybrid}-{0,1,2,3,4}/ckpt.pt --alone --out figures
 python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
   --data "$data" --cue-conflict "$cues" --out figures/cifar10
-python analyze.py runs/nano-{moco,simmim}-{0,1,2}/ckpt.pt --alone --only scaling --out runs/nano
-python analyze.py --from figures/results.json runs/nano/results.json --only scaling --out figures/sizes
-python analyze.py runs/nano-moco-{0,1,2}/ckpt.pt runs/crops-{0,1,2}/ckpt.pt --alone --only bias \
-  --out figures/crops
-python analyze.py runs/short-{simmim,decoder,micro8}-{0,1,2}/ckpt.pt --alone \
-  --only decoder --out figures/decoder
-python analyze.py runs/short-{simmim,0.05,0.1,0.2,0.5,0.8,moco}-{0,1,2}/ckpt.pt --alone \
-  --only sweep --out figures/sweep
+seeds=(0 1 2)
+short() { # kinds of short runs -> their files
+  for kind in "$@"; do printf "runs/short-$kind-%s/ckpt.pt " "${seeds[@]}"; done
+}
+python analyze.py $(short simmim moco nano-simmim nano-moco) --alone --only scaling --out figures/sizes
+python analyze.py $(short simmim decoder micro8) --alone --only decoder --out figures/decoder
+python analyze.py $(short nano-moco crops) --alone --only bias --out figures/crops
+python analyze.py $(short simmim 0.05 0.1 0.2 0.5 0.8 moco) --alone --only sweep --out figures/sweep
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png
