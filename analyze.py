@@ -2294,12 +2294,13 @@ def group_of(models, role, shape):
 def groups_of(models):
     """-> {role: networks that may be compared}, and a note on those left out.
 
-    Plain roles have the shape that most networks have, and no decoder. 'hybrid' is the
+    Plain roles have the shape that most encoders have, and no decoder. 'hybrid' is the
     λ nearest 0.2, 'best hybrid' the one best on validation.
     """
     plain = [m for m in models if not m["decoder_depth"] and m["role"] in ROLES]
     decoded = [m for m in models if m["decoder_depth"]]
-    shapes = [shape_of(m) for m in plain if m["role"] != "untrained"]
+    trained = [m for m in plain if m["role"] != "untrained"] + decoded
+    shapes = [shape_of(m) for m in trained]
     if not shapes:
         return {}, ""
     # of shapes that are as frequent the largest

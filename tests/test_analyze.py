@@ -727,6 +727,9 @@ def test_claim_11_has_a_control_of_equal_depth():
     names = {role: [m["name"] for m in group] for role, group in groups.items()}
     assert names["MIM"] == ["plain"] and names["MIM with decoder"] == ["decoder"]
     assert names["MIM as deep"] == ["deep"]
+    # the decoder's encoder counts: there are two of six layers
+    alone, _ = analyze.groups_of(models[:3])
+    assert [m["name"] for m in alone["MIM"]] == ["plain"]
     # right at the last of three layers: 0.6, at the best on validation 0.8
     layers, validated = np.array([0.5, 0.8, 0.6]), np.array([0.2, 0.9, 0.3])
     assert analyze.last_minus_best(layers, validated) == pytest.approx(-0.2)
