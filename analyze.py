@@ -1228,8 +1228,10 @@ def draw_scaling(models):
         group = [m for m in models if m["role"] == role]
         line = {"color": colour_of(group[0]), "lw": 2.2, "label": role}
         against(axis, group, "embed_dim", "fine-tuned", **line)
-    axis.set_xlabel("width")
+    widths = sorted({m["embed_dim"] for m in models})
     axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, widths)
+    axis.set_xlabel("width of the tokens")
     return fig
 
 
