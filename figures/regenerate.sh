@@ -5,7 +5,7 @@
 #
 # CIFAR10 is a folder made by tests/cifar10.py, CUE_CONFLICT one with the images of its
 # classes from https://github.com/rgeirhos/texture-vs-shape, scaled to 32 px. A day and
-# a half on two cores; what is shipped was trained on a GPU, many runs side by side.
+# a half on two cores; seeds 0 to 2 of what is shipped were trained on a GPU.
 set -euo pipefail
 data=$(realpath "$1")
 cues=$(realpath "$2")

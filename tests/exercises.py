@@ -157,4 +157,6 @@ def print_cosines(path, batches=10):
 
 if __name__ == "__main__":
     printers = {"looked_at_keys": print_keys, "gradient_cosine": print_cosines}
+    if len(sys.argv) != 3 or sys.argv[1] not in printers:
+        sys.exit("usage: exercises.py looked_at_keys|gradient_cosine CHECKPOINT")
     printers[sys.argv[1]](sys.argv[2])
