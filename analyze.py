@@ -792,12 +792,11 @@ def image_growth(entered, left):
     """Of matrices (n, 1, D) of mean tokens: those that enter and leave the network.
 
     An embedding of 48 numbers fills 48 directions of its 96. What enters the others is
-    rounding, of samples in half precision: they are left out on both sides.
+    rounding: they are left out on both sides.
     """
     x = torch.from_numpy(np.concatenate([entered, left], axis=1)).float()
     before, after = free_spectrum(x.transpose(0, 1))
-    rounding = torch.finfo(torch.float16).eps / 2
-    is_filled = before > before[0] + math.log(rounding)
+    is_filled = before > before[0] + math.log(ROUNDING)
     return float((after - before)[is_filled].mean())
 
 
@@ -817,6 +816,7 @@ def spectra_panels(what):
 
 TOKENS = ("token volume, entered", "token volume")
 IMAGES = ("images, entered", "images, left")
+ROUNDING = torch.finfo(torch.float16).eps / 2  # samples.npz is in half precision
 image_part = partial(Part, roles=("CL", "MIM"), of_matrices=True)
 
 FIGURES["spectra"] = Figure(
@@ -2649,9 +2649,10 @@ def lean(rows, names):
         if key not in read and not key.endswith(" val"):
             continue
         if key in IMAGES:
-            x = x[:500]
-            # spectra centre anyway, and small numbers round less
-            x = x - x.mean(axis=0)
+            x = on_principal_axes(x[:500])
+        if key == "images, entered":
+            size = np.linalg.norm(x, axis=0)
+            x = x * (size > ROUNDING * size.max())  # the rest is rounding: image_growth
         if key in ("distance", "nmi"):
             x = x.mean(axis=-1)  # over heads
         if key == "fourier":
@@ -2662,6 +2663,16 @@ def lean(rows, names):
             x = x.astype(np.float16)
         kept[key] = x
     return kept
+
+
+def on_principal_axes(x):
+    """Mean tokens (n, 1, D), centred and turned so that each direction is a column.
+
+    Spectra stay the same, and half precision rounds each direction by itself.
+    """
+    x = x[:, 0].astype(np.float64)
+    u, values, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    return (u * values)[:, None]
 
 
 def plain(results):

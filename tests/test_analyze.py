@@ -179,6 +179,14 @@ def test_image_growth_counts_directions_that_the_embedding_fills():
     kept = analyze.lean(rows, analyze.FIGURES)
     assert kept["images, left"].dtype == np.float16
     assert analyze.image_growth(*kept.values()) == pytest.approx(2, abs=1e-3)
+    # a direction has a column of its own, and rounding has none
+    turned = kept["images, entered"][:, 0].astype(float)
+    gram = turned.T @ turned
+    centred = entered[:, 0, :2] - entered[:, 0, :2].mean(axis=0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    np.testing.assert_allclose(np.sqrt(np.diag(gram))[:2], values, rtol=1e-3)
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-2)
+    assert not turned[:, 2:].any()
 
 
 def test_samples_keep_what_claims_read():
@@ -188,7 +196,7 @@ def test_samples_keep_what_claims_read():
         "token volume": np.arange(36.0).reshape(9, 2, 2),
         "fourier": np.arange(90, dtype=np.float32).reshape(9, 1, 2, 5),
         "labels": np.arange(9),
-        "images, left": np.full((600, 1, 4), 7.0),
+        "images, left": np.arange(600)[:, None, None] * [[[0.0, 3, 0, 4]]],
     }
     kept = analyze.lean(rows, analyze.FIGURES)
     assert list(kept) == ["nmi", "token volume", "fourier", "labels", "images, left"]
@@ -198,7 +206,11 @@ def test_samples_keep_what_claims_read():
     assert analyze.late_high(kept["fourier"][0]) == 9
     assert kept["fourier"].shape == (9, 1, 1, 1)
     assert kept["images, left"].shape == (500, 1, 4)
-    assert kept["images, left"].max() == 0
+    # 500 numbers along one axis, 5 apart, about their mean
+    along = 5 * (np.arange(500) - 249.5)
+    found = kept["images, left"][:, 0].astype(float)
+    np.testing.assert_allclose(np.abs(found[:, 0]), np.abs(along), rtol=1e-3)
+    assert np.abs(found[:, 1:]).max() < 1e-6
 
 
 def test_scale_free_spectra_by_hand():
