@@ -2632,10 +2632,12 @@ def analyse(options):
     return plain(results), [lean(found, options.only) for found in rows]
 
 
-def read_by_claims(names):
-    """The keys of rows that these figures' parts read, and who is in which row."""
+def read_by_claims(rows, names):
+    """Of a network's numbers by image those that these figures' verdicts read."""
     parts = [part for name in names for part in FIGURES[name].parts]
-    return {key for part in parts for key in part.keys} | {"labels", "index"}
+    read = {key for part in parts for key in part.keys} | {"labels", "index"}
+    chosen_by = " val"  # the best layer, token and λ are chosen on validation images
+    return {key: rows[key] for key in rows if key in read or key.endswith(chosen_by)}
 
 
 def lean(rows, names):
@@ -2643,11 +2645,8 @@ def lean(rows, names):
 
     Three digits, as means over images ask for no more; what no claim reads is left out.
     """
-    read = read_by_claims(names)
     kept = {}
-    for key, x in rows.items():
-        if key not in read and not key.endswith(" val"):
-            continue
+    for key, x in read_by_claims(rows, names).items():
         if key in IMAGES:
             x = on_principal_axes(x[:500])
         if key == "images, entered":
@@ -2767,12 +2766,7 @@ def reduce_to(options, results, samples):
         for kind in ("values", "pictures"):
             found = model[kind]
             model[kind] = {key: found[key] for key in found if key in drawn}
-    read = read_by_claims(names)
-    kept = []
-    for rows in samples:
-        wanted = [key for key in rows if key in read or key.endswith(" val")]
-        kept.append({key: rows[key] for key in wanted})
-    return kept
+    return [read_by_claims(rows, names) for rows in samples]
 
 
 def title_of(figure, claims):

@@ -139,7 +139,9 @@ def print_cosines(path, batches=10):
     cfg.device = "cpu"
     cfg.workers = 0
     model = sslvit.SSL(cfg)
-    model.load_state_dict(state["model"])
+    lacks = model.load_state_dict(state["model"], strict=False).missing_keys
+    whole = "a hybrid as sslvit.py left it, with heads for both losses"
+    sslvit.require(0 < cfg.lam < 1 and not lacks, f"{path}: give {whole}")
     train, _ = sslvit.find_data(cfg)
     found = []
     for micro_batch in sslvit.make_loader(cfg, train, range(batches)):
@@ -159,4 +161,8 @@ if __name__ == "__main__":
     printers = {"looked_at_keys": print_keys, "gradient_cosine": print_cosines}
     if len(sys.argv) != 3 or sys.argv[1] not in printers:
         sys.exit("usage: exercises.py looked_at_keys|gradient_cosine CHECKPOINT")
-    printers[sys.argv[1]](sys.argv[2])
+    try:
+        printers[sys.argv[1]](sys.argv[2])
+    except sslvit.UserError as error:
+        print(f"exercises.py: {error}", file=sys.stderr)
+        sys.exit(2)

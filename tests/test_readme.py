@@ -182,6 +182,9 @@ def test_exercises_print_their_answers_for_a_network(tmp_path, monkeypatch, caps
     assert [line.split(":")[0] for line in lines] == [f"block {i}" for i in range(1, 7)]
     cosines = [float(line.split()[2]) for line in lines]
     assert all(-1 < cosine < 1 for cosine in cosines)
+    shipped = ROOT / "figures" / "checkpoints" / "micro-hybrid.pt"
+    with pytest.raises(sslvit.UserError, match="heads for both losses"):
+        exercises.print_cosines(shipped)
     monkeypatch.setattr(exercises, "looked_at_keys", looked_at_keys)
     exercises.print_keys(tmp_path / "ckpt.pt", images=4)
     lines = capsys.readouterr().out.splitlines()[-6:]
