@@ -42,7 +42,7 @@ for seed in 0 1 2; do
   # claim 9: do crops that cut the outline cost CL its shape bias?
   $cl --model nano --crop-min 0.6 --out runs/short-crops-$seed &
   wait
-  # claim 12
+  # claim 12: beside the row of README's table, which is of the full length
   for lam in 0.05 0.1 0.2 0.5 0.8; do
     python sslvit.py --lam $lam --steps 500 --seed $seed --out runs/short-$lam-$seed
   done
@@ -62,7 +62,7 @@ short() { # kinds of short runs -> their files
 }
 python analyze.py $(short simmim moco nano-simmim nano-moco) --alone --only scaling --out figures/sizes
 python analyze.py $(short simmim decoder micro8) --alone --only decoder --out figures/decoder
-python analyze.py $(short nano-moco crops) --alone --only bias --out figures/crops
+python analyze.py $(short nano-moco crops nano-simmim) --alone --only bias --out figures/crops
 python analyze.py $(short simmim 0.05 0.1 0.2 0.5 0.8 moco) --alone --only sweep --out figures/sweep
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
