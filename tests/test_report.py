@@ -1,4 +1,4 @@
-"""The report page: everything in it, nothing outside. And the poster's headings."""
+"""The report page: everything in it, nothing outside. And the scripts of figures/."""
 
 import base64
 import json
@@ -14,6 +14,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(0, str(REPOSITORY / "figures"))
+import compare
 import poster
 import analyze as report
 
@@ -235,3 +236,29 @@ def test_poster_draws_with_gaps(tmp_path):
     texts = [row.get_suptitle() for row in figure.subfigs[:-1]]
     assert texts == ["photographs, cifar10 (one seed)"] * 2
     poster.plt.close(figure)
+
+
+# ---- figures/compare.py ----
+
+
+def test_two_names_are_compared_seed_by_seed(tmp_path, capsys):
+    # the same for all images: the interval is over seeds alone
+    last_nmi = {"whole": [0.5, 0.9, 0.7], "cut": [0.4, 0.6, 0.5]}
+    models, samples = [], []
+    for name, values in last_nmi.items():
+        for seed, value in enumerate(values):
+            models.append({"name": name, "seed": seed})
+            samples.append({"nmi": np.full((6, 4), value)})
+    # pairs go by seed, not by place
+    models[0], models[1] = models[1], models[0]
+    samples[0], samples[1] = samples[1], samples[0]
+    report.write_results({"edition": 2, "models": models}, samples, tmp_path)
+    compare.compare(tmp_path, "NMI, last layer", ["whole", "cut"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("whole: 0.700")
+    # differences 0.1, 0.3, 0.2: mean 0.2, s 0.1, and t(0.975, 2) = 4.303
+    assert lines[2] == "difference 0.200 [-0.048, 0.448], seeds and images, 3 seeds"
+    with pytest.raises(report.UserError, match="networks are cut; whole"):
+        compare.compare(tmp_path, "NMI, last layer", ["whole", "half"])
+    with pytest.raises(report.UserError, match="parts are "):
+        compare.compare(tmp_path, "NMI", ["whole", "cut"])
