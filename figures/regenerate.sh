@@ -63,6 +63,8 @@ short() { # kinds of short runs -> their files
 python analyze.py $(short simmim moco nano-simmim nano-moco) --alone --only scaling --out figures/sizes
 python analyze.py $(short simmim decoder micro8) --alone --only decoder --out figures/decoder
 python analyze.py $(short nano-moco crops nano-simmim) --alone --only bias --out figures/crops
+# claim 4: do MIM's last layers look far after a third of the training?
+python analyze.py $(short simmim moco) --alone --only distance --out figures/length
 python analyze.py $(short simmim 0.05 0.1 0.2 0.5 0.8 moco) --alone --only sweep --out figures/sweep
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
