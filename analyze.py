@@ -2545,6 +2545,7 @@ def untrained_like(vit):
         new = ViT(*sizes, **options)
     new.facts = facts | {"role": "untrained", "lam": None, "path": "", "given": ""}
     new.facts |= {"decoder_depth": 0, "config": {}, "family": "untrained", "seed": seed}
+    new.facts |= {"crop_min": None, "blur": None}
     return new.eval().requires_grad_(False)
 
 
@@ -2562,7 +2563,7 @@ VARYING = {
 
 def name_networks(all_facts):
     """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else."""
-    varies = [key for key in VARYING if len({f[key] for f in all_facts}) > 1]
+    varies = [key for key in VARYING if len({f[key] for f in all_facts} - {None}) > 1]
     names = defaultdict(list)
     for facts in all_facts:
         name = facts["given"]
@@ -3459,6 +3460,8 @@ def find_facts(path, sizes, family, config):
     facts |= {"role": ROLE_OF.get(lam, "hybrid"), "lam": lam}
     facts |= dict(zip((*SHAPE, "num_heads"), sizes, strict=True))
     facts |= {key: config.get(key) for key in ("crop_min", "blur", "seed")}
+    if lam == 0:  # they are about contrastive views
+        facts |= {"crop_min": None, "blur": None}
     return facts | {"decoder_depth": config.get("decoder_depth", 0)}
 
 

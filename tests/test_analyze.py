@@ -944,6 +944,32 @@ def test_a_size_that_comes_later_is_another_network(checkpoints, tmp_path):
     ]
 
 
+def test_names_say_what_differs_where_it_matters():
+    def facts(role, crop_min=None, embed_dim=96):
+        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": embed_dim, "depth": 6}
+        lam = {"CL": 1.0, "MIM": 0.0, "untrained": None}[role]
+        known = {"role": role, "lam": lam, "family": "sslvit", "given": "", **sizes}
+        config = {} if role == "untrained" else {"lam": lam}
+        known |= {"decoder_depth": 0, "config": config, "blur": None, "seed": 0}
+        return known | {"crop_min": crop_min}
+
+    given = [facts("CL", 0.2), facts("CL", 0.6), facts("MIM"), facts("untrained")]
+    analyze.name_networks(given)
+    assert [f["name"] for f in given] == [
+        "CL (MoCo v3), crops from 0.2",
+        "CL (MoCo v3), crops from 0.6",
+        "MIM (SimMIM)",  # has no contrastive crops
+        "untrained",
+    ]
+    given = [facts("CL", 0.2), facts("MIM"), facts("MIM", embed_dim=48)]
+    analyze.name_networks(given)
+    assert [f["name"] for f in given] == [
+        "CL (MoCo v3), 96 wide",
+        "MIM (SimMIM), 96 wide",
+        "MIM (SimMIM), 48 wide",
+    ]
+
+
 def test_a_new_figure_is_one_section(checkpoints, tmp_path, monkeypatch, capsys):
     def measure_largest(layer):
         return {"largest": layer.attn.amax(dim=(-2, -1))}
