@@ -117,7 +117,7 @@ class Figure:
     keys: tuple = ()
     # enough(models) -> whether these can say something together
     enough: Callable = bool
-    # the title: what the first part found, whichever sign it has, and its numbers
+    # the title: what the first part found, if it holds or is opposed, and its numbers
     finding: str = ""
     otherwise: str = ""
     numbers: str = "{CL:.3f} against {MIM:.3f}"
@@ -2633,10 +2633,13 @@ def analyse(options):
     return plain(results), [lean(found, options.only) for found in rows]
 
 
+SHARED = {"labels", "index"}  # of the test images: the same for every network
+
+
 def read_by_claims(rows, names):
     """Of a network's numbers by image those that these figures' verdicts read."""
     parts = [part for name in names for part in FIGURES[name].parts]
-    read = {key for part in parts for key in part.keys} | {"labels", "index"}
+    read = {key for part in parts for key in part.keys} | SHARED
     chosen_by = " val"  # the best layer, token and λ are chosen on validation images
     return {key: rows[key] for key in rows if key in read or key.endswith(chosen_by)}
 
@@ -2694,7 +2697,8 @@ def write_results(results, samples, out):
     arrays = {}
     for number, rows in enumerate(samples):
         for key, array in rows.items():
-            arrays[f"{number}/{key}"] = array
+            if number == 0 or key not in SHARED:
+                arrays[f"{number}/{key}"] = array
     # under other names first: whole or not at all
     (out / "new.json").write_text(json.dumps(results))
     np.savez_compressed(out / "new.npz", **arrays)
@@ -2717,6 +2721,9 @@ def read_results(path):
         for name in arrays.files:
             number, key = name.split("/", maxsplit=1)
             samples[int(number)][key] = arrays[name]
+    for rows in samples:
+        for key in SHARED & samples[0].keys():
+            rows[key] = samples[0][key]
     return results, samples
 
 
@@ -2780,9 +2787,11 @@ def title_of(figure, claims):
     own = {part.name for part in figure.parts}
     rows = [row for row in claim["parts"] if row["part"] in own]
     if rows and "difference" in rows[0]:
-        title = figure.otherwise
-        if rows[0]["difference"] > 0:
+        title = f"{figure.finding}? Undecided"
+        if rows[0]["holds"]:
             title = figure.finding
+        if rows[0]["opposed"]:
+            title = figure.otherwise
         title += ": " + figure.numbers.format(**rows[0])
     verdict = verdict_of(rows or claim["parts"])
     if claim["seeds"] > 0:

@@ -56,6 +56,7 @@ unset OMP_NUM_THREADS
 python analyze.py runs/stimuli-{moco,simmim,hybrid}-{0,1,2,3,4}/ckpt.pt --alone --out figures
 python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
   --data "$data" --cue-conflict "$cues" --out figures/cifar10
+rm figures/cifar10/*.png  # its report shows them
 seeds=(0 1 2)
 short() { # kinds of short runs -> their files
   for kind in "$@"; do printf "runs/short-$kind-%s/ckpt.pt " "${seeds[@]}"; done
@@ -69,3 +70,8 @@ python analyze.py $(short simmim 0.05 0.1 0.2 0.5 0.8 moco) --alone --only sweep
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png
+# what README compares and no claim does
+python figures/compare.py figures/crops "shape bias" \
+  "CL (MoCo v3), crops from 0.6" "CL (MoCo v3), crops from 0.2"
+python figures/compare.py figures/sweep "probe: best λ - better" \
+  "hybrid, λ = 0.2" "MIM (SimMIM)"

@@ -878,6 +878,10 @@ def test_from_judges_again(checkpoints, tmp_path):
     with np.load(tmp_path / "samples.npz") as file:
         arrays = dict(file)
     assert arrays["0/nmi"].shape == (24, 2) and arrays["0/labels"].shape == (24, 2)
+    # the test images are everybody's, and stand there once
+    assert "1/labels" not in arrays and "1/index" not in arrays
+    _, samples = analyze.read_results(tmp_path / "results.json")
+    assert all(rows["labels"].shape == (24, 2) for rows in samples)
     arrays["0/nmi"][:], arrays["1/nmi"][:] = 0.01, 0.5
     np.savez(tmp_path / "samples.npz", **arrays)
     assert (
@@ -1067,6 +1071,15 @@ def test_titles_say_what_was_found():
     assert (
         title == "CL's late attention does ask who looks: "
         "NMI 0.400 against 0.600 (opposed, 3 seeds)"
+    )
+    # MIM / 2 - CL = -0.1, 0.1, 0.1: more often than not is not a finding
+    models = [model("CL", nmi_rows(x), seed) for seed, x in enumerate((0.4, 0.2, 0.2))]
+    models += [model("MIM", nmi_rows(0.6), seed) for seed in range(3)]
+    claims = analyze.judge(models, ["nmi"])
+    title = analyze.title_of(analyze.FIGURES["nmi"], claims)
+    assert (
+        title == "CL's late attention hardly asks who looks? "
+        "Undecided: NMI 0.267 against 0.600 (weak, 3 seeds)"
     )
 
 
