@@ -2633,13 +2633,13 @@ def analyse(options):
     return plain(results), [lean(found, options.only) for found in rows]
 
 
-SHARED = {"labels", "index"}  # of the test images: the same for every network
+SAME_FOR_ALL = {"labels", "index"}  # networks see the same test images
 
 
 def read_by_claims(rows, names):
     """Of a network's numbers by image those that these figures' verdicts read."""
     parts = [part for name in names for part in FIGURES[name].parts]
-    read = {key for part in parts for key in part.keys} | SHARED
+    read = {key for part in parts for key in part.keys} | SAME_FOR_ALL
     chosen_by = " val"  # the best layer, token and λ are chosen on validation images
     return {key: rows[key] for key in rows if key in read or key.endswith(chosen_by)}
 
@@ -2697,7 +2697,7 @@ def write_results(results, samples, out):
     arrays = {}
     for number, rows in enumerate(samples):
         for key, array in rows.items():
-            if number == 0 or key not in SHARED:
+            if number == 0 or key not in SAME_FOR_ALL:
                 arrays[f"{number}/{key}"] = array
     # under other names first: whole or not at all
     (out / "new.json").write_text(json.dumps(results))
@@ -2722,7 +2722,7 @@ def read_results(path):
             number, key = name.split("/", maxsplit=1)
             samples[int(number)][key] = arrays[name]
     for rows in samples:
-        for key in SHARED & samples[0].keys():
+        for key in SAME_FOR_ALL & samples[0].keys():
             rows[key] = samples[0][key]
     return results, samples
 

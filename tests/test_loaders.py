@@ -487,8 +487,9 @@ def test_our_runs_tell_everything(
         "patch_size": cfg.patch_size,
         "image_size": 16,
         "decoder_depth": depth,
-        "crop_min": cfg.crop_min,
-        "blur": cfg.blur,
+        # of contrastive views
+        "crop_min": None if lam == 0 else cfg.crop_min,
+        "blur": None if lam == 0 else cfg.blur,
         "seed": 4,
         "config": content["config"],
         "path": str(tmp_path / "file.pth"),
