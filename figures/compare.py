@@ -1,6 +1,7 @@
-"""How far apart are two networks in one part of a claim? With the verdicts' interval.
+r"""How far apart are two networks in one part of a claim? With the verdicts' interval.
 
-    python figures/compare.py figures/crops "shape bias" "CL with whole objects" "CL"
+    python figures/compare.py figures/sweep "probe: best λ - better" \
+      "hybrid, λ = 0.2" "MIM (SimMIM)"
 
 Claims compare roles; this compares any two names of a folder that analyze.py wrote,
 the second taken from the first, paired by seed.
