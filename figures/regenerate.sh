@@ -32,9 +32,12 @@ for seed in 0 1 2; do
   cl="python sslvit.py --objective moco --steps 344 --seed $seed"
   $mim --out runs/short-simmim-$seed &
   $cl --out runs/short-moco-$seed &
-  # claim 2: a smaller size
+  # claim 2: a smaller size, and a larger one
   $mim --model nano --out runs/short-nano-simmim-$seed &
   $cl --model nano --out runs/short-nano-moco-$seed &
+  wait
+  $mim --model tiny --out runs/short-tiny-simmim-$seed &
+  $cl --model tiny --out runs/short-tiny-moco-$seed &
   wait
   # claim 11: a decoder, and as deep without one
   $mim --decoder-depth 2 --out runs/short-decoder-$seed &
@@ -61,7 +64,8 @@ seeds=(0 1 2)
 short() { # kinds of short runs -> their files
   for kind in "$@"; do printf "runs/short-$kind-%s/ckpt.pt " "${seeds[@]}"; done
 }
-python analyze.py $(short simmim moco nano-simmim nano-moco) --alone --only scaling --out figures/sizes
+python analyze.py $(short simmim moco nano-simmim nano-moco tiny-simmim tiny-moco) --alone \
+  --only scaling --out figures/sizes
 python analyze.py $(short simmim decoder micro8) --alone --only decoder --out figures/decoder
 python analyze.py $(short nano-moco crops nano-simmim) --alone --only bias --out figures/crops
 # claim 4: do MIM's last layers look far after a third of the training?
