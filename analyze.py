@@ -2294,7 +2294,7 @@ def group_of(models, role, shape):
 
 
 def groups_of(models):
-    """-> {role: networks that may be compared}, and a note on those left out.
+    """-> {role: networks that may be compared}.
 
     Plain roles have the shape that most encoders have, and no decoder. 'hybrid' is the
     λ nearest 0.2, 'best hybrid' the one best on validation.
@@ -2304,7 +2304,7 @@ def groups_of(models):
     trained = [m for m in plain if m["role"] != "untrained"] + decoded
     shapes = [shape_of(m) for m in trained]
     if not shapes:
-        return {}, ""
+        return {}
     # of shapes that are as frequent the largest
     common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
     groups = {role: group_of(plain, role, common) for role in ROLES}
@@ -2329,7 +2329,7 @@ def groups_of(models):
             groups[f"smallest {role}"] = group_of(plain, role, by_size[0])
             groups[f"largest {role}"] = group_of(plain, role, by_size[-1])
     groups = {role: group for role, group in groups.items() if group}
-    return groups, note_on_shapes(plain, common)
+    return groups
 
 
 def validation_score(group):
@@ -2339,17 +2339,16 @@ def validation_score(group):
     return np.mean(scores or [0.0])
 
 
-def note_on_shapes(models, common):
-    """Which networks are of another shape than those that are compared."""
-    notes = []
-    for model in models:
-        differs = []
-        for key, value in zip(SHAPE, common, strict=True):
-            if model[key] != value:
-                differs.append(f"{key} {model[key]}, not {value}")
-        if differs and model["run"] == 0 and model["role"] != "untrained":
-            notes.append(f"{model['name']} is not compared: {', '.join(differs)}")
-    return "; ".join(notes)
+def note_on_left_out(models, groups, roles):
+    """Which trained networks a claim about `roles` does not compare."""
+    compared = {m["name"] for role in roles for m in groups.get(role, [])}
+    # 'smallest CL', 'MIM with decoder'; of hybrids there are as many as λs
+    asked = {word for role in roles for word in role.split()} & {"CL", "MIM"}
+    left_out = [m for m in models if m["role"] in asked and m["name"] not in compared]
+    if not left_out:
+        return ""
+    names = "; ".join(by_name(left_out))
+    return f"not compared, of another shape or not the first of it: {names}"
 
 
 def judge_part(part, groups, needs):
@@ -2412,12 +2411,13 @@ def verdict_of(rows):
 
 def judge(models, names=None, note=""):
     """models: facts with "rows" -> the claims' table, of the figures in `names`."""
-    groups, sizes = groups_of(models)
+    groups = groups_of(models)
     asked = {FIGURES[name].claim for name in names or FIGURES} - {None}
     table = []
     for number in sorted(asked):
         figures = {n: f for n, f in FIGURES.items() if f.claim == number and f.parts}
-        rows, notes = [], [sizes]
+        roles = {role for f in figures.values() for p in f.parts for role in p.roles}
+        rows, notes = [], [note_on_left_out(models, groups, roles)]
         for name, figure in figures.items():
             needs = ", ".join([f"--only {name}", *(NEEDS[n] for n in figure.needs)])
             rows += [judge_part(part, groups, needs) for part in figure.parts]
@@ -2545,31 +2545,52 @@ def untrained_like(vit):
         new = ViT(*sizes, **options)
     new.facts = facts | {"role": "untrained", "lam": None, "path": "", "given": ""}
     new.facts |= {"decoder_depth": 0, "config": {}, "family": "untrained", "seed": seed}
-    new.facts |= {"crop_min": None, "blur": None}
     return new.eval().requires_grad_(False)
 
 
 # what legends say of a network where several differ in it
-VARYING = {
+SHAPE_IN_WORDS = {
     "image_size": "{} px",
     "patch_size": "patches of {}",
     "embed_dim": "{} wide",
     "depth": "{} deep",
     "decoder_depth": "decoder of {}",
+}
+# of those whose shape is the same; others as 'clip 3.0'
+SETTING_IN_WORDS = {
     "crop_min": "crops from {}",
     "blur": "blur to {} px",
+    "steps": "{} steps",
+    "epochs": "{} epochs",
+    "lr": "learning rate {}",
+    "batch_size": "batches of {}",
 }
+# settings that names tell already, and those that do not change what is learned
+IN_NAMES = {"objective", "lam", "model", "preset", *SHAPE_IN_WORDS}
+SYSTEM = {"device", "dtype", "accum", "workers", "compile", "checkpointing"}
+RUN = {"seed", "out", "resume", "overwrite", "dry_run"}
+RUN |= {"save_every", "log_every", "knn_images"}
 
 
 def name_networks(all_facts):
-    """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else."""
-    varies = [key for key in VARYING if len({f[key] for f in all_facts} - {None}) > 1]
+    """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else.
+
+    Files of one name are seeds of one network: whatever else differs is in the name.
+    """
+    shape_varies = [k for k in SHAPE_IN_WORDS if len({f[k] for f in all_facts}) > 1]
+    alike = defaultdict(list)
+    for facts in all_facts:
+        told = [
+            SHAPE_IN_WORDS[key].format(facts[key]) for key in shape_varies if facts[key]
+        ]
+        alike[", ".join([base_name(facts), *told])].append(facts)
+    for name, several in alike.items():
+        unnamed = [facts for facts in several if not facts["given"]]
+        for facts, differs in zip(unnamed, differences(unnamed), strict=True):
+            facts["name"] = ", ".join([name, *differs])
     names = defaultdict(list)
     for facts in all_facts:
-        name = facts["given"]
-        if not name:
-            differs = [VARYING[key].format(facts[key]) for key in varies if facts[key]]
-            name = ", ".join([base_name(facts), *differs])
+        name = facts["name"] = facts["given"] or facts["name"]
         seeds = names[name]
         seeds.append(facts)
         for key in ("role", "lam", *SHAPE):
@@ -2577,7 +2598,47 @@ def name_networks(all_facts):
             require(seeds[0][key] == facts[key], f"{fault} of one network")
         # the nth name of its role, which chooses a marker and a kind of line
         kin = [n for n, s in names.items() if s[0]["role"] == facts["role"]]
-        facts |= {"name": name, "run": len(seeds) - 1, "nth": kin.index(name)}
+        facts |= {"run": len(seeds) - 1, "nth": kin.index(name)}
+
+
+def differences(networks):
+    """Networks of one role and shape -> for each, words for what else it differs in.
+
+    Those are the settings that not all were trained with. Files of others do not tell
+    theirs: each is a network of its own, with its own file's name.
+    """
+    configs = [facts["config"] for facts in networks if facts["config"]]
+    varies = []
+    for key in sorted(set().union(*configs) - IN_NAMES - SYSTEM - RUN):
+        if len({str(config[key]) for config in configs if key in config}) > 1:
+            varies.append(key)
+    words = []
+    for facts in networks:
+        config = facts["config"]
+        differs = [in_words(key, config[key]) for key in varies if key in config]
+        from_others = facts["path"] and not config
+        if from_others and len(networks) > 1:
+            differs = ["/".join(Path(facts["path"]).with_suffix("").parts[-2:])]
+        words.append(differs)
+    return words
+
+
+def in_words(key, value):
+    if key == "data":
+        value = Path(value).name or "stimuli"
+    return SETTING_IN_WORDS.get(key, key.replace("_", " ") + " {}").format(value)
+
+
+def require_different_seeds(all_facts):
+    """One run that counts twice would make intervals too narrow."""
+    seen = {}
+    for facts in all_facts:
+        name, seed, path = facts["name"], facts["seed"], facts["path"]
+        if not path:
+            continue  # untrained networks, one for each shape
+        run = (name, path if seed is None else seed)
+        require(run not in seen, f"{seen.get(run)} and {path} are one run of {name}")
+        seen[run] = path
 
 
 def base_name(facts):
@@ -2608,6 +2669,7 @@ def analyse(options):
         shapes.setdefault(shape_of(vit.facts), vit)
     loaded += [untrained_like(vit) for vit in shapes.values()]
     name_networks([vit.facts for vit in loaded])
+    require_different_seeds([vit.facts for vit in loaded])
     figures = [FIGURES[name] for name in options.only]
     models, rows, chosen, note = [], [], defaultdict(dict), ""
     for vit in loaded:
@@ -3468,9 +3530,7 @@ def find_facts(path, sizes, family, config):
     facts = {"path": str(path), "family": family.name, "config": config}
     facts |= {"role": ROLE_OF.get(lam, "hybrid"), "lam": lam}
     facts |= dict(zip((*SHAPE, "num_heads"), sizes, strict=True))
-    facts |= {key: config.get(key) for key in ("crop_min", "blur", "seed")}
-    if lam == 0:  # they are about contrastive views
-        facts |= {"crop_min": None, "blur": None}
+    facts |= {"seed": config.get("seed")}
     return facts | {"decoder_depth": config.get("decoder_depth", 0)}
 
 

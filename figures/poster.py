@@ -32,7 +32,7 @@ TITLE, TEXT, SMALL = 22, 18, 16
 
 def groups_of(models):
     """{role: its seeds}: equal shapes, no decoder, one λ for the hybrid."""
-    groups, _ = analyze.groups_of([model | {"rows": {}} for model in models])
+    groups = analyze.groups_of([model | {"rows": {}} for model in models])
     return {role: groups[role] for role in analyze.ROLES if role in groups}
 
 

@@ -547,7 +547,6 @@ FACTS = {
     "depth": 6,
     "decoder_depth": 0,
 }
-FACTS |= {"crop_min": 0.2, "blur": 1.0}
 LAMS = {"CL": 1.0, "MIM": 0.0, "hybrid": 0.2, "untrained": None}
 
 
@@ -676,11 +675,18 @@ def test_claim_4_asks_where_the_gap_is():
 
 
 def test_only_equal_sizes_are_compared():
-    models = [model("CL", nmi_rows(0.1)), model("MIM", nmi_rows(0.9), patch_size=8)]
-    models += [model("CL", nmi_rows(0.2), 1)]
-    claim = judged(models, 5)
+    cl = [model("CL", nmi_rows(0.1)), model("CL", nmi_rows(0.2), 1)]
+    other_shape = model("MIM", nmi_rows(0.9), name="coarse", patch_size=8)
+    claim = judged([*cl, other_shape], 5)
     assert claim["verdict"] == "not testable" and "MIM" in claim["parts"][0]["why"]
-    assert claim["note"] == "MIM is not compared: patch_size 8, not 4"
+    left_out = "not compared, of another shape or not the first of it: "
+    assert claim["note"] == left_out + "coarse"
+    # of a shape the first name is compared: 0.6 / 2 - mean of 0.1 and 0.2
+    first = model("MIM", nmi_rows(0.6), name="first")
+    second = model("MIM", nmi_rows(0.9), name="second")
+    claim = judged([first, *cl, second, other_shape], 5)
+    assert claim["parts"][0]["MIM"] == pytest.approx(0.6)
+    assert claim["note"] == left_out + "second; coarse"
 
 
 def tuned(value, n=40):
@@ -724,7 +730,7 @@ def test_claim_12_can_be_read_off_its_row():
     # λ = 0.5 is best on validation, not on test
     assert part["hybrid"] == pytest.approx(0.8)
     assert part["difference"] == pytest.approx(0.8 - 0.7)
-    groups, _ = analyze.groups_of(models)
+    groups = analyze.groups_of(models)
     assert groups["hybrid"][0]["lam"] == 0.2 and groups["best hybrid"][0]["lam"] == 0.5
 
 
@@ -735,12 +741,12 @@ def test_claim_11_has_a_control_of_equal_depth():
         model("MIM", {}, name="deep", depth=8),
         model("CL", {}),
     ]
-    groups, _ = analyze.groups_of(models)
+    groups = analyze.groups_of(models)
     names = {role: [m["name"] for m in group] for role, group in groups.items()}
     assert names["MIM"] == ["plain"] and names["MIM with decoder"] == ["decoder"]
     assert names["MIM as deep"] == ["deep"]
     # the decoder's encoder counts: there are two of six layers
-    alone, _ = analyze.groups_of(models[:3])
+    alone = analyze.groups_of(models[:3])
     assert [m["name"] for m in alone["MIM"]] == ["plain"]
     # right at the last of three layers: 0.6, at the best on validation 0.8
     layers, validated = np.array([0.5, 0.8, 0.6]), np.array([0.2, 0.9, 0.3])
@@ -948,30 +954,76 @@ def test_a_size_that_comes_later_is_another_network(checkpoints, tmp_path):
     ]
 
 
-def test_names_say_what_differs_where_it_matters():
-    def facts(role, crop_min=None, embed_dim=96):
-        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": embed_dim, "depth": 6}
-        lam = {"CL": 1.0, "MIM": 0.0, "untrained": None}[role]
-        known = {"role": role, "lam": lam, "family": "sslvit", "given": "", **sizes}
-        config = {} if role == "untrained" else {"lam": lam}
-        known |= {"decoder_depth": 0, "config": config, "blur": None, "seed": 0}
-        return known | {"crop_min": crop_min}
+def named(*networks):
+    """(role, settings, what else is given) of each -> their names."""
+    lams = {"CL": 1.0, "MIM": 0.0, "hybrid": 0.2, "untrained": None}
+    all_facts = []
+    for n, (role, config, changes) in enumerate(networks):
+        facts = {"image_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6}
+        facts |= {"role": role, "lam": lams[role], "family": "sslvit", "given": ""}
+        facts |= {"decoder_depth": 0, "seed": 0, "path": f"runs/{n}/ckpt.pt"}
+        facts |= {"config": config}
+        if role == "untrained":
+            facts["path"] = ""
+        all_facts.append(facts | changes)
+    analyze.name_networks(all_facts)
+    return [facts["name"] for facts in all_facts]
 
-    given = [facts("CL", 0.2), facts("CL", 0.6), facts("MIM"), facts("untrained")]
-    analyze.name_networks(given)
-    assert [f["name"] for f in given] == [
-        "CL (MoCo v3), crops from 0.2",
-        "CL (MoCo v3), crops from 0.6",
-        "MIM (SimMIM)",  # has no contrastive crops
+
+def test_names_say_which_shapes_differ():
+    names = named(("CL", {"seed": 0}, {}), ("MIM", {"seed": 0}, {}))
+    assert names == ["CL (MoCo v3)", "MIM (SimMIM)"]
+    small = {"embed_dim": 48}
+    names = named(("CL", {"seed": 0}, {}), ("MIM", {"seed": 0}, small))
+    assert names == ["CL (MoCo v3), 96 wide", "MIM (SimMIM), 48 wide"]
+
+
+def test_networks_that_were_trained_differently_are_not_seeds_of_one():
+    third = {"steps": 1833, "lr": 0.012, "seed": 1, "device": "cpu", "out": "a"}
+    all_of_it = third | {"steps": 5500, "seed": 0, "device": "cuda", "out": "b"}
+    other = third | {"lr": 0.006, "clip": 3.0}
+    cl = {"steps": 1032, "lr": 0.004, "seed": 0}
+    untrained = ("untrained", {}, {})
+    given = [("MIM", third, {}), ("MIM", all_of_it, {}), ("CL", cl, {}), untrained]
+    assert named(*given) == [
+        "MIM (SimMIM), 1833 steps",
+        "MIM (SimMIM), 5500 steps",
+        "CL (MoCo v3)",  # alone: equal work is other steps for other objectives
         "untrained",
     ]
-    given = [facts("CL", 0.2), facts("MIM"), facts("MIM", embed_dim=48)]
-    analyze.name_networks(given)
-    assert [f["name"] for f in given] == [
-        "CL (MoCo v3), 96 wide",
-        "MIM (SimMIM), 96 wide",
-        "MIM (SimMIM), 48 wide",
+    # what only one file tells, as older ones lack a setting, is not known to differ
+    assert named(("MIM", third, {}), ("MIM", other, {})) == [
+        "MIM (SimMIM), learning rate 0.012",
+        "MIM (SimMIM), learning rate 0.006",
     ]
+    where = third | {"data": "/scratch/cifar10/"}
+    assert named(("MIM", third | {"data": ""}, {}), ("MIM", where, {})) == [
+        "MIM (SimMIM), data stimuli",
+        "MIM (SimMIM), data cifar10",
+    ]
+    # seed, machine and folder make seeds; a name that was given is the user's word
+    machine = third | {"seed": 7, "device": "mps", "out": "c", "log_every": 9}
+    assert named(("MIM", third, {}), ("MIM", machine, {})) == ["MIM (SimMIM)"] * 2
+    mine = {"given": "mine"}
+    assert named(("MIM", third, mine), ("MIM", other, mine)) == ["mine"] * 2
+
+
+def test_files_that_do_not_tell_their_settings_have_their_own_names():
+    mae = {"family": "MAE", "seed": None}
+    files = [mae | {"path": f"/ckpts/mae_{epochs}/model.pth"} for epochs in (800, 1600)]
+    assert named(*(("MIM", {}, facts) for facts in files)) == [
+        "MIM (MAE), mae_800/model",
+        "MIM (MAE), mae_1600/model",
+    ]
+    assert named(("MIM", {}, files[0])) == ["MIM (MAE)"]
+    untrained = [("untrained", {}, {"seed": seed}) for seed in (0, 1)]
+    assert named(*untrained) == ["untrained"] * 2
+
+
+def test_a_run_counts_once(checkpoints, tmp_path, capsys):
+    path = checkpoints / "moco" / "ckpt.pt"
+    fault = f"{path} and {path} are one run of CL (MoCo v3)"
+    assert fault in fails(capsys, path, path, "--out", tmp_path, "--only", "nmi")
 
 
 def test_a_new_figure_is_one_section(checkpoints, tmp_path, monkeypatch, capsys):

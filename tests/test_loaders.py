@@ -487,9 +487,6 @@ def test_our_runs_tell_everything(
         "patch_size": cfg.patch_size,
         "image_size": 16,
         "decoder_depth": depth,
-        # of contrastive views
-        "crop_min": None if lam == 0 else cfg.crop_min,
-        "blur": None if lam == 0 else cfg.blur,
         "seed": 4,
         "config": content["config"],
         "path": str(tmp_path / "file.pth"),
