@@ -2345,7 +2345,7 @@ def note_on_left_out(models, groups, roles):
     # 'smallest CL', 'MIM with decoder'; of hybrids there are as many as λs
     asked = {word for role in roles for word in role.split()} & {"CL", "MIM"}
     left_out = [m for m in models if m["role"] in asked and m["name"] not in compared]
-    if not left_out:
+    if not left_out or not compared:  # then the rows say what is missing
         return ""
     names = "; ".join(by_name(left_out))
     return f"not compared, of another shape or not the first of it: {names}"

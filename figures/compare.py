@@ -24,11 +24,14 @@ def compare(folder, part_name, names):
     groups = [[], []]
     known = set()
     for model, rows in zip(results["models"], samples, strict=True):
+        if not analyze.was_measured(part, [{"rows": rows}]):
+            continue
         known.add(model["name"])
         for group, name in zip(groups, names, strict=True):
-            if model["name"] == name and analyze.was_measured(part, [{"rows": rows}]):
+            if model["name"] == name:
                 group.append(model | {"rows": rows})
-    analyze.require(all(groups), f"networks are {'; '.join(sorted(known))}")
+    measured = "; ".join(sorted(known)) or "no network"
+    analyze.require(all(groups), f"{part_name} was measured of {measured}")
     numbers = []  # of each name (1 + draws, seeds)
     for group in analyze.paired(groups):
         found = [analyze.numbers_of(part, m["rows"]) for m in group]
@@ -37,8 +40,9 @@ def compare(folder, part_name, names):
         print(f"{name}: {values[0].mean():.3f}, seeds {np.round(values[0], 3)}")
     difference = numbers[0] - numbers[1]
     (low, high), kind = analyze.interval_of(difference)
-    seeds = f"{kind}, {difference.shape[1]} seeds"
-    print(f"difference {difference[0].mean():.3f} [{low:.3f}, {high:.3f}], {seeds}")
+    if "seeds and" in kind:
+        kind += f", {difference.shape[1]} seeds"
+    print(f"difference {difference[0].mean():.3f} [{low:.3f}, {high:.3f}], {kind}")
 
 
 if __name__ == "__main__":

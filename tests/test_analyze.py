@@ -687,6 +687,8 @@ def test_only_equal_sizes_are_compared():
     claim = judged([first, *cl, second, other_shape], 5)
     assert claim["parts"][0]["MIM"] == pytest.approx(0.6)
     assert claim["note"] == left_out + "second; coarse"
+    # sizes, of which there is one: its rows say so
+    assert judged([first, *cl, second], 2)["note"] == ""
 
 
 def tuned(value, n=40):

@@ -258,7 +258,7 @@ def test_two_names_are_compared_seed_by_seed(tmp_path, capsys):
     assert lines[0].startswith("whole: 0.700")
     # differences 0.1, 0.3, 0.2: mean 0.2, s 0.1, and t(0.975, 2) = 4.303
     assert lines[2] == "difference 0.200 [-0.048, 0.448], seeds and images, 3 seeds"
-    with pytest.raises(report.UserError, match="networks are cut; whole"):
+    with pytest.raises(report.UserError, match="measured of cut; whole"):
         compare.compare(tmp_path, "NMI, last layer", ["whole", "half"])
     with pytest.raises(report.UserError, match="parts are "):
         compare.compare(tmp_path, "NMI", ["whole", "cut"])
