@@ -2562,7 +2562,7 @@ SETTING_IN_WORDS = {
     "blur": "blur to {} px",
     "steps": "{} steps",
     "epochs": "{} epochs",
-    "lr": "learning rate {}",
+    "lr": "lr {}",
     "batch_size": "batches of {}",
 }
 # settings that names tell already, and those that do not change what is learned

@@ -78,7 +78,6 @@ unset OMP_NUM_THREADS
 python analyze.py runs/stimuli-{moco,simmim,hybrid}-{0,1,2,3,4}/ckpt.pt --alone --out figures
 python analyze.py runs/cifar10-{moco,simmim,hybrid}-{0,1,2}/ckpt.pt --alone \
   --data "$data" --cue-conflict "$cues" --out figures/cifar10
-rm figures/cifar10/*.png  # its report shows them
 seeds=(0 1 2)
 short() { # kinds of short runs -> their files
   for kind in "$@"; do printf "runs/short-$kind-%s/ckpt.pt " "${seeds[@]}"; done
@@ -94,6 +93,7 @@ python analyze.py runs/rate-moco-{0.004,0.002,0.008}/ckpt.pt \
   runs/rate-simmim-{0.012,0.006,0.024}/ckpt.pt \
   runs/rate-hybrid-{0.012,0.006,0.024,0.003}/ckpt.pt --alone --only accuracy --out figures/rates
 python analyze.py $(short simmim hybrid-half moco) --alone --only sweep --out figures/half
+rm figures/*/*.png  # reports show them
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png

@@ -995,8 +995,8 @@ def test_networks_that_were_trained_differently_are_not_seeds_of_one():
     ]
     # what only one file tells, as older ones lack a setting, is not known to differ
     assert named(("MIM", third, {}), ("MIM", other, {})) == [
-        "MIM (SimMIM), learning rate 0.012",
-        "MIM (SimMIM), learning rate 0.006",
+        "MIM (SimMIM), lr 0.012",
+        "MIM (SimMIM), lr 0.006",
     ]
     where = third | {"data": "/scratch/cifar10/"}
     assert named(("MIM", third | {"data": ""}, {}), ("MIM", where, {})) == [
