@@ -94,6 +94,7 @@ python analyze.py runs/rate-moco-{0.004,0.002,0.008}/ckpt.pt \
   runs/rate-hybrid-{0.012,0.006,0.024,0.003}/ckpt.pt --alone --only accuracy --out figures/rates
 python analyze.py $(short simmim hybrid-half moco) --alone --only sweep --out figures/half
 rm figures/*/*.png  # reports show them
+rm figures/rates/report.html  # is a log: its samples hold the validation accuracies
 cp runs/stimuli-hybrid-0/reconstruction.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/results.json figures/cifar10/results.json --out figures/poster.png
@@ -101,4 +102,6 @@ python figures/poster.py figures/results.json figures/cifar10/results.json --out
 python figures/compare.py figures/crops "shape bias" \
   "CL (MoCo v3), crops from 0.6" "CL (MoCo v3), crops from 0.2"
 python figures/compare.py figures/sweep "probe: best λ - better" \
+  "hybrid, λ = 0.2" "MIM (SimMIM)"
+python figures/compare.py figures/half "probe: best λ - better" \
   "hybrid, λ = 0.2" "MIM (SimMIM)"
