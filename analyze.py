@@ -2562,7 +2562,6 @@ SETTING_IN_WORDS = {
     "blur": "blur to {} px",
     "steps": "{} steps",
     "epochs": "{} epochs",
-    "lr": "lr {}",
     "batch_size": "batches of {}",
 }
 # settings that names tell already, and those that do not change what is learned
@@ -2586,7 +2585,7 @@ def name_networks(all_facts):
         alike[", ".join([base_name(facts), *told])].append(facts)
     for name, several in alike.items():
         unnamed = [facts for facts in several if not facts["given"]]
-        for facts, differs in zip(unnamed, differences(unnamed), strict=True):
+        for facts, differs in zip(unnamed, what_differs(unnamed), strict=True):
             facts["name"] = ", ".join([name, *differs])
     names = defaultdict(list)
     for facts in all_facts:
@@ -2601,7 +2600,7 @@ def name_networks(all_facts):
         facts |= {"run": len(seeds) - 1, "nth": kin.index(name)}
 
 
-def differences(networks):
+def what_differs(networks):
     """Networks of one role and shape -> for each, words for what else it differs in.
 
     Those are the settings that not all were trained with. Files of others do not tell
@@ -2629,7 +2628,7 @@ def in_words(key, value):
     return SETTING_IN_WORDS.get(key, key.replace("_", " ") + " {}").format(value)
 
 
-def require_different_seeds(all_facts):
+def require_each_run_once(all_facts):
     """One run that counts twice would make intervals too narrow."""
     seen = {}
     for facts in all_facts:
@@ -2669,7 +2668,7 @@ def analyse(options):
         shapes.setdefault(shape_of(vit.facts), vit)
     loaded += [untrained_like(vit) for vit in shapes.values()]
     name_networks([vit.facts for vit in loaded])
-    require_different_seeds([vit.facts for vit in loaded])
+    require_each_run_once([vit.facts for vit in loaded])
     figures = [FIGURES[name] for name in options.only]
     models, rows, chosen, note = [], [], defaultdict(dict), ""
     for vit in loaded:
