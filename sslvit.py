@@ -425,6 +425,7 @@ class SSL(nn.Module):
         super().__init__()
         self.use_cl = cfg.lam > 0
         self.use_mim = cfg.lam < 1
+        self.one_view = cfg.one_view
         self.patch_size = cfg.patch_size
         self.temperature = cfg.temperature
         self.encoder = make_encoder(cfg)
@@ -463,6 +464,10 @@ class SSL(nn.Module):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q1 = self.predictor(self.projector(query_cls[0]))
+        if self.one_view:
+            with torch.no_grad():
+                k1 = self.momentum_projector(key_cls[0])
+            return 2 * contrastive_loss(q1, k1, self.temperature), q1
         q2 = self.predictor(self.projector(query_cls[1]))
         with torch.no_grad():
             k1 = self.momentum_projector(key_cls[0])
@@ -474,12 +479,12 @@ class SSL(nn.Module):
     def reconstruct(self, view, mask):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
 
-        view (B, 3, h, w), mask bool (B, N) -> L_MIM, mean patch tokens (B, D).
+        view (B, 3, h, w), mask bool (B, N) -> L_MIM, tokens (B, 1+N, D).
         """
         tokens = self.encoder(view, mask, mask_token=self.mask_token)  # (B, 1+N, D)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
         loss = masked_l1(pixels, patchify(view, self.patch_size), mask)
-        return loss, tokens[:, 1:].mean(dim=1)
+        return loss, tokens
 
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
@@ -490,8 +495,14 @@ class SSL(nn.Module):
         cl = torch.zeros((), device=mask.device)
         mim = torch.zeros((), device=mask.device)
         if self.use_mim:
-            mim, features = self.reconstruct(view_mim, mask)
-        if self.use_cl:
+            mim, tokens = self.reconstruct(view_mim, mask)
+            features = tokens[:, 1:].mean(dim=1)
+        if self.one_view:
+            # the masked view is the query, too; its key has seen what is masked
+            with torch.no_grad():
+                key_cls = self.momentum_encoder(view1, cls_only=True)[:, 0]
+            cl, features = self.compare(tokens[None, :, 0], key_cls[None])
+        elif self.use_cl:
             cl, features = self.contrast(view1, view2)
         return {"cl": cl, "mim": mim, "std": feature_std(features)}
 
@@ -558,7 +569,7 @@ class TrainingViews:
         self.cfg = cfg
         self.scales = []
         if cfg.lam > 0:
-            self.scales += [cfg.crop_min, cfg.crop_min]
+            self.scales += [cfg.crop_min] * (1 if cfg.one_view else 2)
         if cfg.lam < 1:
             self.scales += [0.67]  # [S] appendix A
 
@@ -577,9 +588,8 @@ class TrainingViews:
         colours = {}
         if self.cfg.lam > 0:
             colours = draw_colours(rng, self.cfg)
-        if self.cfg.lam < 1 and rng.random() < 0.5:
-            # the masked view is cropped and flipped, no more
-            crops[-1] = crops[-1, :, :, ::-1]
+        is_flipped = rng.random(len(crops)) < 0.5
+        crops[is_flipped] = crops[is_flipped, :, :, ::-1]
         return {"crops": crops, "mask": mask, "colours": colours, "broken": broken}
 
 
@@ -594,7 +604,6 @@ COLOUR_SHARES = {
     "grey": (0.2, 0.2),
     "blur": (1.0, 0.1),
     "solarise": (0.0, 0.2),
-    "flip": (0.5, 0.5),
 }
 
 
@@ -602,10 +611,10 @@ def draw_colours(rng, cfg):
     """The random choices for two views, which change_colours() carries out.
 
     order (2, 4): when which jitter runs, -1: never; factors (2, 4): of brightness,
-    contrast, saturation, hue; blur (2,): σ in px, 0: none; grey, solarise, flip (2,):
-    yes or no.
+    contrast, saturation, hue; blur (2,): σ in px, 0: none; grey, solarise (2,): yes or
+    no.
     """
-    drawn = rng.random((5, 2)) < list(COLOUR_SHARES.values())
+    drawn = rng.random((4, 2)) < list(COLOUR_SHARES.values())
     happens = dict(zip(COLOUR_SHARES, drawn, strict=True))
     order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
@@ -617,7 +626,6 @@ def draw_colours(rng, cfg):
         "blur": (sigma * happens["blur"]).astype(np.float32),
         "grey": happens["grey"],
         "solarise": happens["solarise"],
-        "flip": happens["flip"],
     }
 
 
@@ -689,10 +697,6 @@ def solarise(x):
 JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def hflip(x):
-    return x.flip(-1)
-
-
 def change_colours(x, colours):
     """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
 
@@ -715,7 +719,6 @@ def change_colours(x, colours):
     sigma = colours["blur"][is_blurred].view(-1, 1, 1, 1)
     apply(gaussian_blur, is_blurred, sigma)
     apply(solarise, colours["solarise"])
-    apply(hflip, colours["flip"])
 
 
 def augment(batch, cfg, device):
@@ -728,16 +731,17 @@ def augment(batch, cfg, device):
     crops = crops.transpose(0, 1).contiguous().float() / 255
     view1 = view2 = view_mim = None
     if cfg.lam > 0:
-        both = crops[:2].flatten(0, 1)  # (2B, 3, h, w), in the memory of `crops`
+        views = 1 if cfg.one_view else 2
+        coloured = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
         colours = {}
         for name, values in batch["colours"].items():  # (B, 2, ...)
-            colours[name] = values.transpose(0, 1).flatten(0, 1)
-        change_colours(both, colours)
+            colours[name] = values[:, :views].transpose(0, 1).flatten(0, 1)
+        change_colours(coloured, colours)
     mean = MEAN.to(device, non_blocking=True)
     crops = (crops - mean) / STD.to(device, non_blocking=True)
     if cfg.lam > 0:
         view1 = crops[0]
-        view2 = crops[1]
+        view2 = None if cfg.one_view else crops[1]
     if cfg.lam < 1:
         view_mim = crops[-1]
     return view1, view2, view_mim, mask
@@ -888,7 +892,8 @@ def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
             outputs.backward(gradients[part])
         if model.use_mim:
             with autocast():
-                part_mim, part_pooled = model.reconstruct(view_mim, mask)
+                part_mim, tokens = model.reconstruct(view_mim, mask)
+                part_pooled = tokens[:, 1:].mean(dim=1)
             # all images have equally many masked patches: the mean of means is exact
             scaler.scale((1 - cfg.lam) * part_mim / parts).backward()
             mim += part_mim.detach() / parts
@@ -1175,6 +1180,9 @@ class Config:
     mask_patch_size: int = knob(4, "px, side of what is masked at once")
     # so high that copying the neighbour is not enough
     mask_ratio: float = knob(0.6, "share of the image that is masked", 0.01, 1)
+    one_view: bool = knob(
+        False, "the masked view is MoCo's query, too: 4 passes for 11"
+    )
     decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0, 99)
 
     # data
@@ -1332,6 +1340,7 @@ def parse(argv):
         require(is_fine, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
         values["lam"] = PURE[objective]
     cfg = Config(**values)
+    require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     for knob_ in fields(Config):
         value = getattr(cfg, knob_.name)
         if knob_.type in (int, float):
@@ -1407,6 +1416,8 @@ def settle(cfg, world_size):
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     has_negatives = cfg.batch_size > 1 or cfg.lam == 0
     require(has_negatives, "--batch-size 1: the contrastive loss needs another image")
+    one_piece = world_size == 1 and cfg.accum == 1
+    require(one_piece or not cfg.one_view, "--one-view: not yet in micro-batches")
     draw_masks(1, cfg)  # do the sizes divide?
 
 
