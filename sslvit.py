@@ -25,15 +25,25 @@ import collections
 import contextlib
 import copy
 import ctypes
+import datetime
 import functools
+import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+# OpenMP's threads spin while they wait for each other. Beside another busy program that
+# cost the default run on two cores nine tenths of its speed (270 images/s alone, 15
+# beside a busy loop); with this setting, which must stand before torch, 282 and 148.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -41,12 +51,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed
+    fcntl = None
 
 
 class UserError(ValueError):
-    """What the user can mend: main() prints it as one line and returns status 2."""
+    """An error the user can fix: main() prints it as one line and returns status 2."""
 
 
 def require(condition, message):
@@ -62,7 +76,8 @@ def contrastive_loss(q, k, temperature):
     """InfoNCE, one direction: each query looks for its own key ([M] algorithm 1, ctr).
 
     q, k (B, C): row i of both comes from image i, the other rows are its negatives.
-    -> scalar, 2τ·log(B) if nothing is told apart, towards 0 if everything is. The
+    -> scalar, 2τ·log(B) if nothing is told apart. Cosines are bounded, so it never
+    reaches 0: with orthogonal negatives, B = 4,096 and τ = 0.2 it stays at 1.34. The
     factor 2τ keeps gradients comparable between temperatures τ.
     """
     # bf16 has three digits, too few for this softmax
@@ -101,7 +116,11 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
 
 def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²): the pixels of each patch, patches row by row."""
-    return F.unfold(images, patch_size, stride=patch_size).mT
+    p = patch_size
+    grid = images.unflatten(3, (-1, p)).unflatten(
+        2, (-1, p)
+    )  # (B, 3, rows, p, cols, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches, size, patch_size):
@@ -156,7 +175,7 @@ class Attention(nn.Module):
             q = q[:, :, :1]
         if bias is not None:
             bias = bias[:, : q.shape[2]].to(q.dtype)
-        # where there is no CUDA, bf16's fused kernel is 2 to 7 times slower than this
+        # on a CPU bf16's fused kernel was 2 to 7 times slower than this (torch 2.13)
         fused_is_slow = q.dtype == torch.bfloat16 and not q.is_cuda
         if explicit or fused_is_slow:
             logits = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1+N, 1+N)
@@ -216,15 +235,15 @@ class Block(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier ([M]), for Q, K and V apart: as one (3D, D) matrix their weights would
-        be √2 smaller, and attention stay uniform for long."""
+        """Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
+        weights would be √2 smaller, and attention would stay uniform for long."""
+        matrices = [*self.attn.qkv.weight.data.chunk(3)]
+        for linear in (self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            matrices.append(linear.weight)
+        for matrix in matrices:
+            nn.init.xavier_uniform_(matrix)
         for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             nn.init.zeros_(linear.bias)
-            matrices = [linear.weight.data]
-            if linear is self.attn.qkv:
-                matrices = linear.weight.data.chunk(3)
-            for matrix in matrices:
-                nn.init.xavier_uniform_(matrix)
 
     def record(self, x, bias=None, cls_only=False, explicit=True):
         """x (B, 1+N, D) -> Record: the forward pass and what happens on the way."""
@@ -333,7 +352,6 @@ class ViT(nn.Module):
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.embed_dim = embed_dim
-        self.checkpointing = False  # recompute activations in the backward pass
 
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = None
@@ -384,15 +402,13 @@ class ViT(nn.Module):
             bias = self.rel_pos_bias(rows, cols)
         records = []
         for block in self.blocks:
-            # all blocks but the last need every token, as key and value
-            only_cls_counts = cls_only and block is self.blocks[-1]
+            # earlier blocks need every token, as key and value
+            is_last = block is self.blocks[-1]
             if record:
                 records.append(block.record(x, bias))
                 x = records[-1].out
-            elif self.checkpointing:
-                x = checkpoint(block, x, bias, only_cls_counts, use_reentrant=False)
             else:
-                x = block(x, bias, only_cls_counts)
+                x = block(x, bias, is_last and cls_only)
         x = self.norm(x)
         return (x, records) if record else x
 
@@ -403,8 +419,8 @@ class ViT(nn.Module):
 def mlp_head(*widths):
     """Projector or predictor: Linear, BatchNorm, ReLU, ... ([M] section 4).
 
-    BatchNorm makes one embedding for all images impossible. The last one has no affine
-    part, as a scale of 0 would allow it. Heads are never evaluated: no running
+    BatchNorm spreads each channel over the batch, which counters collapse. The last one
+    has no learned scale, which could shrink to 0. Heads are never evaluated: no running
     statistics.
     """
     batch_norm = functools.partial(nn.BatchNorm1d, track_running_stats=False)
@@ -448,40 +464,51 @@ class SSL(nn.Module):
             layers.append(nn.Linear(embed_dim, 3 * cfg.patch_size**2))
             self.decoder = nn.Sequential(*layers)
 
-    def contrast(self, view1, view2):
-        """MoCo v3 in the steps of [M] algorithm 1 -> L_CL, queries of view 1 (B, C).
+    # MoCo v3 in the steps of [M] algorithm 1:
+    # 1. two views: augment()       2. encode_queries()    3. encode_keys(), no gradient
+    # 4. q1 looks for k2, q2 for k1: compare()             5. contrastive_loss()
+    # 6. gradient step for the queries: train()            7. update_average()
 
-        1. two views: augment()     2. encode both as queries    3. as keys, no gradient
-        4. q1 looks for k2, q2 for k1                            5. contrastive_loss()
-        6. gradient step for the queries: train()                7. the average follows
+    def encode_queries(self, view1, view2, view_mim, mask):
+        """-> CLS outputs of the queries (2, B, D), and None.
+
+        With --one-view the masked view is the query: (1, B, D), its tokens (B, 1+N, D).
         """
-        query_cls = encode_views(self.encoder, view1, view2)
-        with torch.no_grad():
-            key_cls = encode_views(self.momentum_encoder, view1, view2)
-        return self.compare(query_cls, key_cls)
+        if self.one_view:
+            tokens = self.encoder(view_mim, mask, mask_token=self.mask_token)
+            return tokens[None, :, 0], tokens
+        return encode_views(self.encoder, view1, view2), None
+
+    @torch.no_grad()
+    def encode_keys(self, view1, view2):
+        """-> CLS outputs of the average (2, B, D); with --one-view of view 1 alone."""
+        if self.one_view:
+            return self.momentum_encoder(view1, cls_only=True)[None, :, 0]
+        return encode_views(self.momentum_encoder, view1, view2)
 
     def compare(self, query_cls, key_cls):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q1 = self.predictor(self.projector(query_cls[0]))
+        with torch.no_grad():
+            k1 = self.momentum_projector(key_cls[0])
         if self.one_view:
-            with torch.no_grad():
-                k1 = self.momentum_projector(key_cls[0])
             return 2 * contrastive_loss(q1, k1, self.temperature), q1
         q2 = self.predictor(self.projector(query_cls[1]))
         with torch.no_grad():
-            k1 = self.momentum_projector(key_cls[0])
             k2 = self.momentum_projector(key_cls[1])
         loss = contrastive_loss(q1, k2, self.temperature)
         loss = loss + contrastive_loss(q2, k1, self.temperature)
         return loss, q1
 
-    def reconstruct(self, view, mask):
+    def reconstruct(self, view, mask, tokens=None):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
 
-        view (B, 3, h, w), mask bool (B, N) -> L_MIM, tokens (B, 1+N, D).
+        view (B, 3, h, w), mask bool (B, N), tokens if the view is already encoded ->
+        L_MIM, tokens (B, 1+N, D).
         """
-        tokens = self.encoder(view, mask, mask_token=self.mask_token)  # (B, 1+N, D)
+        if tokens is None:
+            tokens = self.encoder(view, mask, mask_token=self.mask_token)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
         loss = masked_l1(pixels, patchify(view, self.patch_size), mask)
         return loss, tokens
@@ -494,16 +521,14 @@ class SSL(nn.Module):
         """
         cl = torch.zeros((), device=mask.device)
         mim = torch.zeros((), device=mask.device)
+        tokens = None
+        if self.use_cl:
+            query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
+            cl, features = self.compare(query_cls, self.encode_keys(view1, view2))
         if self.use_mim:
-            mim, tokens = self.reconstruct(view_mim, mask)
+            mim, tokens = self.reconstruct(view_mim, mask, tokens)
+        if not self.use_cl:
             features = tokens[:, 1:].mean(dim=1)
-        if self.one_view:
-            # the masked view is the query, too; its key has seen what is masked
-            with torch.no_grad():
-                key_cls = self.momentum_encoder(view1, cls_only=True)[:, 0]
-            cl, features = self.compare(tokens[None, :, 0], key_cls[None])
-        elif self.use_cl:
-            cl, features = self.contrast(view1, view2)
         return {"cl": cl, "mim": mim, "std": feature_std(features)}
 
     @torch.no_grad()
@@ -526,13 +551,9 @@ def make_encoder(cfg):
     if cfg.positions == "relative":
         look = {"positions": "none", "rel_pos_bias": True, "layer_scale": 0.1}
     encoder = ViT(cfg.image_size, cfg.patch_size, **SIZES[cfg.model], **look)
-    encoder.checkpointing = cfg.checkpointing
-    # a fixed random patch embedding keeps MoCo from exploding ([M] section 4.2); in a
-    # hybrid it would keep MIM's gradient from the pixels
-    is_frozen = cfg.freeze_patch_embed == "yes"
-    if cfg.freeze_patch_embed == "auto":
-        is_frozen = cfg.lam == 1
-    encoder.patch_embed.requires_grad_(not is_frozen)
+    # a fixed random patch embedding keeps MoCo stable ([M] section 4.2); in a hybrid it
+    # would keep MIM's gradient from the pixels
+    encoder.patch_embed.requires_grad_(cfg.lam < 1)
     return encoder
 
 
@@ -544,7 +565,7 @@ def encode_views(encoder, view1, view2):
 
 
 def feature_std(features):
-    """Do features (B, D) collapse? 1: they fill all directions, 0: all are alike.
+    """Measures collapse of features (B, D): about 1 when spread, 0 when identical.
 
     Standard deviation of the unit-length features over the batch, times √D.
     """
@@ -560,8 +581,8 @@ def feature_std(features):
 class TrainingViews:
     """views[epoch, index] -> crops of an image, and every random choice for it.
 
-    A dict: crops uint8 (crops, 3, S, S), mask bool (N,), colours of the two contrastive
-    views (draw_colours), `broken`: index of a file that could not be read, else -1.
+    A dict: crops uint8 (crops, 3, S, S), contrastive ones first; mask bool (N,);
+    colours (draw_colours). A file that cannot be read is replaced by the next one.
     """
 
     def __init__(self, source, cfg):
@@ -575,14 +596,10 @@ class TrainingViews:
 
     def __getitem__(self, key):
         epoch, wanted = key
-
-        def crop(image, index):
-            rng = np.random.default_rng([self.cfg.seed, 0, epoch, index])
-            return random_crops(image, self.cfg.image_size, self.scales, rng), rng
-
-        # a file that cannot be read is replaced by the next one
-        (crops, rng), _, index = first_readable(self.source, wanted, crop)
-        broken = -1 if index == wanted else wanted
+        rng = np.random.default_rng([self.cfg.seed, 0, epoch, wanted])
+        size = self.cfg.image_size
+        crop = functools.partial(random_crops, size=size, scales=self.scales, rng=rng)
+        crops, _ = first_readable(self.source, wanted, crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = draw_masks(1, self.cfg, generator)[0]
         colours = {}
@@ -590,7 +607,7 @@ class TrainingViews:
             colours = draw_colours(rng, self.cfg)
         is_flipped = rng.random(len(crops)) < 0.5
         crops[is_flipped] = crops[is_flipped, :, :, ::-1]
-        return {"crops": crops, "mask": mask, "colours": colours, "broken": broken}
+        return {"crops": crops, "mask": mask, "colours": colours}
 
 
 def draw_masks(batch, cfg, generator=None):
@@ -721,24 +738,24 @@ def change_colours(x, colours):
     apply(solarise, colours["solarise"])
 
 
-def augment(batch, cfg, device):
+def augment(batch, cfg):
     """A loader's batch -> view1, view2, view_mim (B, 3, h, w) or None, mask (B, N).
 
     Nothing is drawn here: the same batch gives the same views, however often.
     """
-    mask = batch["mask"].to(device, non_blocking=True)
-    crops = batch["crops"].to(device, non_blocking=True)  # uint8 (B, crops, 3, h, w)
+    mask = batch["mask"].to(cfg.device, non_blocking=True)
+    crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous().float() / 255
     view1 = view2 = view_mim = None
+    views = 1 if cfg.one_view else 2
     if cfg.lam > 0:
-        views = 1 if cfg.one_view else 2
-        coloured = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
+        contrastive = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
         colours = {}
         for name, values in batch["colours"].items():  # (B, 2, ...)
             colours[name] = values[:, :views].transpose(0, 1).flatten(0, 1)
-        change_colours(coloured, colours)
-    mean = MEAN.to(device, non_blocking=True)
-    crops = (crops - mean) / STD.to(device, non_blocking=True)
+        change_colours(contrastive, colours)
+    mean = MEAN.to(cfg.device, non_blocking=True)
+    crops = (crops - mean) / STD.to(cfg.device, non_blocking=True)
     if cfg.lam > 0:
         view1 = crops[0]
         view2 = None if cfg.one_view else crops[1]
@@ -771,7 +788,7 @@ def lr_at(step, total, warmup, peak):
 def momentum_at(step, total, base):
     """Momentum m of the key average: from `base` to 1 on half a cosine ([M] section 4).
 
-    A late teacher should hold still.
+    Late in training the teacher should barely change.
     """
     return cosine(base, 1.0, step / total)
 
@@ -797,11 +814,180 @@ def make_optimizer(model, cfg):
 
 
 # ==== 6. Training loop ================================================================
+
+
+def train(cfg, state, log):
+    """Trains one model, from checkpoint `state` if there is one -> exit status."""
+    rank, world_size = world()
+    data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
+    total = number_of_steps(cfg, len(data[0]))
+    peak_lr = cfg.lr * cfg.batch_size / 256
+    since = rows[-1]["step"]
+    # step s is the loader's s - 1
+    batches = make_loader(cfg, data[0], range(since, total))
+    log.truncate(0)
+    write_lines(log, rows)
+    signals = catch_signals()
+    waited = 0.0
+    began = time.perf_counter()
+
+    for step in range(since + 1, total + 1):
+        # schedules
+        lr = lr_at(step, total, cfg.warmup * total, peak_lr)
+        momentum = momentum_at(step, total, cfg.momentum)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # batch: this rank's share, in micro-batches
+        asked = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(cfg.accum)]
+        waited += time.perf_counter() - asked
+        views = [augment(micro_batch, cfg) for micro_batch in micro_batches]
+
+        # losses: of the whole batch at once, or of its parts, which also go backward
+        is_whole = world_size * cfg.accum == 1
+        if is_whole:
+            with autocast():
+                losses = model(*views[0])
+        else:
+            losses = backward_in_parts(model, views, cfg, autocast, scaler)
+        loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+
+        # backward
+        if is_whole:
+            scaler.scale(loss).backward()
+
+        # step
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # average
+        model.update_average(momentum)
+
+        # log: every log_every steps, and at step 3, the first that tells the time
+        stop_by = signal_of_any_rank(signals, step, cfg)
+        is_saved = stop_by or step == total or step % cfg.save_every == 0
+        if not is_saved and step != 3 and step % cfg.log_every != 0:
+            continue
+        row = {"step": step} | to_numbers(losses | {"loss": loss, "norm": norm})
+        stop_if_not_finite(row, scaler)
+        row |= {"lr": lr, "momentum": momentum}
+        seconds = time.perf_counter() - began
+        row |= speed(cfg, step - since, total - step, seconds, waited)
+        if is_saved and not stop_by and rank == 0:
+            row |= knn_scores(model.encoder, data, cfg, autocast)
+        rows.append(row)
+        write_lines(log, [row])
+        say(*(f"{name} {value:.4g}" for name, value in row.items()))
+        if row["std"] < 0.05:
+            say("features collapse: all images look alike; lower --lr")
+
+        # save
+        if is_saved and rank == 0:
+            save_run(cfg, data, rows, model, optimizer, scaler)
+        if stop_by:
+            say(f"stopped by a signal after saving step {step}; --resume goes on")
+            return 128 + stop_by
+        waited = 0.0
+        since = step
+        began = time.perf_counter()
+    if rank == 0:
+        finish(cfg, model, rows, data)
+    return 0
+
+
 # A batch means the same on any machine: 4,096 images have 4,095 negatives on one GPU as
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
-# has both: collect the encoder's outputs without gradient, take the loss of them all,
-# and send its gradient at the outputs back through the encoder, part by part.
+# has both: collect the encoder's outputs, take the loss of them all, and send its
+# gradient at the outputs back through the encoder, part by part. Where the graph of a
+# part was not kept, for want of memory, the part is encoded a second time.
+
+
+def backward_in_parts(model, parts, cfg, autocast, scaler):
+    """Adds to .grad what one backward pass over the joint batch of all ranks would.
+
+    parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
+    """
+    cl = torch.zeros((), device=cfg.device)
+    mim = torch.zeros((), device=cfg.device)
+    if model.use_cl:
+        cl, features, graphs, gradients = contrast_in_parts(
+            model, parts, cfg, autocast, scaler
+        )
+    pooled = []
+    for part, views in enumerate(parts):
+        outputs = []
+        output_gradients = []
+        tokens = None
+        if model.use_cl:
+            query_cls, tokens = graphs.pop(part, (None, None))
+            if query_cls is None:
+                with autocast():
+                    query_cls, tokens = model.encode_queries(*views)
+            outputs.append(query_cls)
+            output_gradients.append(gradients[part])
+        if model.use_mim:
+            with autocast():
+                part_mim, tokens = model.reconstruct(views[2], views[3], tokens)
+            # all images have equally many masked patches: the mean of means is exact
+            outputs.append(scaler.scale((1 - cfg.lam) * part_mim / len(parts)))
+            output_gradients.append(None)
+            mim += part_mim.detach() / len(parts)
+            pooled.append(tokens[:, 1:].detach().mean(dim=1))
+        torch.autograd.backward(outputs, output_gradients)
+    if not model.use_cl:
+        features = gather(torch.cat(pooled)[None])[0]  # (B, D)
+    average_gradients(model)
+    return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
+
+
+def contrast_in_parts(model, parts, cfg, autocast, scaler):
+    """The contrastive loss of the joint batch, sent back to the encoder's outputs.
+
+    -> L_CL, queries of view 1 (B, C), {part: outputs of encode_queries() with their
+    graph}, and for each part the gradient at its CLS outputs (views, b, D).
+    """
+    rank, world_size = world()
+    graphs = {}
+    query_cls = []
+    key_cls = []
+    used_by_one = 0
+    for part, views in enumerate(parts):
+        keeps_graph = part == 0 or has_room(cfg.device, used_by_one)
+        before = memory_in_use(cfg.device)
+        with autocast(), torch.set_grad_enabled(keeps_graph):
+            cls, tokens = model.encode_queries(*views)
+        if keeps_graph:
+            graphs[part] = (cls, tokens)
+            used_by_one = memory_in_use(cfg.device) - before
+        with autocast():
+            key_cls.append(model.encode_keys(views[0], views[1]))
+        query_cls.append(cls.detach())
+    all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+    all_keys = gather(torch.cat(key_cls, dim=1))
+    with autocast():
+        cl, queries = model.compare(all_queries, all_keys)
+    scaler.scale(cfg.lam * cl).backward()
+    # a mean over ranks follows, but each rank's encoder has its own images only
+    share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
+    return cl.detach(), queries, graphs, share.chunk(len(parts), dim=1)
+
+
+def memory_in_use(device):
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def has_room(device, used_by_one):
+    """Would another part's graph leave a GPU room for twice that, to go backward?"""
+    if not device.startswith("cuda"):
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused > 3 * used_by_one
 
 
 def world():
@@ -829,86 +1015,24 @@ def mean_over_ranks(x):
 
 
 def average_gradients(model):
-    """The mean over the ranks: all gradients are one long vector, and one message."""
+    """The mean over the ranks: all messages are sent at once, then waited for."""
+    if not dist.is_initialized():
+        return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-    shares = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, share in zip(gradients, shares, strict=True):
-        gradient.copy_(share.view_as(gradient))
+    messages = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for message in messages:
+        message.wait()
+    torch._foreach_div_(gradients, dist.get_world_size())
 
 
-def contrast_in_parts(model, views_of, parts, cfg, autocast, scaler):
-    """The contrastive loss of the joint batch, sent back to the encoder's outputs.
-
-    views_of(part) -> the views of a micro-batch. -> L_CL, queries of view 1 (B, C), and
-    for each part its CLS outputs (2, b, D) and the gradient there. One part's outputs
-    keep their graph, so that the encoder need not run again; several parts' do not.
-    """
-    rank, world_size = world()
-    query_cls = []
-    key_cls = []
-    for part in range(parts):
-        view1, view2, _, _ = views_of(part)
-        with autocast(), torch.set_grad_enabled(parts == 1):
-            query_cls.append(encode_views(model.encoder, view1, view2))
-        with autocast(), torch.no_grad():
-            key_cls.append(encode_views(model.momentum_encoder, view1, view2))
-    all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
-    all_keys = gather(torch.cat(key_cls, dim=1))
-    with autocast():
-        cl, queries = model.compare(all_queries, all_keys)
-    scaler.scale(cfg.lam * cl).backward()
-    # a mean over ranks follows, but each rank's encoder has its own images only
-    share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
-    return cl, queries, query_cls, share.chunk(parts, dim=1)
-
-
-def backward_in_parts(model, micro_batches, cfg, autocast, scaler):
-    """Adds to .grad what one backward pass over the joint batch of all ranks would.
-
-    micro_batches: this rank's share. -> the joint batch's losses, as from SSL.forward.
-    """
-    parts = len(micro_batches)
-    cl = torch.zeros((), device=cfg.device)
-    mim = torch.zeros((), device=cfg.device)
-
-    # nothing is drawn here: a part's views are the same in both passes
-    @functools.lru_cache(maxsize=1)
-    def views_of(part):
-        return augment(micro_batches[part], cfg, cfg.device)
-
-    if model.use_cl:
-        cl, features, query_cls, gradients = contrast_in_parts(
-            model, views_of, parts, cfg, autocast, scaler
-        )
-    pooled = []
-    for part in range(parts):
-        view1, view2, view_mim, mask = views_of(part)
-        if model.use_cl:
-            outputs = query_cls[part]
-            if parts > 1:
-                with autocast():
-                    outputs = encode_views(model.encoder, view1, view2)
-            outputs.backward(gradients[part])
-        if model.use_mim:
-            with autocast():
-                part_mim, tokens = model.reconstruct(view_mim, mask)
-                part_pooled = tokens[:, 1:].mean(dim=1)
-            # all images have equally many masked patches: the mean of means is exact
-            scaler.scale((1 - cfg.lam) * part_mim / parts).backward()
-            mim += part_mim.detach() / parts
-            pooled.append(part_pooled.detach())
-    if not model.use_cl:
-        features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    if dist.is_initialized():
-        average_gradients(model)
-    return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
+# What the loop asks for, in the order of its lines.
 
 
 def prepare(cfg, state):
     """Data, model and optimiser, from checkpoint `state` if there is one; the log."""
     torch.manual_seed(cfg.seed)
     data = find_data(cfg)
+    check_identity(cfg, data[0], state)
     announce(cfg, len(data[0]))
     model = SSL(cfg).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
@@ -916,97 +1040,38 @@ def prepare(cfg, state):
     rows = [{"step": 0}]
     if state is not None:
         rows = state["log"]
-        torch.set_rng_state(state["rng"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     elif world()[0] == 0:
         rows[0] |= knn_scores(model.encoder, data, cfg, autocast)
     if cfg.compile:
-        compile_encoders(model)
+        # in place, so that the weights keep their names
+        model.encoder.compile(dynamic=False)
+        if model.use_cl:
+            model.momentum_encoder.compile(dynamic=False)
     return data, model, optimizer, autocast, scaler, rows
 
 
-def train(cfg, state):
-    """Trains one model, from checkpoint `state` if there is one -> exit status."""
-    rank, world_size = world()
-    data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
-    total = number_of_steps(cfg, len(data[0]))
-    peak_lr = cfg.lr * cfg.batch_size / 256
-    signals = catch_signals()
-    broken = set()
-    since = rows[-1]["step"]
-    # step s is the loader's s - 1
-    batches = make_loader(cfg, data[0], range(since, total))
-    waited = 0.0
-    began = time.perf_counter()
+def check_identity(cfg, train_set, state):
+    """UserError if ranks, or a run and its checkpoint, differ in their training sets.
 
-    for step in range(since + 1, total + 1):
-        # schedules
-        lr = lr_at(step, total, cfg.warmup * total, peak_lr)
-        momentum = momentum_at(step, total, cfg.momentum)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # batch: this rank's share, in micro-batches
-        asked = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(cfg.accum)]
-        waited += time.perf_counter() - asked
-        note_broken_files(micro_batches, data[0], broken)
-
-        # losses, backward: of one piece, or the same from many
-        if world_size == 1 and cfg.accum == 1:
-            views = augment(micro_batches[0], cfg, cfg.device)
-            with autocast():
-                losses = model(*views)
-            loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-            scaler.scale(loss).backward()
-        else:
-            losses = backward_in_parts(model, micro_batches, cfg, autocast, scaler)
-            loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-
-        # step
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        # average
-        model.update_average(momentum)
-
-        # log
-        if not (any_rank(signals, cfg) or is_due(step, total, cfg)):
-            continue
-        stop_by, broken = share_news(signals, broken)
-        row = {"step": step} | to_numbers(losses | {"loss": loss, "norm": norm})
-        stop_if_not_finite(row, rows[-1], scaler)
-        row |= {"lr": lr, "momentum": momentum, "broken": len(broken)}
-        seconds = time.perf_counter() - began
-        row |= speed(cfg, step - since, total - step, seconds, waited)
-        is_saved = step % cfg.save_every == 0 or step == total or stop_by is not None
-        if is_saved and stop_by is None and rank == 0:
-            row |= knn_scores(model.encoder, data, cfg, autocast)
-        rows.append(row)
-        print(*(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        if row["std"] < 0.05 <= rows[-2].get("std", 1.0):
-            print("features collapse: all images look alike; lower --lr")
-
-        # save
-        if is_saved and rank == 0:
-            save_run(cfg, rows, model, optimizer, scaler)
-        if stop_by is not None:
-            print(f"stopped by a signal after saving step {step}; --resume goes on")
-            return 128 + stop_by
-        waited = 0.0
-        since = step
-        began = time.perf_counter()
-    if rank == 0:
-        finish(cfg, model, rows, data)
-    return 0
-
-
-# What the loop asks for, in the order of its lines.
+    The schedules and the order of images follow from the set.
+    """
+    identity = train_set.identity()
+    if state is not None:
+        was = state["data"]
+        message = f"the run had {was}, here are {identity}: not the same training set"
+        require(identity == was, message)
+    identities = [identity]
+    if dist.is_initialized():
+        identities = [None] * dist.get_world_size()
+        dist.all_gather_object(identities, identity)
+    distinct = sorted(set(identities))
+    require(len(distinct) == 1, f"ranks have different training sets: {distinct}")
+    has_negatives = cfg.lam == 0 or cfg.batch_size <= len(train_set)
+    message = f"--batch-size {cfg.batch_size}: only {len(train_set)} images, so each"
+    require(has_negatives, f"{message} would be its own negative")
 
 
 def number_of_steps(cfg, images):
@@ -1021,14 +1086,21 @@ def announce(cfg, images):
     total = number_of_steps(cfg, images)
     micro_batch = cfg.batch_size // world_size // cfg.accum
     peak_lr = cfg.lr * cfg.batch_size / 256
-    print(
+    say(
         f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}, {images} images ({cfg.data or 'built-in stimuli'}), "
         f"{total} steps of {world_size} x {cfg.accum} x {micro_batch} images, "
         f"learning rate {cfg.lr:g} x {cfg.batch_size}/256 = {peak_lr:.2g}, {cfg.dtype} "
-        f"on {cfg.device}, into {cfg.out}; step 3 tells the minutes left",
-        flush=True,
+        f"on {cfg.device}, into {cfg.out}; step 3 tells the minutes left"
     )
+
+
+def say(*words):
+    """Prints at once. Where nobody reads any more (| head), the run goes on."""
+    try:
+        print(*words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def mixed_precision(cfg):
@@ -1042,71 +1114,66 @@ def mixed_precision(cfg):
     return autocast, torch.amp.GradScaler(device_type, enabled=cfg.dtype == "fp16")
 
 
-def compile_encoders(model):
-    """torch.compile in place, so that the weights keep their names."""
-    model.encoder.compile(dynamic=False)
-    if model.use_cl:
-        model.momentum_encoder.compile(dynamic=False)
+# Ctrl-C, the end of a cluster job, a closed terminal
+STOPS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    STOPS.append(signal.SIGHUP)
 
 
 def catch_signals():
-    """-> list of the signals that come: Ctrl-C and SIGTERM save, then stop."""
+    """-> list of the signals that will have come; a second Ctrl-C ends at once.
+
+    torchrun sends every signal twice, so there a second one means nothing.
+    """
     signals = []
 
     def remember(number, frame):
+        if signals and number == signal.SIGINT and not dist.is_initialized():
+            raise KeyboardInterrupt
         signals.append(number)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
 
-    signal.signal(signal.SIGINT, remember)
-    signal.signal(signal.SIGTERM, remember)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, remember)
     return signals
 
 
-def note_broken_files(micro_batches, train_set, broken):
-    """Names each unreadable file once; UserError if they are over 1 % of the set."""
-    for batch in micro_batches:
-        for index in set(batch["broken"].tolist()) - broken - {-1}:
-            broken.add(index)
-            path = repr(train_set[index][0])
-            print(f"unreadable, another takes its place: {path}", file=sys.stderr)
-    allowed = max(1, len(train_set) / 100)
-    require(len(broken) <= allowed, "over 1 % of the files are broken: mend the folder")
+def ignore_signals(worker):
+    """A signal reaches loading processes, too: the run still needs them to save."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def is_due(step, total, cfg):
-    """Is there a line to write? The third step tells the time, the last one the end."""
-    is_regular = step % cfg.log_every == 0 or step % cfg.save_every == 0
-    return is_regular or step in (3, total)
-
-
-def any_rank(signals, cfg):
-    """Has any rank had a signal? All stop at one step, or they wait for each other."""
+def signal_of_any_rank(signals, step, cfg):
+    """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
+    number = signals[0] if signals else 0
     if not dist.is_initialized():
-        return bool(signals)
-    has_signal = torch.tensor(float(len(signals)), device=cfg.device)
-    dist.all_reduce(has_signal)
-    return has_signal.item() > 0
-
-
-def share_news(signals, broken):
-    """Ranks tell each other what they know.
-
-    -> the number of a signal that any rank has had, or None; all broken files.
-    """
-    everyone = [(signals, broken)]
-    if dist.is_initialized():
-        everyone = everyone * dist.get_world_size()
-        dist.all_gather_object(everyone, (signals, broken))
-    stop_by = None
-    for its_signals, its_broken in everyone:
-        broken = broken | its_broken
-        if its_signals:
-            stop_by = its_signals[0]
-    return stop_by, broken
+        return number
+    if step % 5 != 0:  # a GPU would have to finish its work
+        return 0
+    highest = torch.tensor(number, device=cfg.device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest.item()
 
 
 def to_numbers(tensors):
     """{name: scalar} -> the same as numbers, for which a GPU has to finish its work."""
     return {name: round(tensor.item(), 5) for name, tensor in tensors.items()}
+
+
+def stop_if_not_finite(row, scaler):
+    """NaNs persist in the weights, so it is enough to look before a line is written.
+
+    In fp16 gradients overflow now and then, and the scaler leaves such steps out.
+    """
+    is_finite = math.isfinite(row["loss"])
+    if not scaler.is_enabled():
+        is_finite = is_finite and math.isfinite(row["norm"])
+    if not is_finite:
+        message = f"loss or gradient not finite by step {row['step']}: {row}. "
+        raise FloatingPointError(message + "--resume an earlier save, or lower --lr")
 
 
 def speed(cfg, steps, steps_left, seconds, waited):
@@ -1118,41 +1185,24 @@ def speed(cfg, steps, steps_left, seconds, waited):
     }
 
 
-def stop_if_not_finite(row, last_row, scaler):
-    """A bad number stays: weights, losses and gradients of all ranks are bad from then.
-
-    So it is enough to look before something is written. In fp16 gradients overflow now
-    and then, and the scaler leaves such steps out.
-    """
-    is_fine = math.isfinite(row["loss"])
-    if not scaler.is_enabled():
-        is_fine = is_fine and math.isfinite(row["norm"])
-    if not is_fine:
-        raise FloatingPointError(
-            f"loss or gradient not finite by step {row['step']}; last good line: "
-            f"{last_row}. Go on from ckpt.pt, if any, with --resume; or lower --lr"
-        )
+def write_lines(log, rows):
+    """Appends to log.jsonl, at once: a crash loses no line."""
+    log.writelines(json.dumps(row) + "\n" for row in rows)
+    log.flush()
 
 
-def save_run(cfg, rows, model, optimizer, scaler):
-    """Checkpoint and log. A full disk stops the run; the last save stays whole."""
-    step = rows[-1]["step"]
+def save_run(cfg, data, rows, model, optimizer, scaler):
+    """All that --resume needs. Random numbers follow from the step alone."""
     state = {
         "config": asdict(cfg),
-        "step": step,
+        "data": data[0].identity(),
+        "step": rows[-1]["step"],
         "log": rows,
-        "rng": torch.get_rng_state(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    lines = [json.dumps(row) + "\n" for row in rows]
-    try:
-        save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
-        Path(cfg.out, "log.jsonl").write_text("".join(lines))
-    except OSError as error:
-        advice = "the last save is whole: make room, then --resume"
-        raise UserError(f"step {step} was not saved ({error}); {advice}") from error
+    save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
 
 
 # ==== 7. Command line =================================================================
@@ -1181,7 +1231,7 @@ class Config:
     # so high that copying the neighbour is not enough
     mask_ratio: float = knob(0.6, "share of the image that is masked", 0.01, 1)
     one_view: bool = knob(
-        False, "the masked view is MoCo's query, too: 4 passes for 11"
+        False, "the masked view is MoCo's query, too: 4 passes an image for 11"
     )
     decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0, 99)
 
@@ -1208,11 +1258,6 @@ class Config:
         "fixed; learned; or SimMIM's relative biases, with LayerScale",
         choices=("sincos", "learned", "relative"),
     )
-    freeze_patch_embed: str = knob(
-        "auto",
-        "keep it random: that calms MoCo and stops MIM; auto: if λ = 1",
-        choices=("auto", "yes", "no"),
-    )
 
     # optimiser
     epochs: float = knob(0.0, "passes over the training set; 0: --steps counts")
@@ -1232,16 +1277,15 @@ class Config:
     )
     # any number gives the same result
     accum: int = knob(0, "micro-batches per step; 0: of 128 images at most", 0, 9999)
-    workers: int = knob(-1, "loading processes; -1: up to 8 for a GPU", -1, 256)
+    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU", -1, 256)
     compile: bool = knob(False, "torch.compile: a slow start, then faster steps")
-    checkpointing: bool = knob(False, "recompute activations: slower, less memory")
 
     # run
     seed: int = knob(0, "of weights, stimuli, order and crops", 0, 999999999)
-    out: str = knob("", "run folder; '': runs/<preset>-<objective>")
+    out: str = knob("", "run folder; '': runs/<preset>-<objective>, and the seed")
     resume: bool = knob(False, "go on with the run in --out")
     overwrite: bool = knob(False, "start anew although --out holds a run")
-    dry_run: bool = knob(False, "print FLOPs, memory and hours for all sizes, and stop")
+    dry_run: bool = knob(False, "print FLOPs, memory and hours of the run, and stop")
     save_every: int = knob(500, "steps between checkpoints and k-NN tests")
     log_every: int = knob(25, "steps between console lines")
     knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter", 0, 999999)
@@ -1274,24 +1318,19 @@ PRESETS = {
         --warmup 0.1 --positions relative""",
 }
 PURE = {"moco": 1.0, "simmim": 0.0}  # their λ
-# When a run goes on, these come from the new command line: always, or if given.
-NEW_AT_RESUME = {"device", "workers", "accum", "out"}
-FREE_AT_RESUME = {"compile", "checkpointing", "save_every", "log_every", "data"}
+# What --resume takes from the new command line, where given
+MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum"}
+MAY_CHANGE |= {"compile", "save_every", "log_every"}
 
 
 LOG_HELP = """what a line of the log says:
   cl, mim        losses: InfoNCE of both directions, 4τ·log B if nothing is told apart;
                  masked L1 in standard deviations of ImageNet's colours
-  std            of unit-length features: 1 spread out, 0 all images alike (collapse)
-  loss           (1 - λ)·mim + λ·cl
+  std            of unit-length features: about 1 when spread, 0 when all are alike
   norm           length of the gradient, before clipping
-  lr, momentum   where the schedules are
-  broken         files that could not be read: over 1 % stops the run
-  images/s       of all ranks since the last line
-  stall          share of that time spent waiting for the loader: else more --workers
-  minutes left   at this speed
-  knn_<labels>   share of test images whose label the 20 nearest training images tell,
-                 in the best layer; step 0 in log.jsonl is the untrained network
+  stall          share of the time spent waiting for the loader: else more --workers
+  knn_<labels>   accuracy of the 20 nearest training images' majority, in the best layer
+                 of the network; log.jsonl has the untrained network's as step 0
 """
 
 
@@ -1352,6 +1391,8 @@ def parse(argv):
         cfg.out = f"runs/{preset}-{objective}"
         if "lam" in given:
             cfg.out += f"-{cfg.lam:g}"
+        if "seed" in given:
+            cfg.out += f"-seed{cfg.seed}"
     return cfg, given
 
 
@@ -1359,19 +1400,20 @@ def resume(cfg, given):
     """-> configuration of the run in --out, with what may change; its checkpoint."""
     path = Path(cfg.out, "ckpt.pt")
     state = load_checkpoint(path)
-    is_run = isinstance(state, dict) and "optimizer" in state
-    known = {knob_.name for knob_ in fields(Config)}
-    is_ours = is_run and state["config"].keys() <= known
+    values = asdict(cfg)
+    is_run = isinstance(state, dict) and state.keys() >= {"config", "data", "optimizer"}
+    is_ours = is_run and {name: type(value) for name, value in values.items()} == {
+        name: type(value) for name, value in state["config"].items()
+    }
     require(is_ours, f"{path}: not a run of this version of the program")
-    values = asdict(Config()) | state["config"]
-    fixed = {}
-    for name, value in given.items():
-        may_change = name in NEW_AT_RESUME | FREE_AT_RESUME | {"resume"}
-        if not may_change and value not in (values[name], "auto"):
-            fixed[name] = values[name]
-    require(not fixed, f"{path} has {fixed}, which cannot change at --resume")
-    for name in NEW_AT_RESUME | (FREE_AT_RESUME & given.keys()):
-        values[name] = getattr(cfg, name)
+    for name, value in state["config"].items():
+        if name not in MAY_CHANGE:
+            is_same = name not in given or given[name] == value
+            message = f"{path} has {flag_of(name)} {value}, which cannot change"
+            require(is_same, message)
+            values[name] = value
+        elif name == "data" and name not in given:
+            values[name] = value
     return Config(**values), state
 
 
@@ -1392,9 +1434,12 @@ def usable_cpus():
 
 def settle(cfg, world_size):
     """Replaces each "auto" by what this machine has; UserError if it does not fit."""
-    has_cuda = torch.cuda.is_available()
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
+        # before anything touches a GPU: each rank has its own
+        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
-        cfg.device = "cuda" if has_cuda else "cpu"
+        cfg.device = "cpu"
     try:
         torch.zeros(1, device=cfg.device)
     except Exception as error:  # torch has many kinds
@@ -1404,51 +1449,75 @@ def settle(cfg, world_size):
         cfg.dtype = "fp16" if on_gpu else "fp32"
         if has_bf16("cuda" if on_gpu else "cpu"):
             cfg.dtype = "bf16"
+    share = cfg.batch_size // world_size
     if cfg.accum == 0:
-        cfg.accum = math.ceil(cfg.batch_size / world_size / 128)
+        cfg.accum = math.ceil(share / 128)
+        while share % cfg.accum != 0:
+            cfg.accum += 1
     if cfg.workers < 0:
         cfg.workers = 0
         if on_gpu:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            cfg.workers = min(8, usable_cpus() // ranks_here)
+            cfg.workers = min(16, usable_cpus() // ranks_here)
     divides = cfg.batch_size % (world_size * cfg.accum) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     has_negatives = cfg.batch_size > 1 or cfg.lam == 0
     require(has_negatives, "--batch-size 1: the contrastive loss needs another image")
-    one_piece = world_size == 1 and cfg.accum == 1
-    require(one_piece or not cfg.one_view, "--one-view: not yet in micro-batches")
     draw_masks(1, cfg)  # do the sizes divide?
 
 
-def open_run_folder(cfg, state):
-    """Makes --out; UserError if it holds a run, OSError if it cannot be written."""
-    path = Path(cfg.out, "ckpt.pt")
-    may_write = state is not None or cfg.overwrite or not path.exists()
-    require(may_write, f"{path} exists: give --resume or --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("log.jsonl").open("a").close()
+def open_run_folder(cfg, state, rank):
+    """Makes --out and owns it -> its log.jsonl; other ranks' go nowhere.
+
+    UserError if it holds a run or another run writes into it.
+    """
+    if rank > 0:
+        return io.StringIO()
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run writes into {folder}: give --out") from error
+    is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
+    may_write = is_empty or cfg.overwrite or state is not None
+    require(may_write, f"{folder} holds a run: give --resume or --overwrite")
+    return log
+
+
+def ranks_of_torchrun():
+    """-> this process's rank, number of processes; UserError if some are not said."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1":
+        return 0, 1
+    missing = [name for name in names if name not in os.environ]
+    require(not missing, f"WORLD_SIZE is {world_size}, but not {missing}: use torchrun")
+    return int(os.environ["RANK"]), int(world_size)
 
 
 def join_ranks(cfg, rank):
     """Meets the other processes of torchrun. Only the first writes on the console."""
-    backend = "gloo"
-    if cfg.device.startswith("cuda"):
-        backend = "nccl"
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(cfg.device)
-    dist.init_process_group(backend)
+    backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
+    # the others wait for the first rank's k-NN test
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main(argv=None):
     """Runs a command line -> exit status: 0; 1 if a number is not finite; 2 if the
-    input is bad; 130 or 143 after a signal."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    input is bad; 128 and its number after a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # not every console has a λ
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         cfg, given = parse(argv)
+        rank, world_size = ranks_of_torchrun()
         state = None
         one_of_them = not (cfg.resume and cfg.overwrite)
         require(one_of_them, "--resume goes on, --overwrite starts anew: give one")
@@ -1457,22 +1526,31 @@ def main(argv=None):
         settle(cfg, world_size)
         if cfg.dry_run:
             return plan(cfg)
-        open_run_folder(cfg, state)
+        log = open_run_folder(cfg, state, rank)
         if world_size > 1:
             join_ranks(cfg, rank)
-        return train(cfg, state)
+        return train(cfg, state, log)
     except FloatingPointError as error:
         print(f"sslvit.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
+        return 130
     except torch.cuda.OutOfMemoryError:
-        advice = "raise --accum, which changes no result, or give --checkpointing"
+        advice = "raise --accum, which changes no result"
         print(f"sslvit.py: the GPU's memory is full: {advice}", file=sys.stderr)
         return 2
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         # a loading process sends its traceback, whose last line is the message
-        print(f"sslvit.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        print(f"sslvit.py: {line}", file=sys.stderr)
         return 2
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1559,6 +1637,9 @@ class Stimuli:
         image, mask = self.render(index, shape, texture)
         return image, shape, texture, mask
 
+    def identity(self):
+        return f"{self.length} stimuli of {self.size} px, seed {self.key[0]}"
+
     def load(self, index):
         """-> PIL image, [shape, texture]; small ones are drawn once and kept."""
         if index in self.kept:
@@ -1606,57 +1687,70 @@ class Stimuli:
 
 # ---- Image files ----
 
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
+MASK_FOLDERS = ("mask", "masks", "labels", "annotations")
+
 
 def list_images(root):
-    """-> sorted [(top folder or ".", path)] of all images below root.
+    """-> sorted [(top folder or ".", path)] of the images below root; says what is not.
 
-    Links are followed, each folder is entered once: links may run in circles. Which of
-    several links counts depends on their names alone, as ranks must agree.
+    Hidden folders and those of masks are left out, links are followed. OSError if a
+    folder cannot be listed.
     """
+
+    def fail(error):
+        raise error
+
     kinds = Image.registered_extensions().items()
-    endings = tuple(ending for ending, kind in kinds if kind in Image.OPEN)
-    found = []
-    seen = {os.path.realpath(root)}
-    for folder, inner, names in os.walk(root, followlinks=True):
-        new = {}
-        for name in sorted(inner):
-            new[os.path.realpath(os.path.join(folder, name))] = name
-        # os.walk() goes on with what stays in this list
-        inner[:] = [new[path] for path in sorted(new.keys() - seen)]
-        seen |= new.keys()
+    endings = {ending for ending, kind in kinds if kind in Image.OPEN}
+    images = []
+    left_out = collections.Counter()
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder)
+        for name in [*inner]:
+            is_circle = here.resolve().is_relative_to((here / name).resolve())
+            if name[0] == "." or name.lower() in MASK_FOLDERS or is_circle:
+                inner.remove(name)
+                left_out[f"folder {name}"] += 1
         top = os.path.relpath(folder, root).split(os.sep)[0]
         for name in names:
-            if name.lower().endswith(endings):
-                found.append((top, os.path.join(folder, name)))
-    return sorted(found)
+            ending = os.path.splitext(name)[1].lower()
+            if ending in endings:
+                images.append((top, os.path.join(folder, name)))
+            else:
+                left_out[f"{ending or 'other'} files, no image kind of Pillow's"] += 1
+    for reason, count in left_out.items():
+        say(f"left out in {root}: {count} x {reason}")
+    return sorted(images)
 
 
 class ImageFolder(list):
     """A list of (path, labels). Root's folders with images are the classes, if several.
 
-    held: None for all images, False for nine in ten, True for the tenth.
-    UserError if there is no image.
+    part: "all" images, "most" (nine in ten) or the "tenth". UserError if there is none.
     """
 
-    def __init__(self, root, held=None):
-        found = list_images(root)
-        require(
-            found, f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
-        )
-        names = sorted({top for top, _ in found} - {"."})
+    def __init__(self, root, part="all"):
+        images = list_images(root)
+        message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
+        require(images, message)
+        names = sorted({top for top, _ in images} - {"."})
         if len(names) > 1:  # what lies beside the class folders is of no class
-            found = [(top, path) for top, path in found if top != "."]
+            images = [(top, path) for top, path in images if top != "."]
+        self.root = str(root)
         self.kept = {}
-        self.label_names = ()
-        self.classes = ()
-        if len(names) > 1:
-            self.label_names = ("class",)
-            self.classes = (names,)
-        numbers = {name: number for number, name in enumerate(names)}
-        for i, (top, path) in enumerate(found):
-            is_tenth = i % 10 == 9
-            if held is None or is_tenth == held:
-                self.append((path, [numbers.get(top, 0)]))
+        self.label_names = ("class",) if len(names) > 1 else ()
+        self.classes = (names,) if len(names) > 1 else ()
+        for i, (top, path) in enumerate(images):
+            if part in ("all", "tenth" if i % 10 == 9 else "most"):
+                self.append((path, [names.index(top) if top in names else 0]))
+
+    def identity(self):
+        """How many images, and a fingerprint of their names and order."""
+        names = "\n".join(path.removeprefix(self.root) for path, _ in self)
+        digest = hashlib.sha256(os.fsencode(names)).hexdigest()
+        return f"{len(self)} images ({digest[:12]})"
 
     def load(self, index):
         """-> opened PIL image, [class]; small images are decoded once and kept."""
@@ -1665,7 +1759,8 @@ class ImageFolder(list):
             return self.kept[index], labels
         image = Image.open(path)
         if may_be_kept(len(self), *image.size):
-            image = to_rgb(ImageOps.exif_transpose(image))
+            turn_upright(image)
+            image = to_rgb(image)
             self.kept[index] = image
         return image, labels
 
@@ -1677,16 +1772,22 @@ def find_data(cfg):
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
     root = Path(cfg.data)
     require(root.is_dir(), f"--data {cfg.data}: no such folder")
-    if (root / "train").is_dir():
-        train_set = ImageFolder(root / "train")
-        for name in ("val", "test"):
-            if (root / name).is_dir():
-                return train_set, ImageFolder(root / name)
+    folders = {path.name.lower(): path for path in sorted(root.iterdir())}
+    train = [folders[name] for name in TRAIN_FOLDERS if name in folders]
+    test = [folders[name] for name in TEST_FOLDERS if name in folders]
+    if not train:
+        require(not test, f"--data {root}: there is {test}, but no folder train")
+        whole = ImageFolder(root)
+        if len(whole) < 20:
+            return whole, None
+        return ImageFolder(root, "most"), ImageFolder(root, "tenth")
+    train_set = ImageFolder(train[0])
+    if not test:
         return train_set, None
-    whole = ImageFolder(root)
-    if len(whole) < 20:
-        return whole, None
-    return ImageFolder(root, held=False), ImageFolder(root, held=True)
+    test_set = ImageFolder(test[0])
+    if train_set.classes != test_set.classes:
+        say(f"no accuracies, as classes differ: {train_set.classes} {test_set.classes}")
+    return train_set, test_set
 
 
 def crop_box(width, height, smallest, rng):
@@ -1710,20 +1811,30 @@ def crop_box(width, height, smallest, rng):
 
 def upright_size(image):
     """Width and height as they will be once the camera's orientation is obeyed."""
-    is_turned = image.getexif().get(0x0112, 1) >= 5
+    orientation = 1
+    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
+        orientation = image.getexif().get(0x0112, 1)
+    is_turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow's turn
     return image.size[::-1] if is_turned else image.size
 
 
+def turn_upright(image):
+    image.load()
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 def to_rgb(image):
-    """Any mode of Pillow's -> RGB; what is transparent lies on white."""
-    is_wide = image.mode[0] in "IF"  # 16-bit grey, floating point
-    if is_wide:
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode[0] == "I":
-            values = values / 257
-        else:
-            values = values / (max(values.max(), 1e-9) / 255)
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    """Any mode of Pillow's -> RGB; what is transparent lies on white.
+
+    Of 16 and 32 bits, whose range nobody knows, the darkest pixel becomes black, the
+    brightest white.
+    """
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values = values - values.min()
+        values = values * (255 / max(values.max(), 1e-9))
+        image = Image.fromarray(values.astype(np.uint8))
     if image.mode != "RGB":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -1740,7 +1851,7 @@ def cut(image, boxes, size):
     # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
-    ImageOps.exif_transpose(image, in_place=True)
+    turn_upright(image)
     image = to_rgb(image)
     # between pixels, at least one pixel wide and high
     boxes = (boxes * image.width / width).round()
@@ -1770,19 +1881,22 @@ def center_crop(image, size):
 
 
 def first_readable(source, wanted, crop):
-    """crop(image, index) of image `wanted` or of the next that can be read.
-
-    -> what crop() returned, labels, index.
-    """
+    """crop(image) of image `wanted` or of the next that can be read -> that, labels."""
     for place in range(wanted, wanted + 100):
         index = place % len(source)
         try:
             image, labels = source.load(index)
-            return crop(image, index), np.array(labels), index
+            return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
             reason = error
+            warn_once(f"unreadable, the next takes its place: {source[index][0]!r}")
     message = f"of 100 files in a row not one is an image that can be read ({reason})"
     raise UserError(message) from reason
+
+
+@functools.cache
+def warn_once(message):
+    print(message, file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1813,9 +1927,8 @@ def make_loader(cfg, train_set, steps):
         TrainingViews(train_set, cfg),
         batch_sampler=batch_keys(cfg, len(train_set), steps, *world()),
         num_workers=cfg.workers,
+        worker_init_fn=ignore_signals,
         pin_memory=cfg.device.startswith("cuda"),
-        # a loader draws a seed, which the run's own stream must not feel
-        generator=torch.Generator(),
     )
     return iter(loader)
 
@@ -1838,8 +1951,11 @@ def knn(train_features, train_labels, features, k=20):
     whiten = axes * (variance + floor).rsqrt()[..., None, :]
     train_unit = F.normalize(centred @ whiten, dim=-1)
     unit = F.normalize((features - mean) @ whiten, dim=-1)
-    nearest = (unit @ train_unit.mT).topk(min(k, len(train_labels))).indices
-    return train_labels[nearest].mode(dim=-2).values
+    majority = []
+    for piece in unit.split(256, dim=-2):  # of 50,000 images all at once are 60 GB
+        nearest = (piece @ train_unit.mT).topk(min(k, len(train_labels))).indices
+        majority.append(train_labels[nearest].mode(dim=-2).values)
+    return torch.cat(majority, dim=-2)
 
 
 class CenterCrops:
@@ -1847,13 +1963,10 @@ class CenterCrops:
 
     def __init__(self, source, image_size):
         self.source = source
-        self.image_size = image_size
+        self.crop = functools.partial(center_crop, size=image_size)
 
     def __getitem__(self, wanted):
-        def crop(image, index):
-            return center_crop(image, self.image_size)
-
-        return first_readable(self.source, wanted, crop)[:2]
+        return first_readable(self.source, wanted, self.crop)
 
 
 @torch.no_grad()
@@ -1863,13 +1976,12 @@ def layer_features(encoder, source, count, cfg, autocast):
     -> features (2L, count, D), labels (count, label sets).
     """
     count = min(count, len(source))
-    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     loader = DataLoader(
         CenterCrops(source, cfg.image_size),
         batch_size=64,
-        sampler=indices,
+        sampler=np.linspace(0, len(source) - 1, count).astype(int).tolist(),
         num_workers=cfg.workers,
-        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
     features = []
     labels = []
@@ -1896,8 +2008,8 @@ def knn_scores(encoder, data, cfg, autocast):
     bank = layer_features(encoder, train_set, cfg.knn_images, cfg, autocast)
     tested = cfg.knn_images // 4 + 1
     features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
-    is_right = knn(*bank, features) == labels  # (2L, images, label sets)
-    best = is_right.float().mean(dim=1).amax(dim=0)
+    hits = knn(*bank, features) == labels  # (2L, images, label sets)
+    best = hits.float().mean(dim=1).amax(dim=0)
     scores = {}
     for name, accuracy in zip(train_set.label_names, best.tolist(), strict=True):
         scores[f"knn_{name}"] = round(accuracy, 4)
@@ -1909,70 +2021,60 @@ def knn_scores(encoder, data, cfg, autocast):
 
 def save_checkpoint(path, state):
     """Writes beside the target and renames: `path` is the old or the new one, whole."""
-    beside = f"{path}.tmp"
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's, if the disk is full
+        beside.unlink(missing_ok=True)
+        advice = "an earlier save is whole: make room, then --resume"
+        raise UserError(f"{path} was not written, {advice}") from error
 
 
 def load_checkpoint(path):
     """Tensors, numbers and strings only: nothing that a file contains is executed."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # checksums, at which torch does not look
+        require(damaged is None, f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        message = f"{path}: no such file, or not a checkpoint that is safe to read"
+        message = f"{path}: no such file, or not a whole checkpoint of this program"
         raise UserError(message) from error
 
 
 # ---- Plan: what does a run cost? ----
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16, from the data sheets
-# of the peak: the hybrid's 711 images/s of ViT-B on one H100, in one piece of 128
-ASSUMED_SHARE = 0.28
+# of the peak: the hybrid's 711 images/s of ViT-B on one H100, whole batches of 128,
+# without --compile, loading, colours, clipping and average
+MEASURED_SHARE = 0.26
 IMAGENET = 1281167  # images, where --data is not there to be counted
-CLUSTERS = (("A100", 1), ("A100", 8), ("H100", 1), ("H100", 8), ("H100", 64))
 
 
 def flops_per_image(cfg):
     """FLOPs of a training step for an image; a product and a sum count as two.
 
-    A block costs each of its T tokens 24D² in linear layers and 4TD in attention, a
-    backward pass twice a forward pass. Embedding, heads and decoder (2 %) left out.
+    A block costs each of its T tokens 24D² in linear layers and 4TD in attention; where
+    only CLS asks, the last one 4D². A backward pass costs twice a forward pass. What is
+    left out, embedding, heads and decoder, is 1 %.
     """
     size = SIZES[cfg.model]
     width = size["embed_dim"]
     tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
-    forward = size["depth"] * tokens * (24 * width**2 + 4 * tokens * width)
-    passes = 0
-    if cfg.lam > 0:
-        passes += 2 * 3 + 2  # two views trained, two keys
-        if cfg.accum > 1:
-            passes += 2  # gradient caching's first pass
+    block = tokens * (24 * width**2 + 4 * tokens * width)
+    full_pass = size["depth"] * block
+    cls_pass = full_pass - block + tokens * 4 * width**2
+    flops = 0
     if cfg.lam < 1:
-        passes += 3
-    return forward * passes
-
-
-def memory_of(cfg, model):
-    """-> bytes of weights on a GPU, bytes that a backward pass keeps for an image.
-
-    A trained weight needs 16 (itself, gradient, Adam's two averages), an averaged one
-    4; a token and block in bf16 36D, with SimMIM's LayerScale and biases 58D.
-    """
-    weights = 0
-    for p in model.parameters():
-        weights += (16 if p.requires_grad else 4) * p.numel()
-    kept = 58 if cfg.positions == "relative" else 36
-    if cfg.checkpointing:
-        kept = 4
-    views = 2 if cfg.lam > 0 else 1
-    if 0 < cfg.lam < 1 and cfg.accum == 1:
-        views = 3  # else MIM's graph is made when CL's is gone
-    tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
-    size = SIZES[cfg.model]
-    return weights, kept * views * size["depth"] * tokens * size["embed_dim"]
+        flops += 3 * full_pass
+    if cfg.lam > 0:
+        # two views trained, two keys; or the key alone
+        flops += (1 if cfg.one_view else 2 * 3 + 2) * cls_pass
+    return flops
 
 
 def measure_rate(cfg):
@@ -2000,42 +2102,32 @@ def measure_rate(cfg):
     return images / min(seconds)
 
 
-def hours_on(cfg, images, gpu, count):
-    """Hours on `count` GPUs, which take micro-batches of 128 images at most."""
-    parts = math.ceil(cfg.batch_size / count / 128)
-    flops = images * flops_per_image(replace(cfg, accum=parts))
-    return flops / (count * ASSUMED_SHARE * PEAK_FLOPS[gpu]) / 3600
-
-
 def plan(cfg):
-    """Prints FLOPs, memory and hours of the run for every size -> exit status."""
-    images = cfg.steps * cfg.batch_size
-    if cfg.epochs:
-        is_there = cfg.data == "" or os.path.isdir(cfg.data)
-        count = len(find_data(cfg)[0]) if is_there else IMAGENET
-        images = number_of_steps(cfg, count) * cfg.batch_size
-    columns = " ".join(f"{gpus:>3} {gpu}" for gpu, gpus in CLUSTERS)
-    print(
-        f"{cfg.objective} (λ = {cfg.lam:g}), {cfg.image_size} px, patch "
-        f"{cfg.patch_size}, {images:.3g} images. Hours assume {ASSUMED_SHARE:.0%} of "
-        "the bf16 peak: A100 312, H100 989 TFLOP/s\n"
-        f"model  M weights  GFLOP/image  GiB + MiB/image {columns}"
+    """Prints FLOPs, memory and hours of the run -> exit status."""
+    count = IMAGENET
+    if not cfg.data or os.path.isdir(cfg.data):
+        count = len(find_data(cfg)[0])
+    images = number_of_steps(cfg, count) * cfg.batch_size
+    flops = images * flops_per_image(cfg)
+    with torch.device("meta"):  # shapes without memory
+        model = SSL(cfg)
+    # itself, gradient, Adam's two averages; or an averaged weight alone
+    weights = sum(
+        (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
     )
-    for name in SIZES:
-        other = replace(cfg, model=name)
-        with torch.device("meta"):  # shapes without memory
-            model = SSL(other)
-        count = sum(p.numel() for p in model.encoder.parameters())
-        weights, kept = memory_of(other, model)
-        line = f"{name:6} {count / 1e6:9.3g} {flops_per_image(other) / 1e9:12.3g}"
-        line += f" {weights / 2**30:7.1f} + {kept / 2**20:<7.0f}"
-        for gpu, gpus in CLUSTERS:
-            line += f" {hours_on(other, images, gpu, gpus):8.3g}"
-        print(line)
+    say(
+        f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
+        f"patch {cfg.patch_size}: {images:.4g} images of "
+        f"{flops_per_image(cfg) / 1e9:.4g} GFLOP, {weights / 2**30:.2g} GiB of weights"
+    )
+    for gpu, peak in PEAK_FLOPS.items():
+        hours = flops / (MEASURED_SHARE * peak) / 3600
+        share = f"at {MEASURED_SHARE:.0%} of its bf16 peak, {peak / 1e12:g} TFLOP/s"
+        say(f"one {gpu}, {share}: {hours:.3g} h; eight: {hours / 8:.3g} h")
     rate = measure_rate(cfg)
-    print(
-        f"this machine ({cfg.device}, {cfg.dtype}) with ViT-{cfg.model}: measured "
-        f"{rate:.4g} images/s, {images / rate / 3600:.3g} h"
+    hours = images / rate / 3600
+    say(
+        f"here ({cfg.device}, {cfg.dtype}): measured {rate:.4g} images/s, {hours:.3g} h"
     )
     return 0
 
@@ -2048,16 +2140,16 @@ def finish(cfg, model, rows, data):
     draw_losses(cfg, rows)
     if cfg.lam < 1:
         draw_reconstruction(cfg, model, data[1] or data[0])
-        print(f"what the network sees under the mask: {cfg.out}/reconstruction.png")
+        say(f"what the network sees under the mask: {cfg.out}/reconstruction.png")
     for name, classes in zip(data[0].label_names, data[0].classes, strict=True):
         accuracy = rows[-1].get(f"knn_{name}")
         if accuracy is not None:
             untrained = f"untrained {rows[0][f'knn_{name}']:.3f}"
             chance = f"chance {1 / len(classes):.3f}"
-            print(f"{name}: k-NN accuracy {accuracy:.3f}, {untrained}, {chance}")
-    print(f"checkpoint, log and loss curve are in {cfg.out}")
+            say(f"{name}: k-NN accuracy {accuracy:.3f}, {untrained}, {chance}")
+    say(f"checkpoint, log and loss curve are in {cfg.out}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
-    print(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
+    say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
 
 
 def draw_losses(cfg, rows):
@@ -2097,20 +2189,18 @@ def draw_reconstruction(cfg, model, source):
     figure = Figure(figsize=(1.25 * count + 0.4, 4.3), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, patches) in zip(axes, rows.items(), strict=True):
-        shown = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-        for axis, image in zip(line, shown.clamp(0, 1), strict=True):
-            axis.imshow(image.permute(1, 2, 0))
+        pictures = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+        for axis, picture in zip(line, pictures.clamp(0, 1), strict=True):
+            axis.imshow(picture.permute(1, 2, 0))
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=13)
-    question = (
-        f"What was under the mask? ({cfg.objective}, {cfg.mask_ratio:.0%} hidden)"
-    )
-    figure.suptitle(question, fontsize=15)
+    hidden_share = f"{cfg.mask_ratio:.0%} hidden"
+    figure.suptitle(f"What was under the mask? ({cfg.objective}, {hidden_share})")
     figure.savefig(Path(cfg.out, "reconstruction.png"), dpi=150)
 
 
 def keep_large_blocks():
-    """glibc must not return memory to the system: it costs a fifth of a CPU's time."""
+    """Stops glibc from returning freed memory: 20 % of the time of a CPU step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
