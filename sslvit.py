@@ -785,14 +785,6 @@ def lr_at(step, total, warmup, peak):
     return cosine(peak, 0, (step - warmup) / rest)
 
 
-def momentum_at(step, total, base):
-    """Momentum m of the key average: from `base` to 1 on half a cosine ([M] section 4).
-
-    Late in training the teacher should barely change.
-    """
-    return cosine(base, 1.0, step / total)
-
-
 def make_optimizer(model, cfg):
     """AdamW. Decay is for matrices; MoCo v3 (λ = 1) decays biases and norms too."""
     decayed = []
@@ -834,7 +826,7 @@ def train(cfg, state, log):
     for step in range(since + 1, total + 1):
         # schedules
         lr = lr_at(step, total, cfg.warmup * total, peak_lr)
-        momentum = momentum_at(step, total, cfg.momentum)
+        momentum = cosine(cfg.momentum, 1.0, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -844,7 +836,7 @@ def train(cfg, state, log):
         waited += time.perf_counter() - asked
         views = [augment(micro_batch, cfg) for micro_batch in micro_batches]
 
-        # losses: of the whole batch at once, or of its parts, which also go backward
+        # losses: of the whole batch, or of its parts, which also go backward there
         is_whole = world_size * cfg.accum == 1
         if is_whole:
             with autocast():
@@ -872,11 +864,14 @@ def train(cfg, state, log):
         is_saved = stop_by or step == total or step % cfg.save_every == 0
         if not is_saved and step != 3 and step % cfg.log_every != 0:
             continue
-        row = {"step": step} | to_numbers(losses | {"loss": loss, "norm": norm})
+        row = {"step": step, "lr": lr, "momentum": momentum}
+        for name, value in (losses | {"loss": loss, "norm": norm}).items():
+            row[name] = round(value.item(), 5)  # for which a GPU has to finish its work
         stop_if_not_finite(row, scaler)
-        row |= {"lr": lr, "momentum": momentum}
         seconds = time.perf_counter() - began
-        row |= speed(cfg, step - since, total - step, seconds, waited)
+        row["images/s"] = round((step - since) * cfg.batch_size / seconds, 1)
+        row["stall"] = round(waited / seconds, 3)
+        row["minutes left"] = round((total - step) * seconds / (step - since) / 60, 1)
         if is_saved and not stop_by and rank == 0:
             row |= knn_scores(model.encoder, data, cfg, autocast)
         rows.append(row)
@@ -903,8 +898,8 @@ def train(cfg, state, log):
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
-# gradient at the outputs back through the encoder, part by part. Where the graph of a
-# part was not kept, for want of memory, the part is encoded a second time.
+# gradient at the outputs back through the encoder, part by part. A part whose graph was
+# not kept (--keep), for want of memory, is encoded a second time.
 
 
 def backward_in_parts(model, parts, cfg, autocast, scaler):
@@ -955,15 +950,11 @@ def contrast_in_parts(model, parts, cfg, autocast, scaler):
     graphs = {}
     query_cls = []
     key_cls = []
-    used_by_one = 0
     for part, views in enumerate(parts):
-        keeps_graph = part == 0 or has_room(cfg.device, used_by_one)
-        before = memory_in_use(cfg.device)
-        with autocast(), torch.set_grad_enabled(keeps_graph):
+        with autocast(), torch.set_grad_enabled(part < cfg.keep):
             cls, tokens = model.encode_queries(*views)
-        if keeps_graph:
+        if part < cfg.keep:
             graphs[part] = (cls, tokens)
-            used_by_one = memory_in_use(cfg.device) - before
         with autocast():
             key_cls.append(model.encode_keys(views[0], views[1]))
         query_cls.append(cls.detach())
@@ -975,19 +966,6 @@ def contrast_in_parts(model, parts, cfg, autocast, scaler):
     # a mean over ranks follows, but each rank's encoder has its own images only
     share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
     return cl.detach(), queries, graphs, share.chunk(len(parts), dim=1)
-
-
-def memory_in_use(device):
-    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
-
-
-def has_room(device, used_by_one):
-    """Would another part's graph leave a GPU room for twice that, to go backward?"""
-    if not device.startswith("cuda"):
-        return False
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused > 3 * used_by_one
 
 
 def world():
@@ -1054,23 +1032,20 @@ def prepare(cfg, state):
 
 
 def check_identity(cfg, train_set, state):
-    """UserError if ranks, or a run and its checkpoint, differ in their training sets.
+    """UserError if ranks, or a run and its checkpoint, have different training sets.
 
     The schedules and the order of images follow from the set.
     """
-    identity = train_set.identity()
-    if state is not None:
-        was = state["data"]
-        message = f"the run had {was}, here are {identity}: not the same training set"
-        require(identity == was, message)
-    identities = [identity]
+    identities = [train_set.identity()]
     if dist.is_initialized():
-        identities = [None] * dist.get_world_size()
-        dist.all_gather_object(identities, identity)
-    distinct = sorted(set(identities))
-    require(len(distinct) == 1, f"ranks have different training sets: {distinct}")
+        identities = identities * dist.get_world_size()
+        dist.all_gather_object(identities, train_set.identity())
+    if state is not None:
+        identities.append(state["data"])
+    message = f"not one training set, of ranks or of the run: {set(identities)}"
+    require(len(set(identities)) == 1, message)
     has_negatives = cfg.lam == 0 or cfg.batch_size <= len(train_set)
-    message = f"--batch-size {cfg.batch_size}: only {len(train_set)} images, so each"
+    message = f"--batch-size {cfg.batch_size} for {len(train_set)} images: an image"
     require(has_negatives, f"{message} would be its own negative")
 
 
@@ -1083,15 +1058,14 @@ def number_of_steps(cfg, images):
 def announce(cfg, images):
     """The first line: what will happen."""
     _, world_size = world()
-    total = number_of_steps(cfg, images)
     micro_batch = cfg.batch_size // world_size // cfg.accum
-    peak_lr = cfg.lr * cfg.batch_size / 256
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}, {images} images ({cfg.data or 'built-in stimuli'}), "
-        f"{total} steps of {world_size} x {cfg.accum} x {micro_batch} images, "
-        f"learning rate {cfg.lr:g} x {cfg.batch_size}/256 = {peak_lr:.2g}, {cfg.dtype} "
-        f"on {cfg.device}, into {cfg.out}; step 3 tells the minutes left"
+        f"{number_of_steps(cfg, images)} steps of {world_size} x {cfg.accum} x "
+        f"{micro_batch} images, learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
+        f"{cfg.lr * cfg.batch_size / 256:.2g}, {cfg.dtype} on {cfg.device}, into "
+        f"{cfg.out}; step 3 tells the minutes left"
     )
 
 
@@ -1158,9 +1132,8 @@ def signal_of_any_rank(signals, step, cfg):
     return highest.item()
 
 
-def to_numbers(tensors):
-    """{name: scalar} -> the same as numbers, for which a GPU has to finish its work."""
-    return {name: round(tensor.item(), 5) for name, tensor in tensors.items()}
+class NotFinite(RuntimeError):
+    """main() returns status 1, as the input is not to blame."""
 
 
 def stop_if_not_finite(row, scaler):
@@ -1172,17 +1145,8 @@ def stop_if_not_finite(row, scaler):
     if not scaler.is_enabled():
         is_finite = is_finite and math.isfinite(row["norm"])
     if not is_finite:
-        message = f"loss or gradient not finite by step {row['step']}: {row}. "
-        raise FloatingPointError(message + "--resume an earlier save, or lower --lr")
-
-
-def speed(cfg, steps, steps_left, seconds, waited):
-    """Since the last line: images/s of all ranks, share of time spent on waiting."""
-    return {
-        "images/s": round(steps * cfg.batch_size / seconds, 1),
-        "stall": round(waited / seconds, 3),
-        "minutes left": round(steps_left * seconds / steps / 60, 1),
-    }
+        advice = "lower --lr, or --resume an earlier save"
+        raise NotFinite(f"loss or gradient not finite by {row}: {advice}")
 
 
 def write_lines(log, rows):
@@ -1208,7 +1172,7 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
 # ==== 7. Command line =================================================================
 
 
-def knob(default, help, low=None, high=1e6, choices=None):
+def knob(default, help, low=None, high=math.inf, choices=None):
     """A flag: default, help, what it may be; without `low`: ints ≥ 1, floats ≥ 0."""
     if low is None:
         low = 1 if isinstance(default, int) else 0
@@ -1222,7 +1186,7 @@ class Config:
     objective: str = knob("hybrid", "loss", choices=("moco", "simmim", "hybrid"))
     lam: float = knob(0.2, "λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2", 0, 1)
     # the smaller, the harder it looks at the nearest negatives
-    temperature: float = knob(0.2, "τ of InfoNCE", 0.001, 99)
+    temperature: float = knob(0.2, "τ of InfoNCE")
     # a faster average than [M]'s 0.99 for a thousand steps instead of 300,000
     momentum: float = knob(0.97, "of the key average, rises from here to 1", 0, 1)
     proj_hidden: int = knob(512, "hidden width of the heads; MoCo v3: 4096")
@@ -1233,7 +1197,7 @@ class Config:
     one_view: bool = knob(
         False, "the masked view is MoCo's query, too: 4 passes an image for 11"
     )
-    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0, 99)
+    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0)
 
     # data
     data: str = knob("", "folder: train/ and val/, class folders, or flat; '': stimuli")
@@ -1246,7 +1210,7 @@ class Config:
     crop_min: float = knob(0.2, "smallest contrastive crop, share of area", 0.01, 1)
     # half the circle either way: colour must not tell which image it is; [B]: 0.1
     hue_shift: float = knob(0.5, "largest turn of the colour circle", 0, 0.5)
-    blur: float = knob(1.0, "px, largest σ; view 1 always, view 2 in 1 of 10", 0, 99)
+    blur: float = knob(1.0, "px, largest σ; view 1 always, view 2 in 1 of 10")
 
     # model
     model: str = knob("micro", "size", choices=tuple(SIZES))
@@ -1261,7 +1225,7 @@ class Config:
 
     # optimiser
     epochs: float = knob(0.0, "passes over the training set; 0: --steps counts")
-    steps: int = knob(1500, "optimiser steps", 1, 1e9)
+    steps: int = knob(1500, "optimiser steps")
     batch_size: int = knob(64, "images per step, over all ranks and micro-batches")
     lr: float = knob(12e-3, "base learning rate; its peak is lr x batch_size / 256")
     weight_decay: float = knob(0.05, "AdamW's")
@@ -1276,19 +1240,22 @@ class Config:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     # any number gives the same result
-    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most", 0, 9999)
-    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU", -1, 256)
+    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most", 0)
+    keep: int = knob(
+        1, "micro-batches whose graph stays: saves a pass, takes memory", 0
+    )
+    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU", -1)
     compile: bool = knob(False, "torch.compile: a slow start, then faster steps")
 
     # run
-    seed: int = knob(0, "of weights, stimuli, order and crops", 0, 999999999)
+    seed: int = knob(0, "of weights, stimuli, order and crops", 0)
     out: str = knob("", "run folder; '': runs/<preset>-<objective>, and the seed")
     resume: bool = knob(False, "go on with the run in --out")
     overwrite: bool = knob(False, "start anew although --out holds a run")
     dry_run: bool = knob(False, "print FLOPs, memory and hours of the run, and stop")
     save_every: int = knob(500, "steps between checkpoints and k-NN tests")
     log_every: int = knob(25, "steps between console lines")
-    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter", 0, 999999)
+    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter", 0)
 
 
 # Recipes: flags for every objective, then for one.
@@ -1318,8 +1285,8 @@ PRESETS = {
         --warmup 0.1 --positions relative""",
 }
 PURE = {"moco": 1.0, "simmim": 0.0}  # their λ
-# What --resume takes from the new command line, where given
-MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum"}
+# at --resume; everything else is as it was
+MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
 
 
@@ -1334,23 +1301,19 @@ LOG_HELP = """what a line of the log says:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
-
-
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
 def make_parser():
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         "sslvit.py",
         description=__doc__,
         epilog=LOG_HELP,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
     )
     for knob_ in fields(Config):
         how = {"help": f"{knob_.metadata['help']} [{knob_.default}]"}
@@ -1400,26 +1363,24 @@ def resume(cfg, given):
     """-> configuration of the run in --out, with what may change; its checkpoint."""
     path = Path(cfg.out, "ckpt.pt")
     state = load_checkpoint(path)
-    values = asdict(cfg)
     is_run = isinstance(state, dict) and state.keys() >= {"config", "data", "optimizer"}
-    is_ours = is_run and {name: type(value) for name, value in values.items()} == {
-        name: type(value) for name, value in state["config"].items()
-    }
+    is_ours = is_run and types_of(state["config"]) == types_of(asdict(cfg))
     require(is_ours, f"{path}: not a run of this version of the program")
-    for name, value in state["config"].items():
-        if name not in MAY_CHANGE:
-            is_same = name not in given or given[name] == value
-            message = f"{path} has {flag_of(name)} {value}, which cannot change"
-            require(is_same, message)
-            values[name] = value
-        elif name == "data" and name not in given:
-            values[name] = value
-    return Config(**values), state
+    for name in given.keys() - MAY_CHANGE:
+        was = state["config"][name]
+        message = f"{path} has {flag_of(name)} {was}, which cannot change"
+        require(given[name] == was, message)
+    of_this_machine = {"device": "auto", "workers": -1, "accum": 0, "out": cfg.out}
+    return Config(**(state["config"] | of_this_machine | given)), state
 
 
-def has_bf16(device_type):
+def types_of(values):
+    return {name: type(value) for name, value in values.items()}
+
+
+def has_bf16(on_gpu):
     """Are there units for bf16? Without them it is slower than fp32."""
-    if device_type == "cuda":
+    if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
@@ -1440,14 +1401,10 @@ def settle(cfg, world_size):
         torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
         cfg.device = "cpu"
-    try:
-        torch.zeros(1, device=cfg.device)
-    except Exception as error:  # torch has many kinds
-        raise UserError(f"--device {cfg.device}: there is none here") from error
     on_gpu = cfg.device.startswith("cuda")
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
-        if has_bf16("cuda" if on_gpu else "cpu"):
+        if has_bf16(on_gpu):
             cfg.dtype = "bf16"
     share = cfg.batch_size // world_size
     if cfg.accum == 0:
@@ -1455,11 +1412,9 @@ def settle(cfg, world_size):
         while share % cfg.accum != 0:
             cfg.accum += 1
     if cfg.workers < 0:
-        cfg.workers = 0
-        if on_gpu:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            cfg.workers = min(16, usable_cpus() // ranks_here)
-    divides = cfg.batch_size % (world_size * cfg.accum) == 0
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = min(16, usable_cpus() // ranks_here) if on_gpu else 0
+    divides = cfg.batch_size == share * world_size and share % max(cfg.accum, 1) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     has_negatives = cfg.batch_size > 1 or cfg.lam == 0
@@ -1489,14 +1444,11 @@ def open_run_folder(cfg, state, rank):
 
 
 def ranks_of_torchrun():
-    """-> this process's rank, number of processes; UserError if some are not said."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size == "1":
-        return 0, 1
-    missing = [name for name in names if name not in os.environ]
-    require(not missing, f"WORLD_SIZE is {world_size}, but not {missing}: use torchrun")
-    return int(os.environ["RANK"]), int(world_size)
+    """-> this process's rank, number of processes."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    has_all = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+    require(world_size == 1 or has_all, "WORLD_SIZE without RANK: start with torchrun")
+    return int(os.environ.get("RANK", 0)), world_size
 
 
 def join_ranks(cfg, rank):
@@ -1516,43 +1468,43 @@ def main(argv=None):
             stream.reconfigure(errors="replace")  # not every console has a λ
     handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
-        cfg, given = parse(argv)
-        rank, world_size = ranks_of_torchrun()
-        state = None
-        one_of_them = not (cfg.resume and cfg.overwrite)
-        require(one_of_them, "--resume goes on, --overwrite starts anew: give one")
-        if cfg.resume:
-            cfg, state = resume(cfg, given)
-        settle(cfg, world_size)
-        if cfg.dry_run:
-            return plan(cfg)
-        log = open_run_folder(cfg, state, rank)
-        if world_size > 1:
-            join_ranks(cfg, rank)
-        return train(cfg, state, log)
-    except FloatingPointError as error:
-        print(f"sslvit.py: {error}", file=sys.stderr)
-        return 1
+        return run(argv)
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
-    except torch.cuda.OutOfMemoryError:
-        advice = "raise --accum, which changes no result"
-        print(f"sslvit.py: the GPU's memory is full: {advice}", file=sys.stderr)
-        return 2
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NotFinite) else 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run(argv):
+    """Reads a command line, then plans or trains -> exit status."""
+    cfg, given = parse(argv)
+    rank, world_size = ranks_of_torchrun()
+    one_of_them = not (cfg.resume and cfg.overwrite)
+    require(one_of_them, "--resume goes on, --overwrite starts anew: give one")
+    state = None
+    if cfg.resume:
+        cfg, state = resume(cfg, given)
+    settle(cfg, world_size)
+    if cfg.dry_run:
+        return plan(cfg)
+    log = open_run_folder(cfg, state, rank)
+    if world_size > 1:
+        join_ranks(cfg, rank)
+    return train(cfg, state, log)
 
 
 # ==== 8. Workshop: what the lecture takes for granted =================================
@@ -1702,14 +1654,18 @@ def list_images(root):
     def fail(error):
         raise error
 
-    kinds = Image.registered_extensions().items()
-    endings = {ending for ending, kind in kinds if kind in Image.OPEN}
+    endings = {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN
+    }
     images = []
     left_out = collections.Counter()
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        here = Path(folder)
         for name in [*inner]:
-            is_circle = here.resolve().is_relative_to((here / name).resolve())
+            is_circle = os.path.realpath(folder + "/x").startswith(
+                os.path.realpath(os.path.join(folder, name)) + os.sep
+            )
             if name[0] == "." or name.lower() in MASK_FOLDERS or is_circle:
                 inner.remove(name)
                 left_out[f"folder {name}"] += 1
@@ -1719,7 +1675,7 @@ def list_images(root):
             if ending in endings:
                 images.append((top, os.path.join(folder, name)))
             else:
-                left_out[f"{ending or 'other'} files, no image kind of Pillow's"] += 1
+                left_out[f"file {ending}, no kind of image for Pillow"] += 1
     for reason, count in left_out.items():
         say(f"left out in {root}: {count} x {reason}")
     return sorted(images)
@@ -2055,51 +2011,46 @@ MEASURED_SHARE = 0.26
 IMAGENET = 1281167  # images, where --data is not there to be counted
 
 
-def flops_per_image(cfg):
-    """FLOPs of a training step for an image; a product and a sum count as two.
+def flops_of_pass(cfg, cls_only=False):
+    """FLOPs of an encoder's forward pass; a product and a sum count as two.
 
     A block costs each of its T tokens 24D² in linear layers and 4TD in attention; where
-    only CLS asks, the last one 4D². A backward pass costs twice a forward pass. What is
-    left out, embedding, heads and decoder, is 1 %.
+    only CLS asks, the last one 4D². What is left out, embedding and heads, is 1 %.
     """
-    size = SIZES[cfg.model]
-    width = size["embed_dim"]
+    width = SIZES[cfg.model]["embed_dim"]
     tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
     block = tokens * (24 * width**2 + 4 * tokens * width)
-    full_pass = size["depth"] * block
-    cls_pass = full_pass - block + tokens * 4 * width**2
+    whole = SIZES[cfg.model]["depth"] * block
+    return whole - block + tokens * 4 * width**2 if cls_only else whole
+
+
+def flops_per_image(cfg):
+    """FLOPs of a training step; a backward pass costs twice a forward pass."""
     flops = 0
     if cfg.lam < 1:
-        flops += 3 * full_pass
+        flops += 3 * flops_of_pass(cfg)
     if cfg.lam > 0:
-        # two views trained, two keys; or the key alone
-        flops += (1 if cfg.one_view else 2 * 3 + 2) * cls_pass
+        # two views trained, two keys; with one view the key alone
+        flops += (1 if cfg.one_view else 2 * 3 + 2) * flops_of_pass(cfg, cls_only=True)
     return flops
 
 
 def measure_rate(cfg):
-    """-> images/s of training steps on this machine, without loading."""
-    images = cfg.batch_size // cfg.accum
-    if cfg.device == "cpu":
-        images = max(2, min(images, int(2e12 / flops_per_image(cfg))))  # some seconds
-    autocast, scaler = mixed_precision(cfg)
-    model = SSL(cfg).to(cfg.device)
-    optimizer = make_optimizer(model, cfg)
-    views = torch.randn(3, images, 3, cfg.image_size, cfg.image_size).to(cfg.device)
-    mask = draw_masks(images, cfg).to(cfg.device)
+    """-> images/s of this machine, from the encoder's passes alone, without loading."""
+    encoder = make_encoder(cfg).to(cfg.device)
+    autocast, _ = mixed_precision(cfg)
+    full_pass, needed = flops_of_pass(cfg), flops_per_image(cfg)
+    count = max(1, min(128, int(2e12 / (3 * full_pass))))  # some seconds of a CPU
+    images = torch.randn(count, 3, cfg.image_size, cfg.image_size, device=cfg.device)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         with autocast():
-            losses = model(*views, mask)
-        loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            loss = encoder(images).square().mean()
+        loss.backward()
         loss.item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
-    return images / min(seconds)
+    return count * 3 * full_pass / needed / min(seconds)
 
 
 def plan(cfg):
@@ -2108,7 +2059,7 @@ def plan(cfg):
     if not cfg.data or os.path.isdir(cfg.data):
         count = len(find_data(cfg)[0])
     images = number_of_steps(cfg, count) * cfg.batch_size
-    flops = images * flops_per_image(cfg)
+    flops = flops_per_image(cfg)
     with torch.device("meta"):  # shapes without memory
         model = SSL(cfg)
     # itself, gradient, Adam's two averages; or an averaged weight alone
@@ -2117,11 +2068,11 @@ def plan(cfg):
     )
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
-        f"patch {cfg.patch_size}: {images:.4g} images of "
-        f"{flops_per_image(cfg) / 1e9:.4g} GFLOP, {weights / 2**30:.2g} GiB of weights"
+        f"patch {cfg.patch_size}: {images:.4g} images of {flops / 1e9:.4g} GFLOP, "
+        f"{weights / 2**30:.2g} GiB of weights, their gradients and averages"
     )
     for gpu, peak in PEAK_FLOPS.items():
-        hours = flops / (MEASURED_SHARE * peak) / 3600
+        hours = images * flops / (MEASURED_SHARE * peak) / 3600
         share = f"at {MEASURED_SHARE:.0%} of its bf16 peak, {peak / 1e12:g} TFLOP/s"
         say(f"one {gpu}, {share}: {hours:.3g} h; eight: {hours / 8:.3g} h")
     rate = measure_rate(cfg)
@@ -2136,17 +2087,16 @@ def plan(cfg):
 
 
 def finish(cfg, model, rows, data):
-    """Draws the losses and a picture; says how good the features are, and what next."""
+    """Draws what was learnt; says how good the features are, and what next."""
     draw_losses(cfg, rows)
     if cfg.lam < 1:
         draw_reconstruction(cfg, model, data[1] or data[0])
-        say(f"what the network sees under the mask: {cfg.out}/reconstruction.png")
+        say(f"image, what the network saw, what it makes of it: {cfg.out}/masked.png")
     for name, classes in zip(data[0].label_names, data[0].classes, strict=True):
-        accuracy = rows[-1].get(f"knn_{name}")
-        if accuracy is not None:
-            untrained = f"untrained {rows[0][f'knn_{name}']:.3f}"
-            chance = f"chance {1 / len(classes):.3f}"
-            say(f"{name}: k-NN accuracy {accuracy:.3f}, {untrained}, {chance}")
+        key = f"knn_{name}"
+        if key in rows[-1]:
+            others = f"untrained {rows[0][key]:.3f}, chance {1 / len(classes):.3f}"
+            say(f"{name}: k-NN accuracy {rows[-1][key]:.3f}, {others}")
     say(f"checkpoint, log and loss curve are in {cfg.out}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
     say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
@@ -2157,10 +2107,8 @@ def draw_losses(cfg, rows):
 
     axis = Figure(figsize=(7, 4), layout="constrained").subplots()
     steps = [row["step"] for row in rows[1:]]
-    if cfg.lam < 1:
-        axis.plot(steps, [row["mim"] for row in rows[1:]], label="L_MIM: masked L1")
-    if cfg.lam > 0:
-        axis.plot(steps, [row["cl"] for row in rows[1:]], label="L_CL: InfoNCE")
+    for name, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE")):
+        axis.plot(steps, [row[name] for row in rows[1:]], label=label)
     title = f"{cfg.objective}, λ = {cfg.lam:g}"
     axis.set(xlabel="optimiser step", ylabel="loss", title=title)
     axis.legend()
@@ -2169,34 +2117,26 @@ def draw_losses(cfg, rows):
 
 @torch.no_grad()
 def draw_reconstruction(cfg, model, source):
-    """Eight test images, what is left of them, and what the network predicts."""
-    from matplotlib.figure import Figure
-
-    count = min(8, len(source))
+    """Rows of eight test images: as they are, masked, and with what is predicted."""
     crops = CenterCrops(source, cfg.image_size)
-    pixels = torch.from_numpy(np.stack([crops[i][0] for i in range(count)]))
-    images = (pixels / 255 - MEAN) / STD
-    mask = draw_masks(count, cfg, torch.Generator().manual_seed(0))
+    pixels = np.stack([crops[i][0] for i in range(min(8, len(source)))])
+    images = (torch.from_numpy(pixels) / 255 - MEAN) / STD
+    mask = draw_masks(len(images), cfg, torch.Generator().manual_seed(0))
     model = model.to("cpu")
     tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
-    hidden = mask[..., None]
-    rows = {
-        "image": target,
-        "masked": torch.where(hidden, 0.0, target),
-        "predicted": torch.where(hidden, model.decoder(tokens)[:, 1:], target),
-    }
-    figure = Figure(figsize=(1.25 * count + 0.4, 4.3), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (name, patches) in zip(axes, rows.items(), strict=True):
-        pictures = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-        for axis, picture in zip(line, pictures.clamp(0, 1), strict=True):
-            axis.imshow(picture.permute(1, 2, 0))
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=13)
-    hidden_share = f"{cfg.mask_ratio:.0%} hidden"
-    figure.suptitle(f"What was under the mask? ({cfg.objective}, {hidden_share})")
-    figure.savefig(Path(cfg.out, "reconstruction.png"), dpi=150)
+    predicted = model.decoder(tokens)[:, 1:]
+    rows = []
+    for hidden in (target, torch.zeros_like(target), predicted):
+        patches = torch.where(mask[..., None], hidden, target)
+        row = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+        rows.append(torch.cat([*F.pad(row, (1, 1, 1, 1), value=1)], dim=2))
+    picture = (torch.cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0)
+    scale = math.ceil(150 / cfg.image_size)
+    picture = Image.fromarray(picture.numpy())
+    picture.resize((scale * picture.width, scale * picture.height), 0).save(
+        Path(cfg.out, "masked.png")
+    )
 
 
 def keep_large_blocks():
