@@ -346,21 +346,21 @@ class ViT(nn.Module):
         layer_scale=None,
     ):
         super().__init__()
-        require(image_size % patch_size == 0, "the patches do not divide the image")
-        divides = embed_dim % num_heads == 0 and embed_dim % 4 == 0
-        require(divides, "4 and the number of heads must divide embed_dim")
+        divides = image_size % patch_size == embed_dim % num_heads == embed_dim % 4 == 0
+        require(divides, "patches must divide the image; heads, and 4, embed_dim")
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.embed_dim = embed_dim
 
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = None
-        if positions != "none":
+        if positions == "sincos":
             table = sincos_positions(embed_dim, self.grid, self.grid)
-            is_learned = positions == "learned"
-            if is_learned:
-                table = 0.02 * torch.randn_like(table)
-            self.pos_embed = nn.Parameter(table, requires_grad=is_learned)
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(
+                0.02 * torch.randn(1, 1 + self.grid**2, embed_dim)
+            )
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.rel_pos_bias = None
         if rel_pos_bias:
@@ -456,13 +456,12 @@ class SSL(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
             # [S]: one linear layer, so that the encoder's last blocks learn to decode;
             # --decoder-depth adds blocks that take this work over ([P] figure 11)
-            layers = []
-            for _ in range(cfg.decoder_depth):
-                layers.append(Block(embed_dim, SIZES[cfg.model]["num_heads"]))
-            if cfg.decoder_depth:
+            heads = SIZES[cfg.model]["num_heads"]
+            layers = [Block(embed_dim, heads) for _ in range(cfg.decoder_depth)]
+            if layers:
                 layers.append(nn.LayerNorm(embed_dim, eps=1e-6))
-            layers.append(nn.Linear(embed_dim, 3 * cfg.patch_size**2))
-            self.decoder = nn.Sequential(*layers)
+            pixels = nn.Linear(embed_dim, 3 * cfg.patch_size**2)
+            self.decoder = nn.Sequential(*layers, pixels)
 
     # MoCo v3 in the steps of [M] algorithm 1:
     # 1. two views: augment()       2. encode_queries()    3. encode_keys(), no gradient
@@ -602,9 +601,7 @@ class TrainingViews:
         crops, _ = first_readable(self.source, wanted, crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = draw_masks(1, self.cfg, generator)[0]
-        colours = {}
-        if self.cfg.lam > 0:
-            colours = draw_colours(rng, self.cfg)
+        colours = draw_colours(rng, self.cfg) if self.cfg.lam > 0 else []
         is_flipped = rng.random(len(crops)) < 0.5
         crops[is_flipped] = crops[is_flipped, :, :, ::-1]
         return {"crops": crops, "mask": mask, "colours": colours}
@@ -627,23 +624,20 @@ COLOUR_SHARES = {
 def draw_colours(rng, cfg):
     """The random choices for two views, which change_colours() carries out.
 
-    order (2, 4): when which jitter runs, -1: never; factors (2, 4): of brightness,
-    contrast, saturation, hue; blur (2,): σ in px, 0: none; grey, solarise (2,): yes or
-    no.
+    -> float (2, 11), a row for each view: 0-3 when which jitter runs, -1: never; 4-7
+    factors of brightness, contrast, saturation, hue; σ of the blur in px, 0: none; 1
+    for grey; 1 for solarised.
     """
-    drawn = rng.random((4, 2)) < list(COLOUR_SHARES.values())
-    happens = dict(zip(COLOUR_SHARES, drawn, strict=True))
+    happens = dict(zip(COLOUR_SHARES, rng.random((4, 2)), strict=True))
+    for name, shares in COLOUR_SHARES.items():
+        happens[name] = (happens[name] < shares)[:, None]  # (2, 1)
     order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
     factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
-    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, 2)
-    return {
-        "order": np.where(happens["jitter"][:, None], order, -1),
-        "factors": factors.astype(np.float32),
-        "blur": (sigma * happens["blur"]).astype(np.float32),
-        "grey": happens["grey"],
-        "solarise": happens["solarise"],
-    }
+    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1)) * happens["blur"]
+    order = np.where(happens["jitter"], order, -1)
+    draws = [order, factors, sigma, happens["grey"], happens["solarise"]]
+    return np.concatenate(draws, axis=1, dtype=np.float32)
 
 
 # Images here are (B, 3, h, w) in [0, 1], with one parameter (B, 1, 1, 1) for each.
@@ -714,28 +708,28 @@ def solarise(x):
 JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def change_colours(x, colours):
+def change_colours(x, draws):
     """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
 
-    colours: {name: (B, ...)} on the CPU, where it is found which images an operation is
-    for: a GPU would have to wait for their number.
+    draws (B, 11) on the CPU, where it is told which images an operation is for: a GPU
+    would have to wait for their number.
     """
+    order, factors, sigma, grey, solarised = draws.split([4, 4, 1, 1, 1], dim=1)
 
     def apply(operation, chosen, *parameters):
         images = chosen.nonzero().flatten().to(x.device, non_blocking=True)
         if len(images) > 0:
             x[images] = operation(x[images], *parameters)
 
-    for place in range(len(JITTERS)):  # in each image's own order
+    for place in range(4):  # in each image's own order
         for n, jitter in enumerate(JITTERS):
-            chosen = colours["order"][:, place] == n
-            factors = colours["factors"][chosen, n].view(-1, 1, 1, 1)
-            apply(jitter, chosen, factors.to(x.device, non_blocking=True))
-    apply(greyscale, colours["grey"])
-    is_blurred = colours["blur"] > 0
-    sigma = colours["blur"][is_blurred].view(-1, 1, 1, 1)
-    apply(gaussian_blur, is_blurred, sigma)
-    apply(solarise, colours["solarise"])
+            chosen = order[:, place] == n
+            factor = factors[chosen, n].view(-1, 1, 1, 1)
+            apply(jitter, chosen, factor.to(x.device, non_blocking=True))
+    apply(greyscale, grey[:, 0] > 0)
+    is_blurred = sigma[:, 0] > 0
+    apply(gaussian_blur, is_blurred, sigma[is_blurred].view(-1, 1, 1, 1))
+    apply(solarise, solarised[:, 0] > 0)
 
 
 def augment(batch, cfg):
@@ -750,10 +744,8 @@ def augment(batch, cfg):
     views = 1 if cfg.one_view else 2
     if cfg.lam > 0:
         contrastive = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
-        colours = {}
-        for name, values in batch["colours"].items():  # (B, 2, ...)
-            colours[name] = values[:, :views].transpose(0, 1).flatten(0, 1)
-        change_colours(contrastive, colours)
+        draws = batch["colours"][:, :views]  # (B, 2, 11)
+        change_colours(contrastive, draws.transpose(0, 1).flatten(0, 1))
     mean = MEAN.to(cfg.device, non_blocking=True)
     crops = (crops - mean) / STD.to(cfg.device, non_blocking=True)
     if cfg.lam > 0:
@@ -791,18 +783,11 @@ def make_optimizer(model, cfg):
     spared = []
     for p in model.parameters():
         is_vector = p.squeeze().ndim < 2  # biases, norms, tokens
-        if not p.requires_grad:
-            continue
-        if is_vector and cfg.lam < 1:
-            spared.append(p)
-        else:
-            decayed.append(p)
-    groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    has_fused_kernel = cfg.device.startswith(("cpu", "cuda"))
-    return torch.optim.AdamW(groups, fused=has_fused_kernel)
+        if p.requires_grad:
+            (spared if is_vector and cfg.lam < 1 else decayed).append(p)
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    fused = cfg.device.startswith(("cpu", "cuda"))
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
 
 
 # ==== 6. Training loop ================================================================
@@ -907,33 +892,28 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
 
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
-    cl = torch.zeros((), device=cfg.device)
-    mim = torch.zeros((), device=cfg.device)
+    cl = mim = torch.zeros((), device=cfg.device)
     if model.use_cl:
-        cl, features, graphs, gradients = contrast_in_parts(
-            model, parts, cfg, autocast, scaler
-        )
+        args = (model, parts, cfg, autocast, scaler)
+        cl, features, graphs, gradients = contrast_in_parts(*args)
     pooled = []
     for part, views in enumerate(parts):
-        outputs = []
-        output_gradients = []
+        outputs, at_outputs = [], []  # what goes backward, and the gradient there
         tokens = None
         if model.use_cl:
-            query_cls, tokens = graphs.pop(part, (None, None))
-            if query_cls is None:
-                with autocast():
-                    query_cls, tokens = model.encode_queries(*views)
+            with autocast():
+                query_cls, tokens = graphs.pop(part, 0) or model.encode_queries(*views)
             outputs.append(query_cls)
-            output_gradients.append(gradients[part])
+            at_outputs.append(gradients[part])
         if model.use_mim:
             with autocast():
-                part_mim, tokens = model.reconstruct(views[2], views[3], tokens)
+                part_mim, tokens = model.reconstruct(*views[2:], tokens)
             # all images have equally many masked patches: the mean of means is exact
             outputs.append(scaler.scale((1 - cfg.lam) * part_mim / len(parts)))
-            output_gradients.append(None)
-            mim += part_mim.detach() / len(parts)
+            at_outputs.append(None)
+            mim = mim + part_mim.detach() / len(parts)
             pooled.append(tokens[:, 1:].detach().mean(dim=1))
-        torch.autograd.backward(outputs, output_gradients)
+        torch.autograd.backward(outputs, at_outputs)
     if not model.use_cl:
         features = gather(torch.cat(pooled)[None])[0]  # (B, D)
     average_gradients(model)
@@ -943,8 +923,8 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
 def contrast_in_parts(model, parts, cfg, autocast, scaler):
     """The contrastive loss of the joint batch, sent back to the encoder's outputs.
 
-    -> L_CL, queries of view 1 (B, C), {part: outputs of encode_queries() with their
-    graph}, and for each part the gradient at its CLS outputs (views, b, D).
+    -> L_CL, queries of view 1 (B, C), {part: what encode_queries() gave, if its graph
+    was kept}, and for each part the gradient at its CLS outputs (views, b, D).
     """
     rank, world_size = world()
     graphs = {}
@@ -952,12 +932,12 @@ def contrast_in_parts(model, parts, cfg, autocast, scaler):
     key_cls = []
     for part, views in enumerate(parts):
         with autocast(), torch.set_grad_enabled(part < cfg.keep):
-            cls, tokens = model.encode_queries(*views)
+            encoded = model.encode_queries(*views)
         if part < cfg.keep:
-            graphs[part] = (cls, tokens)
+            graphs[part] = encoded
+        query_cls.append(encoded[0])
         with autocast():
-            key_cls.append(model.encode_keys(views[0], views[1]))
-        query_cls.append(cls.detach())
+            key_cls.append(model.encode_keys(*views[:2]))
     all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
     all_keys = gather(torch.cat(key_cls, dim=1))
     with autocast():
@@ -1044,9 +1024,9 @@ def check_identity(cfg, train_set, state):
         identities.append(state["data"])
     message = f"not one training set, of ranks or of the run: {set(identities)}"
     require(len(set(identities)) == 1, message)
-    has_negatives = cfg.lam == 0 or cfg.batch_size <= len(train_set)
-    message = f"--batch-size {cfg.batch_size} for {len(train_set)} images: an image"
-    require(has_negatives, f"{message} would be its own negative")
+    has_negatives = cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set)
+    message = f"--batch-size {cfg.batch_size} of {len(train_set)} images: in a batch an"
+    require(has_negatives, f"{message} image needs others, and itself only once")
 
 
 def number_of_steps(cfg, images):
@@ -1079,13 +1059,10 @@ def say(*words):
 
 def mixed_precision(cfg):
     """-> autocast (makes the context), GradScaler (keeps fp16's gradients from 0)."""
-    device_type = torch.device(cfg.device).type
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    is_mixed = cfg.dtype != "fp32"
-    autocast = functools.partial(
-        torch.autocast, device_type, dtypes[cfg.dtype], enabled=is_mixed
-    )
-    return autocast, torch.amp.GradScaler(device_type, enabled=cfg.dtype == "fp16")
+    kind = torch.device(cfg.device).type
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.dtype)
+    autocast = functools.partial(torch.autocast, kind, dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
 
 
 # Ctrl-C, the end of a cluster job, a closed terminal
@@ -1172,32 +1149,28 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
 # ==== 7. Command line =================================================================
 
 
-def knob(default, help, low=None, high=math.inf, choices=None):
-    """A flag: default, help, what it may be; without `low`: ints ≥ 1, floats ≥ 0."""
-    if low is None:
-        low = 1 if isinstance(default, int) else 0
-    limits = {"low": low, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": help} | limits)
+def knob(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
 class Config:
     # method
     objective: str = knob("hybrid", "loss", choices=("moco", "simmim", "hybrid"))
-    lam: float = knob(0.2, "λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2", 0, 1)
+    lam: float = knob(0.2, "λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2")
     # the smaller, the harder it looks at the nearest negatives
     temperature: float = knob(0.2, "τ of InfoNCE")
     # a faster average than [M]'s 0.99 for a thousand steps instead of 300,000
-    momentum: float = knob(0.97, "of the key average, rises from here to 1", 0, 1)
+    momentum: float = knob(0.97, "of the key average, rises from here to 1")
     proj_hidden: int = knob(512, "hidden width of the heads; MoCo v3: 4096")
     # 1/8 of the image; in [S] 1/7
     mask_patch_size: int = knob(4, "px, side of what is masked at once")
     # so high that copying the neighbour is not enough
-    mask_ratio: float = knob(0.6, "share of the image that is masked", 0.01, 1)
+    mask_ratio: float = knob(0.6, "share of the image that is masked")
     one_view: bool = knob(
         False, "the masked view is MoCo's query, too: 4 passes an image for 11"
     )
-    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)", 0)
+    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)")
 
     # data
     data: str = knob("", "folder: train/ and val/, class folders, or flat; '': stimuli")
@@ -1207,9 +1180,9 @@ class Config:
         choices=("micro", "small32", "imagenet"),
     )
     # a whole object must remain; [M]: 0.08
-    crop_min: float = knob(0.2, "smallest contrastive crop, share of area", 0.01, 1)
+    crop_min: float = knob(0.2, "smallest contrastive crop, share of area")
     # half the circle either way: colour must not tell which image it is; [B]: 0.1
-    hue_shift: float = knob(0.5, "largest turn of the colour circle", 0, 0.5)
+    hue_shift: float = knob(0.5, "largest turn of the colour circle")
     blur: float = knob(1.0, "px, largest σ; view 1 always, view 2 in 1 of 10")
 
     # model
@@ -1229,7 +1202,7 @@ class Config:
     batch_size: int = knob(64, "images per step, over all ranks and micro-batches")
     lr: float = knob(12e-3, "base learning rate; its peak is lr x batch_size / 256")
     weight_decay: float = knob(0.05, "AdamW's")
-    warmup: float = knob(0.1, "share of the steps in which the rate rises", 0, 1)
+    warmup: float = knob(0.1, "share of the steps in which the rate rises")
     clip: float = knob(5.0, "largest gradient norm; 0: no clipping")
 
     # system
@@ -1240,22 +1213,21 @@ class Config:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     # any number gives the same result
-    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most", 0)
-    keep: int = knob(
-        1, "micro-batches whose graph stays: saves a pass, takes memory", 0
-    )
-    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU", -1)
+    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most")
+    # so that a GPU with memory to spare need not encode a part twice
+    keep: int = knob(1, "micro-batches whose graph is kept")
+    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU")
     compile: bool = knob(False, "torch.compile: a slow start, then faster steps")
 
     # run
-    seed: int = knob(0, "of weights, stimuli, order and crops", 0)
+    seed: int = knob(0, "of weights, stimuli, order and crops")
     out: str = knob("", "run folder; '': runs/<preset>-<objective>, and the seed")
     resume: bool = knob(False, "go on with the run in --out")
     overwrite: bool = knob(False, "start anew although --out holds a run")
     dry_run: bool = knob(False, "print FLOPs, memory and hours of the run, and stop")
     save_every: int = knob(500, "steps between checkpoints and k-NN tests")
     log_every: int = knob(25, "steps between console lines")
-    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter", 0)
+    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter")
 
 
 # Recipes: flags for every objective, then for one.
@@ -1285,6 +1257,9 @@ PRESETS = {
         --warmup 0.1 --positions relative""",
 }
 PURE = {"moco": 1.0, "simmim": 0.0}  # their λ
+SHARES = ("lam", "momentum", "mask_ratio", "crop_min", "hue_shift", "warmup")
+COUNTS = ("proj_hidden", "mask_patch_size", "image_size", "patch_size", "steps")
+COUNTS += ("batch_size", "save_every", "log_every")
 # at --resume; everything else is as it was
 MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
@@ -1343,13 +1318,11 @@ def parse(argv):
         values["lam"] = PURE[objective]
     cfg = Config(**values)
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
-    for knob_ in fields(Config):
-        value = getattr(cfg, knob_.name)
-        if knob_.type in (int, float):
-            low = knob_.metadata["low"]
-            high = knob_.metadata["high"]
-            message = f"{flag_of(knob_.name)} {value}: not in {low:g}..{high:.9g}"
-            require(low <= value <= high, message)
+    for name, value in vars(cfg).items():
+        lowest = {"workers": -1}.get(name, 1 if name in COUNTS else 0)
+        highest = 1 if name in SHARES else math.inf
+        is_fine = isinstance(value, str) or lowest <= value <= highest
+        require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
         if "lam" in given:
@@ -1417,8 +1390,6 @@ def settle(cfg, world_size):
     divides = cfg.batch_size == share * world_size and share % max(cfg.accum, 1) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
-    has_negatives = cfg.batch_size > 1 or cfg.lam == 0
-    require(has_negatives, "--batch-size 1: the contrastive loss needs another image")
     draw_masks(1, cfg)  # do the sizes divide?
 
 
@@ -1493,8 +1464,6 @@ def run(argv):
     """Reads a command line, then plans or trains -> exit status."""
     cfg, given = parse(argv)
     rank, world_size = ranks_of_torchrun()
-    one_of_them = not (cfg.resume and cfg.overwrite)
-    require(one_of_them, "--resume goes on, --overwrite starts anew: give one")
     state = None
     if cfg.resume:
         cfg, state = resume(cfg, given)
@@ -1663,8 +1632,9 @@ def list_images(root):
     left_out = collections.Counter()
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
         for name in [*inner]:
-            is_circle = os.path.realpath(folder + "/x").startswith(
-                os.path.realpath(os.path.join(folder, name)) + os.sep
+            # a link to a folder above would run in circles
+            is_circle = (
+                Path(folder, name).resolve() in Path(folder, "x").resolve().parents
             )
             if name[0] == "." or name.lower() in MASK_FOLDERS or is_circle:
                 inner.remove(name)
@@ -2122,21 +2092,18 @@ def draw_reconstruction(cfg, model, source):
     pixels = np.stack([crops[i][0] for i in range(min(8, len(source)))])
     images = (torch.from_numpy(pixels) / 255 - MEAN) / STD
     mask = draw_masks(len(images), cfg, torch.Generator().manual_seed(0))
-    model = model.to("cpu")
+    model.to("cpu")
     tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
-    predicted = model.decoder(tokens)[:, 1:]
-    rows = []
-    for hidden in (target, torch.zeros_like(target), predicted):
-        patches = torch.where(mask[..., None], hidden, target)
-        row = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-        rows.append(torch.cat([*F.pad(row, (1, 1, 1, 1), value=1)], dim=2))
-    picture = (torch.cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0)
-    scale = math.ceil(150 / cfg.image_size)
-    picture = Image.fromarray(picture.numpy())
-    picture.resize((scale * picture.width, scale * picture.height), 0).save(
-        Path(cfg.out, "masked.png")
-    )
+    hidden = mask[..., None]
+    predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
+    patches = torch.cat([target, target * ~hidden, predicted])  # (24, N, 3p²)
+    x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+    x = F.pad((255 * x).clamp(0, 255), (1, 1, 1, 1), value=255)  # a white frame
+    x = x.unflatten(0, (3, -1)).permute(0, 3, 1, 4, 2)  # (3, h, 8, w, 3)
+    picture = Image.fromarray(x.flatten(2, 3).flatten(0, 1).byte().numpy())
+    enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
+    enlarged.save(Path(cfg.out, "masked.png"))
 
 
 def keep_large_blocks():
