@@ -28,6 +28,7 @@ import ctypes
 import datetime
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -36,7 +37,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # OpenMP's threads spin while they wait for each other. Beside another busy program that
@@ -1099,14 +1100,13 @@ def ignore_signals(worker):
 
 def signal_of_any_rank(signals, step, cfg):
     """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
-    number = signals[0] if signals else 0
-    if not dist.is_initialized():
-        return number
-    if step % 5 != 0:  # a GPU would have to finish its work
-        return 0
-    highest = torch.tensor(number, device=cfg.device)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return highest.item()
+    number = torch.tensor(signals[0] if signals else 0)
+    if dist.is_initialized():
+        if step % 5 != 0:  # to ask is to make a GPU finish its work
+            return 0
+        number = number.to(cfg.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 class NotFinite(RuntimeError):
@@ -1149,87 +1149,83 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
 # ==== 7. Command line =================================================================
 
 
-def knob(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+# The comments are the help texts of the flags: --help prints this class.
 
 
 @dataclass
 class Config:
     # method
-    objective: str = knob("hybrid", "loss", choices=("moco", "simmim", "hybrid"))
-    lam: float = knob(0.2, "λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2")
-    # the smaller, the harder it looks at the nearest negatives
-    temperature: float = knob(0.2, "τ of InfoNCE")
-    # a faster average than [M]'s 0.99 for a thousand steps instead of 300,000
-    momentum: float = knob(0.97, "of the key average, rises from here to 1")
-    proj_hidden: int = knob(512, "hidden width of the heads; MoCo v3: 4096")
-    # 1/8 of the image; in [S] 1/7
-    mask_patch_size: int = knob(4, "px, side of what is masked at once")
-    # so high that copying the neighbour is not enough
-    mask_ratio: float = knob(0.6, "share of the image that is masked")
-    one_view: bool = knob(
-        False, "the masked view is MoCo's query, too: 4 passes an image for 11"
-    )
-    decoder_depth: int = knob(0, "blocks before the pixel head ([P] fig. 11)")
+    objective: str = "hybrid"  # moco, simmim or hybrid
+    lam: float = 0.2  # λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2
+    # τ of InfoNCE: the smaller, the harder it looks at the nearest negatives
+    temperature: float = 0.2
+    # of the key average, rises from here to 1; a faster average than [M]'s 0.99 for a
+    # thousand steps instead of 300,000
+    momentum: float = 0.97
+    proj_hidden: int = 512  # hidden width of the heads; MoCo v3: 4096
+    mask_patch_size: int = 4  # px, side of what is masked at once
+    mask_ratio: float = 0.6  # so high that copying the neighbour is not enough
+    one_view: bool = False  # the masked view is also MoCo's query: 4 passes, not 11
+    decoder_depth: int = 0  # blocks before the pixel head ([P] figure 11)
 
     # data
-    data: str = knob("", "folder: train/ and val/, class folders, or flat; '': stimuli")
-    preset: str = knob(
-        "micro",
-        "recipe for stimuli, 32-px photographs, ImageNet (the default with --data)",
-        choices=("micro", "small32", "imagenet"),
-    )
-    # a whole object must remain; [M]: 0.08
-    crop_min: float = knob(0.2, "smallest contrastive crop, share of area")
-    # half the circle either way: colour must not tell which image it is; [B]: 0.1
-    hue_shift: float = knob(0.5, "largest turn of the colour circle")
-    blur: float = knob(1.0, "px, largest σ; view 1 always, view 2 in 1 of 10")
+    data: str = ""  # folder: train/ and val/, class folders, or flat; "": stimuli
+    # recipe: micro (for stimuli), small32 (photographs of 32 px), imagenet (the default
+    # with --data)
+    preset: str = "micro"
+    # smallest contrastive crop, share of area; a whole object must remain; [M]: 0.08
+    crop_min: float = 0.2
+    # largest turn of the colour circle; 0.5 is half of it either way: colour must not
+    # tell which image it is; [B]: 0.1
+    hue_shift: float = 0.5
+    blur: float = 1.0  # px, largest σ; view 1 always, view 2 in 1 of 10
 
     # model
-    model: str = knob("micro", "size", choices=tuple(SIZES))
-    image_size: int = knob(32, "px; crops are resized to this square")
-    # 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    patch_size: int = knob(4, "px; a token for each patch")
-    positions: str = knob(
-        "sincos",
-        "fixed; learned; or SimMIM's relative biases, with LayerScale",
-        choices=("sincos", "learned", "relative"),
-    )
+    model: str = "micro"  # nano, micro, micro8, tiny, small, base, large, huge
+    image_size: int = 32  # px; crops are resized to this square
+    patch_size: int = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
+    # sincos (fixed), learned, or relative: SimMIM's biases, with LayerScale
+    positions: str = "sincos"
 
     # optimiser
-    epochs: float = knob(0.0, "passes over the training set; 0: --steps counts")
-    steps: int = knob(1500, "optimiser steps")
-    batch_size: int = knob(64, "images per step, over all ranks and micro-batches")
-    lr: float = knob(12e-3, "base learning rate; its peak is lr x batch_size / 256")
-    weight_decay: float = knob(0.05, "AdamW's")
-    warmup: float = knob(0.1, "share of the steps in which the rate rises")
-    clip: float = knob(5.0, "largest gradient norm; 0: no clipping")
+    epochs: float = 0.0  # passes over the training set; 0: --steps counts
+    steps: int = 1500  # optimiser steps
+    batch_size: int = 64  # images per step, over all ranks and micro-batches
+    lr: float = 12e-3  # base learning rate; its peak is lr x batch_size / 256
+    weight_decay: float = 0.05  # AdamW's
+    warmup: float = 0.1  # share of the steps in which the rate rises
+    clip: float = 5.0  # largest gradient norm; 0: no clipping
 
     # system
-    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto: CUDA if there is one")
-    dtype: str = knob(
-        "auto",
-        "auto: bf16 where there are units for it, else fp16 on a GPU, fp32 on a CPU",
-        choices=("auto", "bf16", "fp16", "fp32"),
-    )
-    # any number gives the same result
-    accum: int = knob(0, "micro-batches per step; 0: of 128 images at most")
-    # so that a GPU with memory to spare need not encode a part twice
-    keep: int = knob(1, "micro-batches whose graph is kept")
-    workers: int = knob(-1, "loading processes; -1: up to 16 for a GPU")
-    compile: bool = knob(False, "torch.compile: a slow start, then faster steps")
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: CUDA if there is one
+    # bf16, fp16, fp32; auto: bf16 where there are units for it, else fp16 on a GPU,
+    # fp32 on a CPU
+    dtype: str = "auto"
+    # micro-batches per step, any number gives the same result; 0: of 128 images at most
+    accum: int = 0
+    # how many of them keep their graph; the others are encoded twice, to save memory
+    keep: int = 1
+    workers: int = -1  # loading processes; -1: up to 16 for a GPU
+    compile: bool = False  # torch.compile: a slow start, then faster steps
 
     # run
-    seed: int = knob(0, "of weights, stimuli, order and crops")
-    out: str = knob("", "run folder; '': runs/<preset>-<objective>, and the seed")
-    resume: bool = knob(False, "go on with the run in --out")
-    overwrite: bool = knob(False, "start anew although --out holds a run")
-    dry_run: bool = knob(False, "print FLOPs, memory and hours of the run, and stop")
-    save_every: int = knob(500, "steps between checkpoints and k-NN tests")
-    log_every: int = knob(25, "steps between console lines")
-    knn_images: int = knob(4000, "in the k-NN bank; tested: a quarter")
+    seed: int = 0  # of weights, stimuli, order and crops
+    out: str = ""  # run folder; "": runs/<preset>-<objective>, and the seed if given
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # start anew although --out holds a run
+    dry_run: bool = False  # print FLOPs, memory and hours of the run, and stop
+    save_every: int = 500  # steps between checkpoints and k-NN tests
+    log_every: int = 25  # steps between console lines
+    knn_images: int = 4000  # in the k-NN bank; tested: a quarter; 0: no test
 
 
+CHOICES = {
+    "objective": ("moco", "simmim", "hybrid"),
+    "preset": ("micro", "small32", "imagenet"),
+    "model": tuple(SIZES),
+    "positions": ("sincos", "learned", "relative"),
+    "dtype": ("auto", "bf16", "fp16", "fp32"),
+}
 # Recipes: flags for every objective, then for one.
 PRESETS = {
     # stimuli, minutes on two cores; the encoder's work is equal: 1.056 million passes
@@ -1265,7 +1261,8 @@ MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
 
 
-LOG_HELP = """what a line of the log says:
+LOG_HELP = """
+what a line of the log says:
   cl, mim        losses: InfoNCE of both directions, 4τ·log B if nothing is told apart;
                  masked L1 in standard deviations of ImageNet's colours
   std            of unit-length features: about 1 when spread, 0 when all are alike
@@ -1284,39 +1281,37 @@ def make_parser():
     parser = argparse.ArgumentParser(
         "sslvit.py",
         description=__doc__,
-        epilog=LOG_HELP,
+        epilog=inspect.getsource(Config) + LOG_HELP,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
     )
-    for knob_ in fields(Config):
-        how = {"help": f"{knob_.metadata['help']} [{knob_.default}]"}
-        if knob_.type is bool:
-            how["action"] = "store_true"
-        else:
-            how["type"] = knob_.type
-            how["choices"] = knob_.metadata["choices"]
-        parser.add_argument(flag_of(knob_.name), **how)
+    for knob in fields(Config):
+        how = {"type": knob.type, "choices": CHOICES.get(knob.name)}
+        if knob.type is bool:
+            how = {"action": "store_true"}
+        parser.add_argument(flag_of(knob.name), **how)
     return parser
 
 
 def parse(argv):
     """Command line -> (Config with its recipe, {name: value} of the flags given)."""
     parser = make_parser()
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    require(not unknown, f"unknown flags {unknown}; --help lists all")
+    given = vars(given)
     objective = given.get("objective", "hybrid")
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
     recipe = PRESETS[preset] + " " + PRESETS.get(f"{preset}-{objective}", "")
     values = {"preset": preset} | vars(parser.parse_args(recipe.split()))
     if "steps" in given:
         values["epochs"] = 0.0  # the recipe's
-    values |= given
+    cfg = Config(**(values | given))
     if objective in PURE:
-        is_fine = given.get("lam", PURE[objective]) == PURE[objective]
-        require(is_fine, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
-        values["lam"] = PURE[objective]
-    cfg = Config(**values)
+        is_pure = given.get("lam", PURE[objective]) == PURE[objective]
+        require(is_pure, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
+        cfg.lam = PURE[objective]
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     for name, value in vars(cfg).items():
         lowest = {"workers": -1}.get(name, 1 if name in COUNTS else 0)
@@ -1324,11 +1319,10 @@ def parse(argv):
         is_fine = isinstance(value, str) or lowest <= value <= highest
         require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
-        cfg.out = f"runs/{preset}-{objective}"
-        if "lam" in given:
-            cfg.out += f"-{cfg.lam:g}"
-        if "seed" in given:
-            cfg.out += f"-seed{cfg.seed}"
+        parts = [preset, objective]
+        parts += [f"{given[name]:g}" for name in ("lam",) if name in given]
+        parts += [f"seed{given[name]}" for name in ("seed",) if name in given]
+        cfg.out = "runs/" + "-".join(parts)
     return cfg, given
 
 
@@ -1374,6 +1368,10 @@ def settle(cfg, world_size):
         torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
         cfg.device = "cpu"
+    try:
+        torch.zeros(1, device=cfg.device)
+    except Exception as error:  # torch has many kinds
+        raise UserError(f"--device {cfg.device}: there is none here") from error
     on_gpu = cfg.device.startswith("cuda")
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
@@ -1452,6 +1450,8 @@ def main(argv=None):
         if isinstance(error, torch.OutOfMemoryError):
             line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
+        for process in torch.multiprocessing.active_children():
+            process.kill()  # loading processes, which ignore softer signals
         return 1 if isinstance(error, NotFinite) else 2
     finally:
         for number, handler in handlers.items():
@@ -1486,24 +1486,20 @@ TEXTURES += ["zigzag", "grid"]
 
 def shape_level(shape, x, y, radius, angle):
     """Negative inside the shape, 0 on its outline; angle 0 points up."""
-    if shape == "circle":
-        return radius - 0.9
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.75
-    if shape == "triangle":
-        third = 2 * np.pi / 3
-        return radius * np.cos(angle % third - third / 2) - 0.5
-    if shape == "star":
-        return radius - 0.65 - 0.35 * np.cos(5 * angle)
-    if shape == "cross":
-        in_either_arm = np.minimum(abs(x), abs(y)) - 0.3
-        return np.maximum(in_either_arm, np.fmax(abs(x), abs(y)) - 0.95)
-    if shape == "ring":
-        return abs(radius - 0.7) - 0.25
-    if shape == "bar":
-        return np.maximum(abs(x) - 0.4, abs(y) - 0.95)
-    # a circle without another one
-    return np.maximum(radius - 0.95, 0.7 - np.hypot(x - 0.5, y))
+    third = 2 * np.pi / 3
+    cross = np.minimum(abs(x), abs(y)) - 0.3  # in either arm
+    levels = {
+        "circle": radius - 0.9,
+        "square": np.maximum(abs(x), abs(y)) - 0.75,
+        "triangle": radius * np.cos(angle % third - third / 2) - 0.5,
+        "star": radius - 0.65 - 0.35 * np.cos(5 * angle),
+        "cross": np.maximum(cross, np.fmax(abs(x), abs(y)) - 0.95),
+        "ring": abs(radius - 0.7) - 0.25,
+        "bar": np.maximum(abs(x) - 0.4, abs(y) - 0.95),
+        # a circle without another one
+        "crescent": np.maximum(radius - 0.95, 0.7 - np.hypot(x - 0.5, y)),
+    }
+    return levels[shape]
 
 
 def texture_wave(texture, u, v):
@@ -1511,21 +1507,17 @@ def texture_wave(texture, u, v):
 
     Regular, so that what a mask hides follows from its surroundings.
     """
-    if texture == "plain":
-        return np.ones_like(u)
-    if texture == "horizontal":
-        return np.sin(v)
-    if texture == "vertical":
-        return np.sin(u)
-    if texture == "diagonal":
-        return np.sin((u + v) / 2**0.5)
-    if texture == "checks":
-        return 1.5 * np.sin(u) * np.sin(v)
-    if texture == "dots":
-        return np.cos(u) + np.cos(v) - 0.6
-    if texture == "zigzag":
-        return np.sin(v + 2 * np.arcsin(np.sin(u / 2)))
-    return np.maximum(np.cos(u), np.cos(v)) * 2 - 1
+    waves = {
+        "plain": np.ones_like(u),
+        "horizontal": np.sin(v),
+        "vertical": np.sin(u),
+        "diagonal": np.sin((u + v) / 2**0.5),
+        "checks": 1.5 * np.sin(u) * np.sin(v),
+        "dots": np.cos(u) + np.cos(v) - 0.6,
+        "zigzag": np.sin(v + 2 * np.arcsin(np.sin(u / 2))),
+        "grid": np.maximum(np.cos(u), np.cos(v)) * 2 - 1,
+    }
+    return waves[texture]
 
 
 def may_be_kept(count, width, height):
@@ -1617,32 +1609,23 @@ def list_images(root):
     """-> sorted [(top folder or ".", path)] of the images below root; says what is not.
 
     Hidden folders and those of masks are left out, links are followed. OSError if a
-    folder cannot be listed.
+    folder cannot be listed, or links run in circles.
     """
 
     def fail(error):
         raise error
 
-    endings = {
-        ending
-        for ending, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN
-    }
+    kinds = Image.registered_extensions()
     images = []
     left_out = collections.Counter()
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        for name in [*inner]:
-            # a link to a folder above would run in circles
-            is_circle = (
-                Path(folder, name).resolve() in Path(folder, "x").resolve().parents
-            )
-            if name[0] == "." or name.lower() in MASK_FOLDERS or is_circle:
-                inner.remove(name)
-                left_out[f"folder {name}"] += 1
+        others = [n for n in inner if n[0] == "." or n.lower() in MASK_FOLDERS]
+        left_out.update(f"folder {name}" for name in others)
+        inner[:] = sorted(set(inner) - set(others))
         top = os.path.relpath(folder, root).split(os.sep)[0]
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in endings:
+            if kinds.get(ending) in Image.OPEN:
                 images.append((top, os.path.join(folder, name)))
             else:
                 left_out[f"file {ending}, no kind of image for Pillow"] += 1
@@ -1654,23 +1637,31 @@ def list_images(root):
 class ImageFolder(list):
     """A list of (path, labels). Root's folders with images are the classes, if several.
 
-    part: "all" images, "most" (nine in ten) or the "tenth". UserError if there is none.
+    UserError if there is no image.
     """
 
-    def __init__(self, root, part="all"):
+    def __init__(self, root):
         images = list_images(root)
         message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
         require(images, message)
         names = sorted({top for top, _ in images} - {"."})
-        if len(names) > 1:  # what lies beside the class folders is of no class
-            images = [(top, path) for top, path in images if top != "."]
         self.root = str(root)
         self.kept = {}
-        self.label_names = ("class",) if len(names) > 1 else ()
-        self.classes = (names,) if len(names) > 1 else ()
-        for i, (top, path) in enumerate(images):
-            if part in ("all", "tenth" if i % 10 == 9 else "most"):
-                self.append((path, [names.index(top) if top in names else 0]))
+        self.label_names = ()
+        self.classes = ()
+        if len(names) > 1:  # what lies beside the class folders is of no class
+            images = [(top, path) for top, path in images if top != "."]
+            self.label_names = ("class",)
+            self.classes = (names,)
+        for top, path in images:
+            self.append((path, [names.index(top) if self.classes else 0]))
+
+    def part(self, is_tenth):
+        """Every tenth image, or the others -> ImageFolder."""
+        part = copy.copy(self)
+        part.kept = {}
+        part[:] = [entry for i, entry in enumerate(self) if (i % 10 == 9) == is_tenth]
+        return part
 
     def identity(self):
         """How many images, and a fingerprint of their names and order."""
@@ -1696,22 +1687,19 @@ def find_data(cfg):
     if not cfg.data:
         train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
-    root = Path(cfg.data)
-    require(root.is_dir(), f"--data {cfg.data}: no such folder")
-    folders = {path.name.lower(): path for path in sorted(root.iterdir())}
+    require(os.path.isdir(cfg.data), f"--data {cfg.data}: no such folder")
+    folders = {path.name.lower(): path for path in sorted(Path(cfg.data).iterdir())}
     train = [folders[name] for name in TRAIN_FOLDERS if name in folders]
     test = [folders[name] for name in TEST_FOLDERS if name in folders]
+    require(train or not test, f"--data {cfg.data}: has {test}, but no folder train")
     if not train:
-        require(not test, f"--data {root}: there is {test}, but no folder train")
-        whole = ImageFolder(root)
+        whole = ImageFolder(cfg.data)
         if len(whole) < 20:
             return whole, None
-        return ImageFolder(root, "most"), ImageFolder(root, "tenth")
+        return whole.part(is_tenth=False), whole.part(is_tenth=True)
     train_set = ImageFolder(train[0])
-    if not test:
-        return train_set, None
-    test_set = ImageFolder(test[0])
-    if train_set.classes != test_set.classes:
+    test_set = ImageFolder(test[0]) if test else None
+    if test and train_set.classes != test_set.classes:
         say(f"no accuracies, as classes differ: {train_set.classes} {test_set.classes}")
     return train_set, test_set
 
@@ -1815,7 +1803,9 @@ def first_readable(source, wanted, crop):
             return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
             reason = error
-            warn_once(f"unreadable, the next takes its place: {source[index][0]!r}")
+            warn_once(
+                f"unreadable, replaced by the next: {source[index][0]!r} ({error})"
+            )
     message = f"of 100 files in a row not one is an image that can be read ({reason})"
     raise UserError(message) from reason
 
@@ -1901,11 +1891,10 @@ def layer_features(encoder, source, count, cfg, autocast):
 
     -> features (2L, count, D), labels (count, label sets).
     """
-    count = min(count, len(source))
     loader = DataLoader(
         CenterCrops(source, cfg.image_size),
         batch_size=64,
-        sampler=np.linspace(0, len(source) - 1, count).astype(int).tolist(),
+        sampler=np.linspace(0, len(source) - 1, min(count, len(source))).astype(int),
         num_workers=cfg.workers,
         worker_init_fn=ignore_signals,
     )
@@ -1916,11 +1905,9 @@ def layer_features(encoder, source, count, cfg, autocast):
         with autocast():
             # .forward: a compiled encoder would compile again for this
             _, records = encoder.forward(images, record=True)
-        states = []
-        for record in records:
-            states.append(record.out[:, 0])
-            states.append(record.out[:, 1:].mean(dim=1))
-        features.append(torch.stack(states).float().cpu())
+        out = torch.stack([record.out for record in records]).float()  # (L, b, 1+N, D)
+        states = torch.stack([out[:, :, 0], out[:, :, 1:].mean(dim=2)], dim=1)
+        features.append(states.flatten(0, 1).cpu())
         labels.append(batch_labels)
     return torch.cat(features, dim=1), torch.cat(labels)
 
@@ -1936,10 +1923,8 @@ def knn_scores(encoder, data, cfg, autocast):
     features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
     hits = knn(*bank, features) == labels  # (2L, images, label sets)
     best = hits.float().mean(dim=1).amax(dim=0)
-    scores = {}
-    for name, accuracy in zip(train_set.label_names, best.tolist(), strict=True):
-        scores[f"knn_{name}"] = round(accuracy, 4)
-    return scores
+    names = [f"knn_{name}" for name in train_set.label_names]
+    return {n: round(x, 4) for n, x in zip(names, best.tolist(), strict=True)}
 
 
 # ---- Checkpoints ----
@@ -1981,46 +1966,44 @@ MEASURED_SHARE = 0.26
 IMAGENET = 1281167  # images, where --data is not there to be counted
 
 
-def flops_of_pass(cfg, cls_only=False):
-    """FLOPs of an encoder's forward pass; a product and a sum count as two.
+def flops_per_image(cfg):
+    """FLOPs of a training step for an image; a product and a sum count as two.
 
     A block costs each of its T tokens 24D² in linear layers and 4TD in attention; where
-    only CLS asks, the last one 4D². What is left out, embedding and heads, is 1 %.
+    only CLS asks, the last one 4D². A backward pass costs twice a forward pass. What is
+    left out, embedding, heads and decoder, is 1 %.
     """
-    width = SIZES[cfg.model]["embed_dim"]
+    size = SIZES[cfg.model]
+    width = size["embed_dim"]
     tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
     block = tokens * (24 * width**2 + 4 * tokens * width)
-    whole = SIZES[cfg.model]["depth"] * block
-    return whole - block + tokens * 4 * width**2 if cls_only else whole
-
-
-def flops_per_image(cfg):
-    """FLOPs of a training step; a backward pass costs twice a forward pass."""
+    full_pass = size["depth"] * block
+    cls_pass = full_pass - block + tokens * 4 * width**2
     flops = 0
     if cfg.lam < 1:
-        flops += 3 * flops_of_pass(cfg)
+        flops += 3 * full_pass
     if cfg.lam > 0:
         # two views trained, two keys; with one view the key alone
-        flops += (1 if cfg.one_view else 2 * 3 + 2) * flops_of_pass(cfg, cls_only=True)
+        flops += (1 if cfg.one_view else 2 * 3 + 2) * cls_pass
     return flops
 
 
 def measure_rate(cfg):
-    """-> images/s of this machine, from the encoder's passes alone, without loading."""
-    encoder = make_encoder(cfg).to(cfg.device)
+    """-> images/s of training steps on this machine, without loading."""
+    count = max(2, min(128, int(2e12 / flops_per_image(cfg))))  # some seconds of a CPU
+    model = SSL(cfg).to(cfg.device)
+    optimizer = make_optimizer(model, cfg)
     autocast, _ = mixed_precision(cfg)
-    full_pass, needed = flops_of_pass(cfg), flops_per_image(cfg)
-    count = max(1, min(128, int(2e12 / (3 * full_pass))))  # some seconds of a CPU
-    images = torch.randn(count, 3, cfg.image_size, cfg.image_size, device=cfg.device)
-    seconds = []
+    views = torch.randn(3, count, 3, cfg.image_size, cfg.image_size, device=cfg.device)
+    mask = draw_masks(count, cfg).to(cfg.device)
     for _ in range(3):
         began = time.perf_counter()
         with autocast():
-            loss = encoder(images).square().mean()
-        loss.backward()
-        loss.item()  # waits for a GPU
-        seconds.append(time.perf_counter() - began)
-    return count * 3 * full_pass / needed / min(seconds)
+            losses = model(*views, mask)
+        (losses["mim"] + losses["cl"]).backward()
+        optimizer.step()
+        losses["std"].item()  # waits for a GPU
+    return count / (time.perf_counter() - began)
 
 
 def plan(cfg):
@@ -2075,12 +2058,11 @@ def finish(cfg, model, rows, data):
 def draw_losses(cfg, rows):
     from matplotlib.figure import Figure  # here, as it takes a second to load
 
-    axis = Figure(figsize=(7, 4), layout="constrained").subplots()
-    steps = [row["step"] for row in rows[1:]]
-    for name, label in (("mim", "L_MIM: masked L1"), ("cl", "L_CL: InfoNCE")):
-        axis.plot(steps, [row[name] for row in rows[1:]], label=label)
-    title = f"{cfg.objective}, λ = {cfg.lam:g}"
-    axis.set(xlabel="optimiser step", ylabel="loss", title=title)
+    axis = Figure(figsize=(7, 4)).subplots()
+    for name in ("mim", "cl"):
+        steps = [row["step"] for row in rows[1:]]
+        axis.plot(steps, [row[name] for row in rows[1:]], label=f"L_{name.upper()}")
+    axis.set(xlabel="optimiser step", ylabel="loss", title=f"λ = {cfg.lam:g}")
     axis.legend()
     axis.figure.savefig(Path(cfg.out, "loss.png"), dpi=150)
 
