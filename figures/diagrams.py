@@ -3,7 +3,8 @@
     python figures/diagrams.py
 
 figures/stimuli.png  every shape in every texture
-figures/methods.png  MoCo v3, SimMIM and the hybrid: views, encoder, heads, loss
+figures/methods.png  MoCo v3, SimMIM and the hybrid, a strip of 16:9 each: views,
+                     encoder, heads, loss
 
 The little pictures are real stimuli. What SimMIM predicts in the drawing is a blurred
 copy of the image; what a trained network really predicts is drawn by sslvit.py.
@@ -30,11 +31,12 @@ CL, MIM, HYBRID = "#D55E00", "#0072B2", "#6E4EB4"
 INK, GREY = "#222222", "#777777"
 
 # Text sizes in points, on pictures of 1,600 px at 100 px an inch.
-TITLE, TEXT, SMALL = 22, 16, 14
+TITLE, TEXT, SMALL = 30, 20, 18
 
 # Where the columns stand, in inches.
-PHOTO_X, VIEW_X, ENCODER_X, HEAD_X, LOSS_X = 1.2, 3.9, 6.8, 10.0, 13.9
-PHOTO, VIEW = 1.7, 1.4
+PHOTO_X, VIEW_X, ENCODER_X, HEAD_X, LOSS_X = 1.4, 4.2, 7.3, 10.4, 13.9
+PHOTO, VIEW = 2.2, 1.8
+STRIP = 9  # inches high, 16 wide
 
 
 def save(figure, name):
@@ -163,7 +165,7 @@ def put_pairs(axis, x, y, size):
 
 def put_title(axis, name, question, y, colour):
     axis.text(0.3, y, name, fontsize=TITLE, color=colour, weight="bold", va="center")
-    axis.text(2.9, y, question, fontsize=TITLE, color=INK, va="center")
+    axis.text(3.4, y, question, fontsize=TITLE, color=INK, va="center")
 
 
 def put_loss(axis, text, y, colour):
@@ -178,92 +180,91 @@ def draw_branches(axis, photo, query_y, key_y, colour):
     """The two branches of MoCo v3, without the encoder that learns."""
     first, second = contrastive_views(photo)
     put_picture(axis, first, VIEW_X, query_y, VIEW, "view 1", CL)
-    put_arrow(axis, (VIEW_X + 0.75, query_y), (ENCODER_X - 1.15, query_y))
-    put_arrow(axis, (ENCODER_X + 1.1, query_y), (HEAD_X - 1.15, query_y))
-    put_box(axis, "projector,\npredictor", HEAD_X, query_y, 2.2, 1.0, CL)
+    put_arrow(axis, (VIEW_X + 0.95, query_y), (ENCODER_X - 1.25, query_y))
+    put_arrow(axis, (ENCODER_X + 1.2, query_y), (HEAD_X - 1.25, query_y))
+    put_box(axis, "projector,\npredictor", HEAD_X, query_y, 2.4, 1.2, CL)
 
     put_picture(axis, second, VIEW_X, key_y, VIEW, "view 2", CL)
-    put_arrow(axis, (VIEW_X + 0.75, key_y), (ENCODER_X - 1.15, key_y))
-    put_box(axis, "momentum\nencoder", ENCODER_X, key_y, 2.2, 1.0, colour, filled=False)
-    put_arrow(axis, (ENCODER_X + 1.1, key_y), (HEAD_X - 1.15, key_y))
-    put_box(axis, "projector", HEAD_X, key_y, 2.2, 1.0, CL, filled=False)
+    put_arrow(axis, (VIEW_X + 0.95, key_y), (ENCODER_X - 1.25, key_y))
+    put_box(axis, "momentum\nencoder", ENCODER_X, key_y, 2.4, 1.2, colour, filled=False)
+    put_arrow(axis, (ENCODER_X + 1.2, key_y), (HEAD_X - 1.25, key_y))
+    put_box(axis, "projector", HEAD_X, key_y, 2.4, 1.2, CL, filled=False)
 
     # The lower branch follows the upper one as a moving average.
     for x, shade in ((ENCODER_X, colour), (HEAD_X, CL)):
-        put_arrow(axis, (x, query_y - 0.5), (x, key_y + 0.55), shade, style="--")
+        put_arrow(axis, (x, query_y - 0.6), (x, key_y + 0.65), shade, style="--")
     middle = (query_y + key_y) / 2
     note = "slow average,\nno gradient"
     axis.text(ENCODER_X + 0.2, middle, note, fontsize=SMALL, va="center")
 
-    put_pairs(axis, LOSS_X, middle + 0.25, 1.5)
-    put_arrow(axis, (HEAD_X + 1.1, query_y), (LOSS_X - 1.25, middle + 0.55))
-    put_arrow(axis, (HEAD_X + 1.1, key_y), (LOSS_X - 1.25, middle - 0.05))
+    put_pairs(axis, LOSS_X, middle + 0.25, 1.8)
+    put_arrow(axis, (HEAD_X + 1.2, query_y), (LOSS_X - 1.4, middle + 0.6))
+    put_arrow(axis, (HEAD_X + 1.2, key_y), (LOSS_X - 1.4, middle - 0.1))
     axis.text(HEAD_X + 1.9, query_y, "query", fontsize=SMALL, ha="center")
     axis.text(HEAD_X + 1.6, key_y, "key", fontsize=SMALL, ha="center", va="top")
 
 
 def draw_moco(axis, photo, top):
-    query_y, key_y = top - 1.55, top - 3.75
+    query_y, key_y = top - 3.0, top - 6.6
     middle = (query_y + key_y) / 2
-    put_title(axis, "MoCo v3", "which two views come from one image?", top - 0.4, CL)
+    put_title(axis, "MoCo v3", "which two views come from one image?", top - 0.7, CL)
     put_picture(axis, photo, PHOTO_X, middle, PHOTO, "image")
     for y in (query_y, key_y):
-        put_arrow(axis, (PHOTO_X + 0.9, middle), (VIEW_X - 0.75, y))
+        put_arrow(axis, (PHOTO_X + 1.15, middle), (VIEW_X - 0.95, y))
     draw_branches(axis, photo, query_y, key_y, CL)
-    put_box(axis, "ViT encoder", ENCODER_X, query_y, 2.2, 1.0, CL)
-    loss = "InfoNCE: a query finds\nits key in the whole batch"
-    put_loss(axis, loss, middle - 0.75, CL)
+    put_box(axis, "ViT encoder", ENCODER_X, query_y, 2.4, 1.2, CL)
+    loss = "InfoNCE: each query\nfinds its own key"
+    put_loss(axis, loss, middle - 1.0, CL)
 
 
 def draw_prediction(axis, photo, y):
     """The masked view, and at the other end the picture that the pixel head makes."""
     masked, guessed = masked_view(photo)
     put_picture(axis, masked, VIEW_X, y, VIEW, "60 % mask tokens", MIM)
-    put_arrow(axis, (VIEW_X + 0.75, y), (ENCODER_X - 1.15, y))
-    put_arrow(axis, (ENCODER_X + 1.1, y), (HEAD_X - 1.15, y))
-    put_box(axis, "pixel head\n(one layer)", HEAD_X, y, 2.2, 1.0, MIM)
-    put_arrow(axis, (HEAD_X + 1.1, y), (LOSS_X - 1.65, y))
-    put_picture(axis, guessed, LOSS_X - 0.9, y, VIEW, "prediction", MIM)
+    put_arrow(axis, (VIEW_X + 0.95, y), (ENCODER_X - 1.25, y))
+    put_arrow(axis, (ENCODER_X + 1.2, y), (HEAD_X - 1.25, y))
+    put_box(axis, "pixel head\n(one layer)", HEAD_X, y, 2.4, 1.2, MIM)
+    put_arrow(axis, (HEAD_X + 1.2, y), (LOSS_X - 2.0, y))
+    put_picture(axis, guessed, LOSS_X - 1.05, y, VIEW, "prediction", MIM)
     axis.text(LOSS_X + 0.05, y, "−", fontsize=TITLE, ha="center", va="center")
-    put_picture(axis, photo, LOSS_X + 1.0, y, VIEW, "image")
+    put_picture(axis, photo, LOSS_X + 1.15, y, VIEW, "image")
 
 
 def draw_simmim(axis, photo, top):
-    y = top - 1.75
-    put_title(axis, "SimMIM", "what was under the mask?", top - 0.4, MIM)
+    y = top - 4.6
+    put_title(axis, "SimMIM", "what was under the mask?", top - 0.7, MIM)
     put_picture(axis, photo, PHOTO_X, y, PHOTO, "image")
-    put_arrow(axis, (PHOTO_X + 0.9, y), (VIEW_X - 0.75, y))
+    put_arrow(axis, (PHOTO_X + 1.15, y), (VIEW_X - 0.95, y))
     draw_prediction(axis, photo, y)
-    put_box(axis, "ViT encoder", ENCODER_X, y, 2.2, 1.0, MIM)
-    put_loss(axis, "L1: how far off are\nthe hidden pixels?", y - 1.15, MIM)
+    put_box(axis, "ViT encoder", ENCODER_X, y, 2.4, 1.2, MIM)
+    put_loss(axis, "L1: how far off are\nthe hidden pixels?", y - 1.45, MIM)
 
 
 def draw_hybrid(axis, photo, top):
-    masked_y, query_y, key_y = top - 1.75, top - 4.1, top - 6.3
-    put_title(axis, "Hybrid", "both questions to one encoder", top - 0.4, HYBRID)
+    masked_y, query_y, key_y = top - 2.4, top - 5.0, top - 7.6
+    put_title(axis, "Hybrid", "both questions to one encoder", top - 0.7, HYBRID)
     put_picture(axis, photo, PHOTO_X, query_y, PHOTO, "image")
     for y in (masked_y, query_y, key_y):
-        put_arrow(axis, (PHOTO_X + 0.9, query_y), (VIEW_X - 0.75, y))
+        put_arrow(axis, (PHOTO_X + 1.15, query_y), (VIEW_X - 0.95, y))
     draw_prediction(axis, photo, masked_y)
     draw_branches(axis, photo, query_y, key_y, HYBRID)
     middle = (masked_y + query_y) / 2
-    height = masked_y - query_y + 1.0
-    put_box(axis, "one ViT\nencoder", ENCODER_X, middle, 2.2, height, HYBRID)
-    put_loss(axis, "(1 − λ) · L1", masked_y - 1.15, MIM)
-    axis.text(LOSS_X, middle - 0.55, "+", fontsize=TITLE, ha="center", va="center")
-    put_loss(axis, "λ · InfoNCE", (query_y + key_y) / 2 - 0.75, CL)
+    height = masked_y - query_y + 1.2
+    put_box(axis, "one ViT\nencoder", ENCODER_X, middle, 2.4, height, HYBRID)
+    put_loss(axis, "(1 − λ) · L1", masked_y - 1.45, MIM)
+    axis.text(LOSS_X, middle - 0.72, "+", fontsize=TITLE, ha="center", va="center")
+    put_loss(axis, "λ · InfoNCE", (query_y + key_y) / 2 - 0.85, CL)
 
 
 def draw_methods():
-    heights = (5.0, 3.9, 7.5)
-    total = sum(heights)
+    total = 3 * STRIP
     figure = plt.figure(figsize=(16, total))
     axis = figure.add_axes((0, 0, 1, 1))
     photo = stimulus()
     draw_moco(axis, photo, total)
-    draw_simmim(axis, photo, total - heights[0])
-    draw_hybrid(axis, photo, heights[2])
-    for line in (heights[2], heights[1] + heights[2]):
+    draw_simmim(axis, photo, total - STRIP)
+    draw_hybrid(axis, photo, STRIP)
+    for line in (STRIP, 2 * STRIP):
         axis.plot([0.3, 15.7], [line, line], color="#cccccc", linewidth=1.5)
     axis.set(xlim=(0, 16), ylim=(0, total), aspect="equal")
     axis.axis("off")

@@ -1,6 +1,6 @@
 """CIFAR-10's official archive becomes class folders of PNG files.
 
-    python tests/cifar10.py cifar-10-binary.tar.gz cifar10
+    python figures/cifar10.py cifar-10-binary.tar.gz cifar10
 
 The archive is at https://www.cs.toronto.edu/~kriz/cifar.html ('binary version'). The
 folder then holds train/<class>/ and test/<class>/, as --data of both programs wants.
