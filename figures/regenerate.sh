@@ -125,3 +125,37 @@ if [ "$stage" != draw ]; then
   "list_$stage" | xargs -P "${JOBS:-2}" -d '\n' -I{} bash -c 'train {}'
   exit
 fi
+
+unset OMP_NUM_THREADS
+export PYTHONPATH=$PWD
+of() { # names of runs -> their files, for every seed that was trained
+  for name in "$@"; do ls runs/$name-1[0-4]/ckpt.pt; done
+}
+ship() { # run, file: encoder and pixel head in half precision
+  python - "runs/$1/ckpt.pt" "figures/checkpoints/$2" <<'PY'
+import sys
+import sslvit
+state = sslvit.load_checkpoint(sys.argv[1])
+parts = ("encoder.", "mask_token", "decoder.")
+model = {name: x.half() for name, x in state["model"].items() if name.startswith(parts)}
+sslvit.save_checkpoint(sys.argv[2], {"config": state["config"], "data": state["data"], "model": model})
+PY
+}
+for objective in moco simmim hybrid; do
+  ship $objective-10 micro-$objective.pt
+  ship cifar10-$objective-10 cifar10/small32-$objective.pt
+done
+
+
+photographs="--data $data --cue-conflict $cues --images 0"
+python analyze.py $(of moco simmim hybrid one-view) $(of {moco,simmim,one-view}-images) --alone --out figures/stimuli
+python analyze.py $(of cifar10-{moco,simmim,hybrid,one-view}) --alone $photographs --out figures/photographs
+# of these the reports alone: claims 2, 11 and 12, and the choice of learning rates
+python analyze.py $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --alone --only scaling --out figures/more/sizes
+python analyze.py $(of simmim decoder micro8) --alone --only decoder --out figures/more/decoder
+python analyze.py $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --alone --only sweep --out figures/more/sweep
+python analyze.py $(ls runs/rate-*/ckpt.pt) --alone --only accuracy --out figures/more/rates
+rm figures/more/*/*.png
+cp runs/hybrid-10/masked.png figures/
+python figures/diagrams.py
+python figures/poster.py figures/stimuli/results.json figures/photographs/results.json --out figures/poster.png
