@@ -78,20 +78,24 @@ def test_low_pass():
     assert torch.allclose(mean, torch.full((1, 3, 8, 8), 3.0), atol=1e-5)
 
 
-def first_good_layer(curve, share):
-    """Lesson 4. The first layer whose probe reaches `share` of the best one.
+def cka(x, y):
+    """Lesson 4. Do two layers see the same differences between images? (Kornblith 2019)
 
-    Accuracies of layers 1 … L (L,) -> number of a layer.
-    Predict first: how many of six blocks can be cut off CL, MIM and the hybrid, if the
-    rest is to keep 0.99 of the best probe?
+    Linear CKA of features of the same images, x (n, D) and y (n, E), each centred over
+    the images first: ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖), Frobenius norms -> 1: the same up to
+    rotation and scale, 0: nothing in common. The mean may be far larger than the spread.
+    Predict first: is MIM's layer 1 more like its own layer 6, or like CL's layer 1?
     """
     raise NotImplementedError
 
 
-def test_first_good_layer():
-    # 0.6 is 0.75 of 0.8
-    assert first_good_layer(torch.tensor([0.2, 0.6, 0.8, 0.7]), 0.75) == 2
-    assert first_good_layer(torch.tensor([0.5, 0.4]), 0.9) == 1
+def test_cka():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    quarter_turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert float(cka(x, 3 * x @ quarter_turn + 1000)) == pytest.approx(1, abs=1e-4)
+    # XᵀX is 2·I, of norm 2√2; YᵀY is 2; YᵀX is (2, 0)
+    assert float(cka(x, x[:, :1])) == pytest.approx(4 / (2 * 2**0.5 * 2), abs=1e-5)
+    assert float(cka(x[:, :1], x[:, 1:])) == pytest.approx(0, abs=1e-6)
 
 
 def gradient_cosine(loss_a, loss_b, parameters):
