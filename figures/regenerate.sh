@@ -138,7 +138,7 @@ import sslvit
 state = sslvit.load_checkpoint(sys.argv[1])
 parts = ("encoder.", "mask_token", "decoder.")
 model = {name: x.half() for name, x in state["model"].items() if name.startswith(parts)}
-sslvit.save_checkpoint(sys.argv[2], {"config": state["config"], "data": state["data"], "model": model})
+sslvit.save_checkpoint(sys.argv[2], {"config": state["config"], "data": state["data"], "step": state["step"], "model": model})
 PY
 }
 for objective in moco simmim hybrid; do
