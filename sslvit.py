@@ -117,10 +117,8 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
 
 def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²): the pixels of each patch, patches row by row."""
-    p = patch_size
-    grid = images.unflatten(3, (-1, p)).unflatten(
-        2, (-1, p)
-    )  # (B, 3, rows, p, cols, p)
+    grid = images.unflatten(3, (-1, patch_size))  # (B, 3, h, cols, p)
+    grid = grid.unflatten(2, (-1, patch_size))  # (B, 3, rows, p, cols, p)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -191,18 +189,6 @@ class Attention(nn.Module):
         return self.proj(side_by_side), heads, weights
 
 
-class Mlp(nn.Module):
-    """Then each token thinks for itself: D -> 4D -> D."""
-
-    def __init__(self, embed_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     """What a sub-layer adds starts small: a learned factor for each channel."""
 
@@ -227,7 +213,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
-        self.mlp = Mlp(embed_dim)
+        layers = collections.OrderedDict(
+            fc1=nn.Linear(embed_dim, 4 * embed_dim),
+            act=nn.GELU(),
+            fc2=nn.Linear(4 * embed_dim, embed_dim),
+        )
+        self.mlp = nn.Sequential(layers)
         self.ls1 = nn.Identity()
         self.ls2 = nn.Identity()
         if layer_scale is not None:
@@ -238,12 +229,10 @@ class Block(nn.Module):
     def init_weights(self):
         """Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
         weights would be √2 smaller, and attention would stay uniform for long."""
-        matrices = [*self.attn.qkv.weight.data.chunk(3)]
-        for linear in (self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            matrices.append(linear.weight)
-        for matrix in matrices:
-            nn.init.xavier_uniform_(matrix)
-        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        for linear in linears:
+            gain = 2**0.5 if linear is self.attn.qkv else 1.0
+            nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
 
     def record(self, x, bias=None, cls_only=False, explicit=True):
@@ -255,22 +244,9 @@ class Block(nn.Module):
         out = mid + self.ls2(self.mlp(self.norm2(mid)))
         return Record(attn, heads, mid, out)
 
-    def forward(self, x, bias=None, cls_only=False):
-        """x (B, 1+N, D) -> (B, 1+N, D), or (B, 1, D) if only CLS is asked for."""
-        return self.record(x, bias, cls_only, explicit=False).out
-
-
-class PatchEmbed(nn.Module):
-    """One linear map of each patch's pixels."""
-
-    def __init__(self, patch_size, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.proj.bias)
-
     def forward(self, x):
-        return self.proj(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
+        """x (B, 1+N, D) -> (B, 1+N, D)."""
+        return self.record(x, explicit=False).out
 
 
 def sincos_positions(embed_dim, rows, cols):
@@ -289,8 +265,6 @@ def sincos_positions(embed_dim, rows, cols):
 
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    if grid.shape[:2] == (rows, cols):
-        return grid
     channels_first = grid.permute(2, 0, 1)[None]
     resized = F.interpolate(channels_first, (rows, cols), mode="bicubic")
     return resized[0].permute(1, 2, 0)
@@ -359,16 +333,18 @@ class ViT(nn.Module):
             table = sincos_positions(embed_dim, self.grid, self.grid)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         if positions == "learned":
-            self.pos_embed = nn.Parameter(
-                0.02 * torch.randn(1, 1 + self.grid**2, embed_dim)
-            )
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+            table = 0.02 * torch.randn(1, 1 + self.grid**2, embed_dim)
+            self.pos_embed = nn.Parameter(table)
+        # one linear map of each patch's pixels
+        proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(proj.weight.data.flatten(1))
+        nn.init.zeros_(proj.bias)
+        self.patch_embed = nn.Sequential(collections.OrderedDict(proj=proj))
         self.rel_pos_bias = None
         if rel_pos_bias:
             self.rel_pos_bias = RelativePositionBias(self.grid, num_heads)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, layer_scale) for _ in range(depth)
-        )
+        blocks = [Block(embed_dim, num_heads, layer_scale) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()  # for others: not used in forward()
         if num_classes:
@@ -376,7 +352,7 @@ class ViT(nn.Module):
 
     def embed(self, x, mask, mask_token, rows, cols):
         """Pixels (B, 3, h, w) -> tokens with positions (B, 1+N, D)."""
-        x = self.patch_embed(x)  # (B, N, D)
+        x = self.patch_embed(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:
             # masked patches lose their pixels, but stay in the sequence
             hidden = 0.0 if mask_token is None else mask_token.to(x.dtype)
@@ -384,9 +360,10 @@ class ViT(nn.Module):
         cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
-            grid = self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid))
-            grid = resize_grid(grid, rows, cols).flatten(0, 1)
-            x = x + torch.cat([self.pos_embed[0, :1], grid])
+            cls, patches = self.pos_embed[0].split([1, self.grid**2])
+            patches = patches.unflatten(0, (self.grid, self.grid))
+            patches = resize_grid(patches, rows, cols).flatten(0, 1)
+            x = x + torch.cat([cls, patches])
         return x
 
     def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
@@ -404,12 +381,11 @@ class ViT(nn.Module):
         records = []
         for block in self.blocks:
             # earlier blocks need every token, as key and value
-            is_last = block is self.blocks[-1]
+            asks_cls_only = cls_only and block is self.blocks[-1]
+            entry = block.record(x, bias, asks_cls_only, explicit=record)
+            x = entry.out
             if record:
-                records.append(block.record(x, bias))
-                x = records[-1].out
-            else:
-                x = block(x, bias, is_last and cls_only)
+                records.append(entry)
         x = self.norm(x)
         return (x, records) if record else x
 
@@ -424,15 +400,15 @@ def mlp_head(*widths):
     has no learned scale, which could shrink to 0. Heads are never evaluated: no running
     statistics.
     """
-    batch_norm = functools.partial(nn.BatchNorm1d, track_running_stats=False)
     layers = []
-    for i in range(1, len(widths) - 1):
+    for i in range(1, len(widths)):
+        has_scale = i < len(widths) - 1
         layers.append(nn.Linear(widths[i - 1], widths[i], bias=False))
-        layers.append(batch_norm(widths[i]))
+        layers.append(
+            nn.BatchNorm1d(widths[i], affine=has_scale, track_running_stats=False)
+        )
         layers.append(nn.ReLU())
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
-    layers.append(batch_norm(widths[-1], affine=False))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers[:-1])  # nothing after the last BatchNorm
 
 
 class SSL(nn.Module):
@@ -489,17 +465,14 @@ class SSL(nn.Module):
     def compare(self, query_cls, key_cls):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
         # each view apart: BatchNorm would leak one view's statistics into the other
-        q1 = self.predictor(self.projector(query_cls[0]))
+        q = [self.predictor(self.projector(cls)) for cls in query_cls]
         with torch.no_grad():
-            k1 = self.momentum_projector(key_cls[0])
+            k = [self.momentum_projector(cls) for cls in key_cls]
         if self.one_view:
-            return 2 * contrastive_loss(q1, k1, self.temperature), q1
-        q2 = self.predictor(self.projector(query_cls[1]))
-        with torch.no_grad():
-            k2 = self.momentum_projector(key_cls[1])
-        loss = contrastive_loss(q1, k2, self.temperature)
-        loss = loss + contrastive_loss(q2, k1, self.temperature)
-        return loss, q1
+            return 2 * contrastive_loss(q[0], k[0], self.temperature), q[0]
+        loss = contrastive_loss(q[0], k[1], self.temperature)
+        loss = loss + contrastive_loss(q[1], k[0], self.temperature)
+        return loss, q[0]
 
     def reconstruct(self, view, mask, tokens=None):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
@@ -519,8 +492,7 @@ class SSL(nn.Module):
         A loss that λ switches off is 0, and its views may be None. std: feature_std()
         of view 1's queries; without CL, of the mean patch tokens.
         """
-        cl = torch.zeros((), device=mask.device)
-        mim = torch.zeros((), device=mask.device)
+        cl = mim = torch.zeros((), device=mask.device)
         tokens = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
@@ -536,13 +508,10 @@ class SSL(nn.Module):
         """key ← m·key + (1 - m)·query, for the keys of the next step."""
         if not self.use_cl:
             return
-        pairs = [
-            (self.momentum_encoder, self.encoder),
-            (self.momentum_projector, self.projector),
-        ]
-        for key, query in pairs:
-            weights = [*key.parameters()]
-            torch._foreach_lerp_(weights, [*query.parameters()], 1 - momentum)
+        keys = [*self.momentum_encoder.parameters()]
+        keys += self.momentum_projector.parameters()
+        queries = [*self.encoder.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
 
 
 def make_encoder(cfg):
@@ -614,12 +583,12 @@ def draw_masks(batch, cfg, generator=None):
 
 
 # [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
-COLOUR_SHARES = {
-    "jitter": (0.8, 0.8),
-    "grey": (0.2, 0.2),
-    "blur": (1.0, 0.1),
-    "solarise": (0.0, 0.2),
-}
+COLOUR_SHARES = [
+    [0.8, 0.8],  # jitter
+    [0.2, 0.2],  # grey
+    [1.0, 0.1],  # blur
+    [0.0, 0.2],  # solarise
+]
 
 
 def draw_colours(rng, cfg):
@@ -629,15 +598,13 @@ def draw_colours(rng, cfg):
     factors of brightness, contrast, saturation, hue; σ of the blur in px, 0: none; 1
     for grey; 1 for solarised.
     """
-    happens = dict(zip(COLOUR_SHARES, rng.random((4, 2)), strict=True))
-    for name, shares in COLOUR_SHARES.items():
-        happens[name] = (happens[name] < shares)[:, None]  # (2, 1)
+    happens = rng.random((4, 2)) < COLOUR_SHARES
+    jitter, grey, blur, solarised = happens[:, :, None]  # (2, 1) each
     order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
     factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
-    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1)) * happens["blur"]
-    order = np.where(happens["jitter"], order, -1)
-    draws = [order, factors, sigma, happens["grey"], happens["solarise"]]
+    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1))
+    draws = [np.where(jitter, order, -1), factors, sigma * blur, grey, solarised]
     return np.concatenate(draws, axis=1, dtype=np.float32)
 
 
@@ -712,8 +679,8 @@ JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def change_colours(x, draws):
     """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
 
-    draws (B, 11) on the CPU, where it is told which images an operation is for: a GPU
-    would have to wait for their number.
+    draws (B, 11) on the CPU, which finds the images that an operation is for: a GPU
+    would have to finish its work to tell how many there are.
     """
     order, factors, sigma, grey, solarised = draws.split([4, 4, 1, 1, 1], dim=1)
 
@@ -741,17 +708,18 @@ def augment(batch, cfg):
     mask = batch["mask"].to(cfg.device, non_blocking=True)
     crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous().float() / 255
-    view1 = view2 = view_mim = None
     views = 1 if cfg.one_view else 2
     if cfg.lam > 0:
         contrastive = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
-        draws = batch["colours"][:, :views]  # (B, 2, 11)
-        change_colours(contrastive, draws.transpose(0, 1).flatten(0, 1))
+        draws = batch["colours"].transpose(0, 1)[:views]  # (2, B, 11)
+        change_colours(contrastive, draws.flatten(0, 1))
     mean = MEAN.to(cfg.device, non_blocking=True)
     crops = (crops - mean) / STD.to(cfg.device, non_blocking=True)
+    view1 = view2 = view_mim = None
     if cfg.lam > 0:
         view1 = crops[0]
-        view2 = None if cfg.one_view else crops[1]
+    if cfg.lam > 0 and not cfg.one_view:
+        view2 = crops[1]
     if cfg.lam < 1:
         view_mim = crops[-1]
     return view1, view2, view_mim, mask
@@ -772,10 +740,8 @@ def lr_at(step, total, warmup, peak):
     """
     if step < warmup:
         return peak * step / warmup
-    rest = total - warmup
-    if rest == 0:
-        return peak
-    return cosine(peak, 0, (step - warmup) / rest)
+    # with warm-up alone, the last step has the peak
+    return cosine(peak, 0, (step - warmup) / max(total - warmup, 1e-9))
 
 
 def make_optimizer(model, cfg):
@@ -787,8 +753,7 @@ def make_optimizer(model, cfg):
         if p.requires_grad:
             (spared if is_vector and cfg.lam < 1 else decayed).append(p)
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    fused = cfg.device.startswith(("cpu", "cuda"))
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
 
 # ==== 6. Training loop ================================================================
