@@ -764,28 +764,24 @@ def train(cfg, state, log):
     rank, world_size = world()
     data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
-    peak_lr = cfg.lr * cfg.batch_size / 256
     since = rows[-1]["step"]
     # step s is the loader's s - 1
     batches = make_loader(cfg, data[0], range(since, total))
     log.truncate(0)
-    write_lines(log, rows)
+    for row in rows:
+        print(json.dumps(row), file=log)
     signals = catch_signals()
-    waited = 0.0
     began = time.perf_counter()
 
     for step in range(since + 1, total + 1):
         # schedules
-        lr = lr_at(step, total, cfg.warmup * total, peak_lr)
+        lr = lr_at(step, total, cfg.warmup * total, cfg.lr * cfg.batch_size / 256)
         momentum = cosine(cfg.momentum, 1.0, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # batch: this rank's share, in micro-batches
-        asked = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(cfg.accum)]
-        waited += time.perf_counter() - asked
-        views = [augment(micro_batch, cfg) for micro_batch in micro_batches]
+        views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
         # losses: of the whole batch, or of its parts, which also go backward there
         is_whole = world_size * cfg.accum == 1
@@ -805,7 +801,7 @@ def train(cfg, state, log):
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # average
         model.update_average(momentum)
@@ -819,14 +815,13 @@ def train(cfg, state, log):
         for name, value in (losses | {"loss": loss, "norm": norm}).items():
             row[name] = round(value.item(), 5)  # for which a GPU has to finish its work
         stop_if_not_finite(row, scaler)
-        seconds = time.perf_counter() - began
-        row["images/s"] = round((step - since) * cfg.batch_size / seconds, 1)
-        row["stall"] = round(waited / seconds, 3)
-        row["minutes left"] = round((total - step) * seconds / (step - since) / 60, 1)
+        seconds = (time.perf_counter() - began) / (step - since)
+        row["images/s"] = round(cfg.batch_size / seconds, 1)
+        row["minutes left"] = round((total - step) * seconds / 60, 1)
         if is_saved and not stop_by and rank == 0:
             row |= knn_scores(model.encoder, data, cfg, autocast)
         rows.append(row)
-        write_lines(log, [row])
+        print(json.dumps(row), file=log)
         say(*(f"{name} {value:.4g}" for name, value in row.items()))
         if row["std"] < 0.05:
             say("features collapse: all images look alike; lower --lr")
@@ -837,7 +832,6 @@ def train(cfg, state, log):
         if stop_by:
             say(f"stopped by a signal after saving step {step}; --resume goes on")
             return 128 + stop_by
-        waited = 0.0
         since = step
         began = time.perf_counter()
     if rank == 0:
@@ -849,8 +843,8 @@ def train(cfg, state, log):
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
-# gradient at the outputs back through the encoder, part by part. A part whose graph was
-# not kept (--keep), for want of memory, is encoded a second time.
+# gradient at the outputs back through the encoder, part by part. Several parts are
+# encoded twice, as their graphs together may not fit into memory.
 
 
 def backward_in_parts(model, parts, cfg, autocast, scaler):
@@ -859,51 +853,51 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
     cl = mim = torch.zeros((), device=cfg.device)
+    pooled = []
     if model.use_cl:
         args = (model, parts, cfg, autocast, scaler)
-        cl, features, graphs, gradients = contrast_in_parts(*args)
-    pooled = []
+        cl, features, encoded, gradients = contrast_in_parts(*args)
     for part, views in enumerate(parts):
-        outputs, at_outputs = [], []  # what goes backward, and the gradient there
+        loss = 0.0
         tokens = None
         if model.use_cl:
-            with autocast():
-                query_cls, tokens = graphs.pop(part, 0) or model.encode_queries(*views)
-            outputs.append(query_cls)
-            at_outputs.append(gradients[part])
+            if len(parts) > 1:
+                with autocast():
+                    encoded = model.encode_queries(*views)
+            query_cls, tokens = encoded
+            # a sum whose gradient at the outputs is the one that was collected
+            loss = (query_cls * gradients[part]).sum()
         if model.use_mim:
             with autocast():
                 part_mim, tokens = model.reconstruct(*views[2:], tokens)
             # all images have equally many masked patches: the mean of means is exact
-            outputs.append(scaler.scale((1 - cfg.lam) * part_mim / len(parts)))
-            at_outputs.append(None)
             mim = mim + part_mim.detach() / len(parts)
+            loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
             pooled.append(tokens[:, 1:].detach().mean(dim=1))
-        torch.autograd.backward(outputs, at_outputs)
+        loss.backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            mean_over_ranks(p.grad)
     if not model.use_cl:
         features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    average_gradients(model)
     return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
 
 
 def contrast_in_parts(model, parts, cfg, autocast, scaler):
     """The contrastive loss of the joint batch, sent back to the encoder's outputs.
 
-    -> L_CL, queries of view 1 (B, C), {part: what encode_queries() gave, if its graph
-    was kept}, and for each part the gradient at its CLS outputs (views, b, D).
+    -> L_CL, queries of view 1 (B, C), what encode_queries() gave for the last part, and
+    for each part the gradient at its CLS outputs (views, b, D).
     """
     rank, world_size = world()
-    graphs = {}
     query_cls = []
     key_cls = []
-    for part, views in enumerate(parts):
-        with autocast(), torch.set_grad_enabled(part < cfg.keep):
+    for views in parts:
+        # the graph of a single part is kept, so that it is encoded only once
+        with autocast(), torch.set_grad_enabled(len(parts) == 1):
             encoded = model.encode_queries(*views)
-        if part < cfg.keep:
-            graphs[part] = encoded
-        query_cls.append(encoded[0])
-        with autocast():
             key_cls.append(model.encode_keys(*views[:2]))
+        query_cls.append(encoded[0])
     all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
     all_keys = gather(torch.cat(key_cls, dim=1))
     with autocast():
@@ -911,7 +905,7 @@ def contrast_in_parts(model, parts, cfg, autocast, scaler):
     scaler.scale(cfg.lam * cl).backward()
     # a mean over ranks follows, but each rank's encoder has its own images only
     share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
-    return cl.detach(), queries, graphs, share.chunk(len(parts), dim=1)
+    return cl.detach(), queries, encoded, share.chunk(len(parts), dim=1)
 
 
 def world():
@@ -936,17 +930,6 @@ def mean_over_ranks(x):
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
-
-
-def average_gradients(model):
-    """The mean over the ranks: all messages are sent at once, then waited for."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    messages = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
-    for message in messages:
-        message.wait()
-    torch._foreach_div_(gradients, dist.get_world_size())
 
 
 # What the loop asks for, in the order of its lines.
@@ -984,7 +967,7 @@ def check_identity(cfg, train_set, state):
     """
     identities = [train_set.identity()]
     if dist.is_initialized():
-        identities = identities * dist.get_world_size()
+        identities *= dist.get_world_size()
         dist.all_gather_object(identities, train_set.identity())
     if state is not None:
         identities.append(state["data"])
@@ -1045,9 +1028,9 @@ def catch_signals():
     signals = []
 
     def remember(number, frame):
-        if signals and number == signal.SIGINT and not dist.is_initialized():
-            raise KeyboardInterrupt
         signals.append(number)
+        if not dist.is_initialized():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
 
@@ -1065,17 +1048,14 @@ def ignore_signals(worker):
 
 def signal_of_any_rank(signals, step, cfg):
     """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
-    number = torch.tensor(signals[0] if signals else 0)
-    if dist.is_initialized():
-        if step % 5 != 0:  # to ask is to make a GPU finish its work
-            return 0
-        number = number.to(cfg.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+    number = max(signals, default=0)
+    if not dist.is_initialized():
+        return number
+    if step % 5 != 0:  # to ask is to make a GPU finish its work
+        return 0
+    number = torch.tensor(number, device=cfg.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
-
-
-class NotFinite(RuntimeError):
-    """main() returns status 1, as the input is not to blame."""
 
 
 def stop_if_not_finite(row, scaler):
@@ -1083,18 +1063,12 @@ def stop_if_not_finite(row, scaler):
 
     In fp16 gradients overflow now and then, and the scaler leaves such steps out.
     """
-    is_finite = math.isfinite(row["loss"])
+    numbers = [row["loss"]]
     if not scaler.is_enabled():
-        is_finite = is_finite and math.isfinite(row["norm"])
-    if not is_finite:
+        numbers.append(row["norm"])
+    if not all(map(math.isfinite, numbers)):
         advice = "lower --lr, or --resume an earlier save"
-        raise NotFinite(f"loss or gradient not finite by {row}: {advice}")
-
-
-def write_lines(log, rows):
-    """Appends to log.jsonl, at once: a crash loses no line."""
-    log.writelines(json.dumps(row) + "\n" for row in rows)
-    log.flush()
+        raise FloatingPointError(f"loss or gradient not finite by {row}: {advice}")
 
 
 def save_run(cfg, data, rows, model, optimizer, scaler):
@@ -1149,7 +1123,7 @@ class Config:
     model: str = "micro"  # nano, micro, micro8, tiny, small, base, large, huge
     image_size: int = 32  # px; crops are resized to this square
     patch_size: int = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    # sincos (fixed), learned, or relative: SimMIM's biases, with LayerScale
+    # sincos (fixed) or relative: SimMIM's biases, with LayerScale
     positions: str = "sincos"
 
     # optimiser
@@ -1168,8 +1142,6 @@ class Config:
     dtype: str = "auto"
     # micro-batches per step, any number gives the same result; 0: of 128 images at most
     accum: int = 0
-    # how many of them keep their graph; the others are encoded twice, to save memory
-    keep: int = 1
     workers: int = -1  # loading processes; -1: up to 16 for a GPU
     compile: bool = False  # torch.compile: a slow start, then faster steps
 
@@ -1188,7 +1160,7 @@ CHOICES = {
     "objective": ("moco", "simmim", "hybrid"),
     "preset": ("micro", "small32", "imagenet"),
     "model": tuple(SIZES),
-    "positions": ("sincos", "learned", "relative"),
+    "positions": ("sincos", "relative"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
 }
 # Recipes: flags for every objective, then for one.
@@ -1222,8 +1194,11 @@ SHARES = ("lam", "momentum", "mask_ratio", "crop_min", "hue_shift", "warmup")
 COUNTS = ("proj_hidden", "mask_patch_size", "image_size", "patch_size", "steps")
 COUNTS += ("batch_size", "save_every", "log_every")
 # at --resume; everything else is as it was
-MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
+MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
+# what main() prints as one line
+ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ArithmeticError)
+ERRORS += (argparse.ArgumentError,)
 
 
 LOG_HELP = """
@@ -1232,7 +1207,6 @@ what a line of the log says:
                  masked L1 in standard deviations of ImageNet's colours
   std            of unit-length features: about 1 when spread, 0 when all are alike
   norm           length of the gradient, before clipping
-  stall          share of the time spent waiting for the loader: else more --workers
   knn_<labels>   accuracy of the 20 nearest training images' majority, in the best layer
                  of the network; log.jsonl has the untrained network's as step 0
 """
@@ -1273,21 +1247,19 @@ def parse(argv):
     if "steps" in given:
         values["epochs"] = 0.0  # the recipe's
     cfg = Config(**(values | given))
-    if objective in PURE:
-        is_pure = given.get("lam", PURE[objective]) == PURE[objective]
-        require(is_pure, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
-        cfg.lam = PURE[objective]
+    cfg.lam = PURE.get(objective, cfg.lam)
+    is_possible = given.get("lam", cfg.lam) == cfg.lam
+    require(is_possible, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     for name, value in vars(cfg).items():
         lowest = {"workers": -1}.get(name, 1 if name in COUNTS else 0)
-        highest = 1 if name in SHARES else math.inf
+        highest = 1 if name in SHARES else 1e9
         is_fine = isinstance(value, str) or lowest <= value <= highest
         require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
-        parts = [preset, objective]
-        parts += [f"{given[name]:g}" for name in ("lam",) if name in given]
-        parts += [f"seed{given[name]}" for name in ("seed",) if name in given]
-        cfg.out = "runs/" + "-".join(parts)
+        cfg.out = f"runs/{preset}-{objective}"
+        for name in given.keys() & {"lam", "seed"}:
+            cfg.out += f"-{name}{given[name]}"
     return cfg, given
 
 
@@ -1333,65 +1305,46 @@ def settle(cfg, world_size):
         torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
         cfg.device = "cpu"
-    try:
-        torch.zeros(1, device=cfg.device)
-    except Exception as error:  # torch has many kinds
-        raise UserError(f"--device {cfg.device}: there is none here") from error
+    torch.zeros(1, device=cfg.device)  # an error if there is none here
     on_gpu = cfg.device.startswith("cuda")
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
         if has_bf16(on_gpu):
             cfg.dtype = "bf16"
-    share = cfg.batch_size // world_size
-    if cfg.accum == 0:
-        cfg.accum = math.ceil(share / 128)
-        while share % cfg.accum != 0:
-            cfg.accum += 1
     if cfg.workers < 0:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(16, usable_cpus() // ranks_here) if on_gpu else 0
-    divides = cfg.batch_size == share * world_size and share % max(cfg.accum, 1) == 0
+    share = cfg.batch_size // world_size
+    if cfg.accum == 0:
+        cfg.accum = 1
+        while share > 128 * cfg.accum or share % cfg.accum != 0:
+            cfg.accum += 1
+    divides = cfg.batch_size % (world_size * cfg.accum) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     draw_masks(1, cfg)  # do the sizes divide?
 
 
-def open_run_folder(cfg, state, rank):
+def open_run_folder(cfg):
     """Makes --out and owns it -> its log.jsonl; other ranks' go nowhere.
 
     UserError if it holds a run or another run writes into it.
     """
-    if rank > 0:
+    if int(os.environ.get("RANK", 0)) > 0:
         return io.StringIO()
     folder = Path(cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    # a buffer of one line: a crash loses none
+    log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
     if fcntl is not None:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run writes into {folder}: give --out") from error
     is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
-    may_write = is_empty or cfg.overwrite or state is not None
+    may_write = is_empty or cfg.overwrite or cfg.resume
     require(may_write, f"{folder} holds a run: give --resume or --overwrite")
     return log
-
-
-def ranks_of_torchrun():
-    """-> this process's rank, number of processes."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    has_all = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    require(world_size == 1 or has_all, "WORLD_SIZE without RANK: start with torchrun")
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-def join_ranks(cfg, rank):
-    """Meets the other processes of torchrun. Only the first writes on the console."""
-    backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
-    # the others wait for the first rank's k-NN test
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main(argv=None):
@@ -1406,18 +1359,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
-    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
+    except ERRORS as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
-        return 1 if isinstance(error, NotFinite) else 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1428,16 +1379,20 @@ def main(argv=None):
 def run(argv):
     """Reads a command line, then plans or trains -> exit status."""
     cfg, given = parse(argv)
-    rank, world_size = ranks_of_torchrun()
     state = None
     if cfg.resume:
         cfg, state = resume(cfg, given)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     settle(cfg, world_size)
     if cfg.dry_run:
         return plan(cfg)
-    log = open_run_folder(cfg, state, rank)
+    log = open_run_folder(cfg)
     if world_size > 1:
-        join_ranks(cfg, rank)
+        backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
+        # the others wait for the first rank's k-NN test
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return train(cfg, state, log)
 
 
