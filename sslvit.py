@@ -1258,8 +1258,9 @@ def parse(argv):
         require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
-        for name in given.keys() & {"lam", "seed"}:
-            cfg.out += f"-{name}{given[name]}"
+        for name in ("lam", "seed"):
+            if name in given:
+                cfg.out += f"-{name}{given[name]}"
     return cfg, given
 
 
@@ -1404,16 +1405,19 @@ TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checks", "dots"]
 TEXTURES += ["zigzag", "grid"]
 
 
-def shape_level(shape, x, y, radius, angle):
+def shape_level(shape, x, y):
     """Negative inside the shape, 0 on its outline; angle 0 points up."""
+    radius = np.hypot(x, y)
+    angle = np.arctan2(x, -y)
     third = 2 * np.pi / 3
-    cross = np.minimum(abs(x), abs(y)) - 0.3  # in either arm
+    longest = np.maximum(abs(x), abs(y))
     levels = {
         "circle": radius - 0.9,
-        "square": np.maximum(abs(x), abs(y)) - 0.75,
+        "square": longest - 0.75,
         "triangle": radius * np.cos(angle % third - third / 2) - 0.5,
         "star": radius - 0.65 - 0.35 * np.cos(5 * angle),
-        "cross": np.maximum(cross, np.fmax(abs(x), abs(y)) - 0.95),
+        # in either arm, which ends
+        "cross": np.maximum(np.minimum(abs(x), abs(y)) - 0.3, longest - 0.95),
         "ring": abs(radius - 0.7) - 0.25,
         "bar": np.maximum(abs(x) - 0.4, abs(y) - 0.95),
         # a circle without another one
@@ -1440,9 +1444,9 @@ def texture_wave(texture, u, v):
     return waves[texture]
 
 
-def may_be_kept(count, width, height):
-    """Do `count` images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
-    return 3 * count * width * height <= 250e6
+def may_be_kept(source, image):
+    """Do all images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
+    return 3 * len(source) * math.prod(image.size) <= 250e6
 
 
 class Stimuli:
@@ -1477,9 +1481,9 @@ class Stimuli:
         """-> PIL image, [shape, texture]; small ones are drawn once and kept."""
         if index in self.kept:
             return self.kept[index]
-        image, shape, texture, _ = self[index]
-        loaded = (Image.fromarray(image), [shape, texture])
-        if may_be_kept(len(self), self.size, self.size):
+        image, *labels, _ = self[index]
+        loaded = (Image.fromarray(image), labels)
+        if may_be_kept(self, loaded[0]):
             self.kept[index] = loaded
         return loaded
 
@@ -1491,26 +1495,23 @@ class Stimuli:
         places = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
         center_x, center_y, slope_x, slope_y = places
         frequency = 2 * np.pi / rng.uniform(0.36, 0.46)
-        phase = rng.uniform(0, 2 * np.pi, 2)
+        phase_u, phase_v = rng.uniform(0, 2 * np.pi, 2)
         grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
 
         # pixel centres in [-1, 1], and in the object's own axes u, v (S, S)
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
-        x = axis[None, :]
-        y = axis[:, None]
+        x = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
+        y = x[:, None]
         u = np.cos(tilt) * (x - center_x) + np.sin(tilt) * (y - center_y)
         v = np.cos(tilt) * (y - center_y) - np.sin(tilt) * (x - center_x)
-        radius = np.hypot(u, v) / scale
-        angle = np.arctan2(u, -v)
-        level = shape_level(SHAPES[shape], u / scale, v / scale, radius, angle)
+        level = shape_level(SHAPES[shape], u / scale, v / scale)
         # an edge one pixel wide
         inside = np.clip(0.5 - level * scale * self.size / 2, 0, 1)
-
-        u = u * frequency + phase[0]
-        v = v * frequency + phase[1]
+        u = u * frequency + phase_u
+        v = v * frequency + phase_v
         wave = np.clip(1.5 * texture_wave(TEXTURES[texture], u, v), -1, 1)
+
         # red, green and blue around the colour circle
-        colour = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+        colour = np.clip(abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
         colour = bright * (fade + (1 - fade) * colour)
         light = colour * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
         ground = (grey + slope_x * x + slope_y * y)[..., None]  # (S, S, 1)
@@ -1538,15 +1539,15 @@ def list_images(root):
     kinds = Image.registered_extensions()
     images = []
     left_out = collections.Counter()
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        others = [n for n in inner if n[0] == "." or n.lower() in MASK_FOLDERS]
-        left_out.update(f"folder {name}" for name in others)
-        inner[:] = sorted(set(inner) - set(others))
-        top = os.path.relpath(folder, root).split(os.sep)[0]
+    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        parts = Path(folder).relative_to(root).parts
+        is_other = any(p[0] == "." or p.lower() in MASK_FOLDERS for p in parts)
         for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if kinds.get(ending) in Image.OPEN:
-                images.append((top, os.path.join(folder, name)))
+            ending = Path(name).suffix.lower()
+            if is_other:
+                left_out["file in hidden folders or among masks"] += 1
+            elif kinds.get(ending) in Image.OPEN:
+                images.append(([*parts, "."][0], os.path.join(folder, name)))
             else:
                 left_out[f"file {ending}, no kind of image for Pillow"] += 1
     for reason, count in left_out.items():
@@ -1569,19 +1570,14 @@ class ImageFolder(list):
         self.kept = {}
         self.label_names = ()
         self.classes = ()
-        if len(names) > 1:  # what lies beside the class folders is of no class
-            images = [(top, path) for top, path in images if top != "."]
+        if len(names) > 1:
             self.label_names = ("class",)
             self.classes = (names,)
         for top, path in images:
-            self.append((path, [names.index(top) if self.classes else 0]))
-
-    def part(self, is_tenth):
-        """Every tenth image, or the others -> ImageFolder."""
-        part = copy.copy(self)
-        part.kept = {}
-        part[:] = [entry for i, entry in enumerate(self) if (i % 10 == 9) == is_tenth]
-        return part
+            if len(names) < 2:
+                self.append((path, [0]))
+            elif top in names:  # what lies beside the class folders is of no class
+                self.append((path, [names.index(top)]))
 
     def identity(self):
         """How many images, and a fingerprint of their names and order."""
@@ -1592,13 +1588,11 @@ class ImageFolder(list):
     def load(self, index):
         """-> opened PIL image, [class]; small images are decoded once and kept."""
         path, labels = self[index]
-        if index in self.kept:
-            return self.kept[index], labels
+        if path in self.kept:
+            return self.kept[path], labels
         image = Image.open(path)
-        if may_be_kept(len(self), *image.size):
-            turn_upright(image)
-            image = to_rgb(image)
-            self.kept[index] = image
+        if may_be_kept(self, image):
+            image = self.kept[path] = to_rgb(image)
         return image, labels
 
 
@@ -1607,19 +1601,20 @@ def find_data(cfg):
     if not cfg.data:
         train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
-    require(os.path.isdir(cfg.data), f"--data {cfg.data}: no such folder")
-    folders = {path.name.lower(): path for path in sorted(Path(cfg.data).iterdir())}
-    train = [folders[name] for name in TRAIN_FOLDERS if name in folders]
-    test = [folders[name] for name in TEST_FOLDERS if name in folders]
-    require(train or not test, f"--data {cfg.data}: has {test}, but no folder train")
-    if not train:
-        whole = ImageFolder(cfg.data)
-        if len(whole) < 20:
-            return whole, None
-        return whole.part(is_tenth=False), whole.part(is_tenth=True)
-    train_set = ImageFolder(train[0])
-    test_set = ImageFolder(test[0]) if test else None
-    if test and train_set.classes != test_set.classes:
+    train_set = test_set = None
+    for path in sorted(Path(cfg.data).iterdir()):
+        if path.name.lower() in TRAIN_FOLDERS:
+            train_set = ImageFolder(path)
+        elif path.name.lower() in TEST_FOLDERS:
+            test_set = ImageFolder(path)
+    if train_set is None:
+        require(test_set is None, f"--data {cfg.data}: a test set, but no folder train")
+        train_set = ImageFolder(cfg.data)
+        if len(train_set) >= 20:
+            test_set = copy.copy(train_set)
+            test_set[:] = train_set[9::10]
+            del train_set[9::10]
+    elif test_set is not None and train_set.classes != test_set.classes:
         say(f"no accuracies, as classes differ: {train_set.classes} {test_set.classes}")
     return train_set, test_set
 
@@ -1646,24 +1641,22 @@ def crop_box(width, height, smallest, rng):
 def upright_size(image):
     """Width and height as they will be once the camera's orientation is obeyed."""
     orientation = 1
-    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
-        orientation = image.getexif().get(0x0112, 1)
-    is_turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow's turn
-    return image.size[::-1] if is_turned else image.size
-
-
-def turn_upright(image):
-    image.load()
     with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = image.getexif().get(0x0112)
+    if orientation in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns those
+        return image.height, image.width
+    return image.size
 
 
 def to_rgb(image):
-    """Any mode of Pillow's -> RGB; what is transparent lies on white.
+    """Decodes an opened image of any mode -> upright RGB; transparent lies on white.
 
     Of 16 and 32 bits, whose range nobody knows, the darkest pixel becomes black, the
     brightest white.
     """
+    image.load()
+    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         values = values - values.min()
@@ -1685,16 +1678,15 @@ def cut(image, boxes, size):
     # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
-    turn_upright(image)
     image = to_rgb(image)
-    # between pixels, at least one pixel wide and high
-    boxes = (boxes * image.width / width).round()
-    boxes = np.maximum(boxes, (0, 0, 1, 1)).astype(int)
-    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)
+    boxes = (boxes * image.width / width).round().astype(int)  # between pixels
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
     crops = []
     for left, top, right, bottom in boxes:
-        crop = pixels[:, :, top:bottom, left:right]
+        # at least one pixel wide and high
+        left = min(left, image.width - 1)
+        top = min(top, image.height - 1)
+        crop = pixels[:, :, top : max(bottom, top + 1), left : max(right, left + 1)]
         crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
     return torch.cat(crops).numpy()
 
@@ -1722,12 +1714,9 @@ def first_readable(source, wanted, crop):
             image, labels = source.load(index)
             return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
-            reason = error
-            warn_once(
-                f"unreadable, replaced by the next: {source[index][0]!r} ({error})"
-            )
-    message = f"of 100 files in a row not one is an image that can be read ({reason})"
-    raise UserError(message) from reason
+            path = source[index][0]
+            warn_once(f"unreadable, replaced by the next: {path!r} ({error})")
+    raise UserError("of 100 files in a row not one is an image that can be read")
 
 
 @functools.cache
@@ -1747,15 +1736,15 @@ def batch_keys(cfg, length, steps, rank, world_size):
     number of ranks and micro-batches sees the same images in the same step.
     """
     share = cfg.batch_size // world_size
-    micro_batch = share // cfg.accum
     for step in steps:
-        for part in range(cfg.accum):
-            start = step * cfg.batch_size + rank * share + part * micro_batch
-            keys = []
-            for place in range(start, start + micro_batch):
-                epoch, position = divmod(place, length)
-                keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
-            yield keys
+        first = step * cfg.batch_size + rank * share
+        keys = []
+        for place in range(first, first + share):
+            epoch, position = divmod(place, length)
+            keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
+            if len(keys) == share // cfg.accum:
+                yield keys
+                keys = []
 
 
 def make_loader(cfg, train_set, steps):
@@ -1825,9 +1814,9 @@ def layer_features(encoder, source, count, cfg, autocast):
         with autocast():
             # .forward: a compiled encoder would compile again for this
             _, records = encoder.forward(images, record=True)
-        out = torch.stack([record.out for record in records]).float()  # (L, b, 1+N, D)
-        states = torch.stack([out[:, :, 0], out[:, :, 1:].mean(dim=2)], dim=1)
-        features.append(states.flatten(0, 1).cpu())
+        layers = [record.out.float() for record in records]  # (b, 1+N, D) each
+        tokens = [x[:, 0] for x in layers] + [x[:, 1:].mean(dim=1) for x in layers]
+        features.append(torch.stack(tokens).cpu())
         labels.append(batch_labels)
     return torch.cat(features, dim=1), torch.cat(labels)
 
@@ -1835,16 +1824,18 @@ def layer_features(encoder, source, count, cfg, autocast):
 def knn_scores(encoder, data, cfg, autocast):
     """{"knn_<label set>": accuracy of the best layer and token}; {} without labels."""
     train_set, test_set = data
-    has_labels = test_set is not None and train_set.classes == test_set.classes != ()
+    scores = {}
+    has_labels = test_set is not None and train_set.classes == test_set.classes
     if cfg.knn_images == 0 or not has_labels:
-        return {}
+        return scores
     bank = layer_features(encoder, train_set, cfg.knn_images, cfg, autocast)
     tested = cfg.knn_images // 4 + 1
     features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
-    hits = knn(*bank, features) == labels  # (2L, images, label sets)
-    best = hits.float().mean(dim=1).amax(dim=0)
-    names = [f"knn_{name}" for name in train_set.label_names]
-    return {n: round(x, 4) for n, x in zip(names, best.tolist(), strict=True)}
+    hits = (knn(*bank, features) == labels).float()  # (2L, images, label sets)
+    best = hits.mean(dim=1).amax(dim=0).tolist()
+    for name, accuracy in zip(train_set.label_names, best, strict=False):
+        scores[f"knn_{name}"] = round(accuracy, 4)
+    return scores
 
 
 # ---- Checkpoints ----
@@ -1879,7 +1870,7 @@ def load_checkpoint(path):
 
 # ---- Plan: what does a run cost? ----
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16, from the data sheets
+H100_FLOPS = 989e12  # bf16, from the data sheet
 # of the peak: the hybrid's 711 images/s of ViT-B on one H100, whole batches of 128,
 # without --compile, loading, colours, clipping and average
 MEASURED_SHARE = 0.26
@@ -1908,24 +1899,6 @@ def flops_per_image(cfg):
     return flops
 
 
-def measure_rate(cfg):
-    """-> images/s of training steps on this machine, without loading."""
-    count = max(2, min(128, int(2e12 / flops_per_image(cfg))))  # some seconds of a CPU
-    model = SSL(cfg).to(cfg.device)
-    optimizer = make_optimizer(model, cfg)
-    autocast, _ = mixed_precision(cfg)
-    views = torch.randn(3, count, 3, cfg.image_size, cfg.image_size, device=cfg.device)
-    mask = draw_masks(count, cfg).to(cfg.device)
-    for _ in range(3):
-        began = time.perf_counter()
-        with autocast():
-            losses = model(*views, mask)
-        (losses["mim"] + losses["cl"]).backward()
-        optimizer.step()
-        losses["std"].item()  # waits for a GPU
-    return count / (time.perf_counter() - began)
-
-
 def plan(cfg):
     """Prints FLOPs, memory and hours of the run -> exit status."""
     count = IMAGENET
@@ -1933,26 +1906,35 @@ def plan(cfg):
         count = len(find_data(cfg)[0])
     images = number_of_steps(cfg, count) * cfg.batch_size
     flops = flops_per_image(cfg)
-    with torch.device("meta"):  # shapes without memory
-        model = SSL(cfg)
-    # itself, gradient, Adam's two averages; or an averaged weight alone
-    weights = sum(
-        (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
-    )
+    model = SSL(cfg).to(cfg.device)
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # a trained weight has a gradient and Adam's two averages
+    memory = 4 * (weights + 3 * trained) / 2**30
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}: {images:.4g} images of {flops / 1e9:.4g} GFLOP, "
-        f"{weights / 2**30:.2g} GiB of weights, their gradients and averages"
+        f"{memory:.2g} GiB of weights, their gradients and averages"
     )
-    for gpu, peak in PEAK_FLOPS.items():
-        hours = images * flops / (MEASURED_SHARE * peak) / 3600
-        share = f"at {MEASURED_SHARE:.0%} of its bf16 peak, {peak / 1e12:g} TFLOP/s"
-        say(f"one {gpu}, {share}: {hours:.3g} h; eight: {hours / 8:.3g} h")
-    rate = measure_rate(cfg)
-    hours = images / rate / 3600
+    hours = images * flops / (MEASURED_SHARE * H100_FLOPS) / 3600
     say(
-        f"here ({cfg.device}, {cfg.dtype}): measured {rate:.4g} images/s, {hours:.3g} h"
+        f"one H100, at {MEASURED_SHARE:.0%} of its bf16 peak, {H100_FLOPS / 1e12:g} "
+        f"TFLOP/s: {hours:.3g} h; eight: {hours / 8:.3g} h"
     )
+    # training steps on this machine, of as many images as take a CPU some seconds
+    size = max(2, min(128, int(2e12 / flops)))
+    views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
+    mask = draw_masks(size, cfg).to(cfg.device)
+    autocast, _ = mixed_precision(cfg)
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast():
+            losses = model(*views, mask)
+        (losses["mim"] + losses["cl"]).backward()
+        losses["std"].item()  # waits for a GPU
+    rate = size / (time.perf_counter() - began)
+    hours = images / rate / 3600
+    say(f"here ({cfg.device}, {cfg.dtype}): {rate:.4g} images/s, {hours:.3g} h")
     return 0
 
 
@@ -1961,7 +1943,6 @@ def plan(cfg):
 
 def finish(cfg, model, rows, data):
     """Draws what was learnt; says how good the features are, and what next."""
-    draw_losses(cfg, rows)
     if cfg.lam < 1:
         draw_reconstruction(cfg, model, data[1] or data[0])
         say(f"image, what the network saw, what it makes of it: {cfg.out}/masked.png")
@@ -1970,30 +1951,17 @@ def finish(cfg, model, rows, data):
         if key in rows[-1]:
             others = f"untrained {rows[0][key]:.3f}, chance {1 / len(classes):.3f}"
             say(f"{name}: k-NN accuracy {rows[-1][key]:.3f}, {others}")
-    say(f"checkpoint, log and loss curve are in {cfg.out}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
     say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
-
-
-def draw_losses(cfg, rows):
-    from matplotlib.figure import Figure  # here, as it takes a second to load
-
-    axis = Figure(figsize=(7, 4)).subplots()
-    for name in ("mim", "cl"):
-        steps = [row["step"] for row in rows[1:]]
-        axis.plot(steps, [row[name] for row in rows[1:]], label=f"L_{name.upper()}")
-    axis.set(xlabel="optimiser step", ylabel="loss", title=f"λ = {cfg.lam:g}")
-    axis.legend()
-    axis.figure.savefig(Path(cfg.out, "loss.png"), dpi=150)
 
 
 @torch.no_grad()
 def draw_reconstruction(cfg, model, source):
     """Rows of eight test images: as they are, masked, and with what is predicted."""
     crops = CenterCrops(source, cfg.image_size)
-    pixels = np.stack([crops[i][0] for i in range(min(8, len(source)))])
+    pixels = np.stack([crops[i][0] for i in range(8)])
     images = (torch.from_numpy(pixels) / 255 - MEAN) / STD
-    mask = draw_masks(len(images), cfg, torch.Generator().manual_seed(0))
+    mask = draw_masks(8, cfg, torch.Generator().manual_seed(0))
     model.to("cpu")
     tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
@@ -2001,9 +1969,9 @@ def draw_reconstruction(cfg, model, source):
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
     patches = torch.cat([target, target * ~hidden, predicted])  # (24, N, 3p²)
     x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-    x = F.pad((255 * x).clamp(0, 255), (1, 1, 1, 1), value=255)  # a white frame
-    x = x.unflatten(0, (3, -1)).permute(0, 3, 1, 4, 2)  # (3, h, 8, w, 3)
-    picture = Image.fromarray(x.flatten(2, 3).flatten(0, 1).byte().numpy())
+    x = (255 * x).clamp(0, 255).byte().unflatten(0, (3, 8))  # (3, 8, 3, h, w)
+    x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3h, 8w, 3)
+    picture = Image.fromarray(x.numpy())
     enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
