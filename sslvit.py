@@ -139,16 +139,18 @@ def masked_l1(pred, target, mask):
 # Names and shapes of the weights are timm's, so that both read each other's files.
 
 SIZES = {
-    "nano": {"embed_dim": 48, "depth": 6, "num_heads": 3},
-    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
-    # as deep as micro with two decoder blocks, for figure 11's comparison
-    "micro8": {"embed_dim": 96, "depth": 8, "num_heads": 3},
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    # 12 heads as in [M]; timm's has 6
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    name: {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    for name, embed_dim, depth, num_heads in [
+        ("nano", 48, 6, 3),
+        ("micro", 96, 6, 3),
+        # as deep as micro with two decoder blocks, for figure 11's comparison
+        ("micro8", 96, 8, 3),
+        ("tiny", 192, 12, 3),
+        ("small", 384, 12, 12),  # 12 heads as in [M]; timm's has 6
+        ("base", 768, 12, 12),
+        ("large", 1024, 24, 16),
+        ("huge", 1280, 32, 16),
+    ]
 }
 
 
@@ -176,6 +178,7 @@ class Attention(nn.Module):
             bias = bias[:, : q.shape[2]].to(q.dtype)
         # on a CPU bf16's fused kernel was 2 to 7 times slower than this (torch 2.13)
         fused_is_slow = q.dtype == torch.bfloat16 and not q.is_cuda
+        weights = None
         if explicit or fused_is_slow:
             logits = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1+N, 1+N)
             if bias is not None:
@@ -183,7 +186,6 @@ class Attention(nn.Module):
             weights = logits.softmax(dim=-1)
             heads = weights @ v  # (B, H, 1+N, d)
         else:
-            weights = None
             heads = F.scaled_dot_product_attention(q, k, v, bias)
         side_by_side = heads.transpose(1, 2).flatten(2)  # (B, 1+N, D)
         return self.proj(side_by_side), heads, weights
@@ -288,15 +290,12 @@ class RelativePositionBias(nn.Module):
         offsets = table[:-3].unflatten(0, (self.side, self.side))
         offsets = resize_grid(offsets, 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
-        x = n % cols
         y = n // cols
-        row_offset = y[:, None] - y + rows - 1  # (N, N), query minus key, from 0
-        col_offset = x[:, None] - x + cols - 1
-        # a row and a column for CLS, in front
-        bias = F.pad(offsets[row_offset, col_offset], (0, 0, 1, 0, 1, 0))
-        bias[0, 1:] = table[-3]
-        bias[1:, 0] = table[-2]
-        bias[0, 0] = table[-1]
+        x = n % cols
+        # (N, N, H): query minus key, counted from 0
+        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]
+        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))  # a row and a column for CLS, in front
+        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3:]
         return bias.permute(2, 0, 1)
 
 
@@ -653,19 +652,17 @@ def gaussian_blur(x, sigma):
     Each image and channel is a group of its own. sigma (B, 1, 1, 1) stays on the CPU,
     where it tells the length of the kernel without making a GPU wait.
     """
-    channels = x.shape[1]
     radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1)
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
     too_far = offsets.abs() > (4 * sigma).int() + 1
     kernel = exponent.masked_fill(too_far, -math.inf).softmax(dim=-1)
-    kernel = kernel.repeat_interleave(channels, dim=0).to(x, non_blocking=True)
-    groups = len(kernel)
-    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
-    y = padded.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
-    y = F.conv2d(y, kernel, groups=groups)
-    y = F.conv2d(y, kernel.mT, groups=groups)
+    kernel = kernel.repeat_interleave(3, dim=0).to(x, non_blocking=True)
+    y = F.pad(x, [radius] * 4, mode="reflect")
+    y = y.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
+    y = F.conv2d(y, kernel, groups=len(kernel))
+    y = F.conv2d(y, kernel.mT, groups=len(kernel))
     return y.view_as(x)
 
 
@@ -823,8 +820,6 @@ def train(cfg, state, log):
         rows.append(row)
         print(json.dumps(row), file=log)
         say(*(f"{name} {value:.4g}" for name, value in row.items()))
-        if row["std"] < 0.05:
-            say("features collapse: all images look alike; lower --lr")
 
         # save
         if is_saved and rank == 0:
@@ -1063,12 +1058,13 @@ def stop_if_not_finite(row, scaler):
 
     In fp16 gradients overflow now and then, and the scaler leaves such steps out.
     """
-    numbers = [row["loss"]]
-    if not scaler.is_enabled():
-        numbers.append(row["norm"])
-    if not all(map(math.isfinite, numbers)):
+    is_finite = math.isfinite(row["loss"])
+    is_finite &= scaler.is_enabled() or math.isfinite(row["norm"])
+    if not is_finite:
         advice = "lower --lr, or --resume an earlier save"
         raise FloatingPointError(f"loss or gradient not finite by {row}: {advice}")
+    if row["std"] < 0.05:
+        say("features collapse: all images look alike; lower --lr")
 
 
 def save_run(cfg, data, rows, model, optimizer, scaler):
@@ -1967,25 +1963,22 @@ def draw_reconstruction(cfg, model, source):
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
-    patches = torch.cat([target, target * ~hidden, predicted])  # (24, N, 3p²)
-    x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-    x = (255 * x).clamp(0, 255).byte().unflatten(0, (3, 8))  # (3, 8, 3, h, w)
-    x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3h, 8w, 3)
-    picture = Image.fromarray(x.numpy())
+    rows = []
+    for patches in (target, target * ~hidden, predicted):
+        x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+        rows.append(torch.cat([*x], dim=2))  # (3, h, 8w)
+    picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
+    picture = Image.fromarray((255 * picture).byte().numpy())
     enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 
-def keep_large_blocks():
-    """Stops glibc from returning freed memory: 20 % of the time of a CPU step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 2**26)  # M_TOP_PAD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-
-
-keep_large_blocks()
+# Stops glibc from returning freed memory: 20 % of the time of a CPU step.
+with contextlib.suppress(OSError, AttributeError):  # another C library
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    libc.mallopt(-2, 2**26)  # M_TOP_PAD
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 if __name__ == "__main__":
     sys.exit(main())
