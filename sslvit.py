@@ -758,7 +758,7 @@ def make_optimizer(model, cfg):
 
 def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
-    rank, world_size = world()
+    rank, _ = world()
     data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
     since = rows[-1]["step"]
@@ -780,18 +780,9 @@ def train(cfg, state, log):
         # batch: this rank's share, in micro-batches
         views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses: of the whole batch, or of its parts, which also go backward there
-        is_whole = world_size * cfg.accum == 1
-        if is_whole:
-            with autocast():
-                losses = model(*views[0])
-        else:
-            losses = backward_in_parts(model, views, cfg, autocast, scaler)
+        # losses and backward: as of model(*views) and loss.backward() on one batch
+        losses = backward_in_parts(model, views, cfg, autocast, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-
-        # backward
-        if is_whole:
-            scaler.scale(loss).backward()
 
         # step
         scaler.unscale_(optimizer)
@@ -847,11 +838,26 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
 
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
+    rank, world_size = world()
     cl = mim = torch.zeros((), device=cfg.device)
+    query_cls = []
+    key_cls = []
     pooled = []
     if model.use_cl:
-        args = (model, parts, cfg, autocast, scaler)
-        cl, features, encoded, gradients = contrast_in_parts(*args)
+        # all outputs of the encoder, and the gradient of their loss
+        for views in parts:
+            # the graph of a single part is kept, so that it is encoded only once
+            with autocast(), torch.set_grad_enabled(len(parts) == 1):
+                encoded = model.encode_queries(*views)
+                key_cls.append(model.encode_keys(*views[:2]))
+            query_cls.append(encoded[0])
+        outputs = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+        with autocast():
+            keys = gather(torch.cat(key_cls, dim=1))
+            cl, features = model.compare(outputs, keys)
+        scaler.scale(cfg.lam * cl).backward()
+        # a mean over ranks follows, but each rank's encoder has its own images only
+        gradient = outputs.grad.chunk(world_size, dim=1)[rank] * world_size
     for part, views in enumerate(parts):
         loss = 0.0
         tokens = None
@@ -861,7 +867,8 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
                     encoded = model.encode_queries(*views)
             query_cls, tokens = encoded
             # a sum whose gradient at the outputs is the one that was collected
-            loss = (query_cls * gradients[part]).sum()
+            at_outputs = gradient.chunk(len(parts), dim=1)[part]
+            loss = (query_cls * at_outputs).sum()
         if model.use_mim:
             with autocast():
                 part_mim, tokens = model.reconstruct(*views[2:], tokens)
@@ -870,37 +877,12 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
             loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
             pooled.append(tokens[:, 1:].detach().mean(dim=1))
         loss.backward()
-    for p in model.parameters():
-        if p.grad is not None:
-            mean_over_ranks(p.grad)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for shared in (mim, *gradients):
+        mean_over_ranks(shared)
     if not model.use_cl:
         features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
-
-
-def contrast_in_parts(model, parts, cfg, autocast, scaler):
-    """The contrastive loss of the joint batch, sent back to the encoder's outputs.
-
-    -> L_CL, queries of view 1 (B, C), what encode_queries() gave for the last part, and
-    for each part the gradient at its CLS outputs (views, b, D).
-    """
-    rank, world_size = world()
-    query_cls = []
-    key_cls = []
-    for views in parts:
-        # the graph of a single part is kept, so that it is encoded only once
-        with autocast(), torch.set_grad_enabled(len(parts) == 1):
-            encoded = model.encode_queries(*views)
-            key_cls.append(model.encode_keys(*views[:2]))
-        query_cls.append(encoded[0])
-    all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
-    all_keys = gather(torch.cat(key_cls, dim=1))
-    with autocast():
-        cl, queries = model.compare(all_queries, all_keys)
-    scaler.scale(cfg.lam * cl).backward()
-    # a mean over ranks follows, but each rank's encoder has its own images only
-    share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
-    return cl.detach(), queries, encoded, share.chunk(len(parts), dim=1)
+    return {"cl": cl.detach(), "mim": mim, "std": feature_std(features)}
 
 
 def world():
@@ -921,10 +903,10 @@ def gather(x):
 
 
 def mean_over_ranks(x):
+    """Replaces x, in place, by its mean."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
-    return x
 
 
 # What the loop asks for, in the order of its lines.
@@ -1267,12 +1249,12 @@ def resume(cfg, given):
     is_run = isinstance(state, dict) and state.keys() >= {"config", "data", "optimizer"}
     is_ours = is_run and types_of(state["config"]) == types_of(asdict(cfg))
     require(is_ours, f"{path}: not a run of this version of the program")
+    config = state["config"]
     for name in given.keys() - MAY_CHANGE:
-        was = state["config"][name]
-        message = f"{path} has {flag_of(name)} {was}, which cannot change"
-        require(given[name] == was, message)
+        message = f"{path} has {flag_of(name)} {config[name]}, which cannot change"
+        require(given[name] == config[name], message)
     of_this_machine = {"device": "auto", "workers": -1, "accum": 0, "out": cfg.out}
-    return Config(**(state["config"] | of_this_machine | given)), state
+    return Config(**(config | of_this_machine | given)), state
 
 
 def types_of(values):
@@ -1866,10 +1848,9 @@ def load_checkpoint(path):
 
 # ---- Plan: what does a run cost? ----
 
-H100_FLOPS = 989e12  # bf16, from the data sheet
-# of the peak: the hybrid's 711 images/s of ViT-B on one H100, whole batches of 128,
-# without --compile, loading, colours, clipping and average
-MEASURED_SHARE = 0.26
+# FLOP/s of one H100, 26 % of its peak: the hybrid's 711 images/s of ViT-B, in batches
+# of 128, without --compile, loading, colours, clipping and average
+H100_SPEED = 0.26 * 989e12
 IMAGENET = 1281167  # images, where --data is not there to be counted
 
 
@@ -1903,20 +1884,17 @@ def plan(cfg):
     images = number_of_steps(cfg, count) * cfg.batch_size
     flops = flops_per_image(cfg)
     model = SSL(cfg).to(cfg.device)
-    weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # a trained weight has a gradient and Adam's two averages
-    memory = 4 * (weights + 3 * trained) / 2**30
+    weights = 0
+    for p in model.parameters():
+        # a trained weight has a gradient and Adam's two averages
+        weights += 4 * p.numel() if p.requires_grad else p.numel()
+    hours = images * flops / H100_SPEED / 3600
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}: {images:.4g} images of {flops / 1e9:.4g} GFLOP, "
-        f"{memory:.2g} GiB of weights, their gradients and averages"
+        f"{weights * 4 / 2**30:.2g} GiB of weights, their gradients and averages"
     )
-    hours = images * flops / (MEASURED_SHARE * H100_FLOPS) / 3600
-    say(
-        f"one H100, at {MEASURED_SHARE:.0%} of its bf16 peak, {H100_FLOPS / 1e12:g} "
-        f"TFLOP/s: {hours:.3g} h; eight: {hours / 8:.3g} h"
-    )
+    say(f"one H100, at 26 % of its bf16 peak of 989 TFLOP/s: {hours:.3g} h")
     # training steps on this machine, of as many images as take a CPU some seconds
     size = max(2, min(128, int(2e12 / flops)))
     views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
@@ -1942,11 +1920,9 @@ def finish(cfg, model, rows, data):
     if cfg.lam < 1:
         draw_reconstruction(cfg, model, data[1] or data[0])
         say(f"image, what the network saw, what it makes of it: {cfg.out}/masked.png")
-    for name, classes in zip(data[0].label_names, data[0].classes, strict=True):
-        key = f"knn_{name}"
-        if key in rows[-1]:
-            others = f"untrained {rows[0][key]:.3f}, chance {1 / len(classes):.3f}"
-            say(f"{name}: k-NN accuracy {rows[-1][key]:.3f}, {others}")
+    for key in rows[0]:
+        if key.startswith("knn"):
+            say(f"{key} {rows[-1][key]:.3f}, untrained {rows[0][key]:.3f}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
     say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
 
