@@ -117,10 +117,8 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
 
 def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²): the pixels of each patch, patches row by row."""
-    p = patch_size
-    grid = images.unflatten(3, (-1, p)).unflatten(
-        2, (-1, p)
-    )  # (B, 3, rows, p, cols, p)
+    grid = images.unflatten(3, (-1, patch_size))  # (B, 3, h, cols, p)
+    grid = grid.unflatten(2, (-1, patch_size))  # (B, 3, rows, p, cols, p)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -141,16 +139,18 @@ def masked_l1(pred, target, mask):
 # Names and shapes of the weights are timm's, so that both read each other's files.
 
 SIZES = {
-    "nano": {"embed_dim": 48, "depth": 6, "num_heads": 3},
-    "micro": {"embed_dim": 96, "depth": 6, "num_heads": 3},
-    # as deep as micro with two decoder blocks, for figure 11's comparison
-    "micro8": {"embed_dim": 96, "depth": 8, "num_heads": 3},
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    # 12 heads as in [M]; timm's has 6
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    name: {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    for name, embed_dim, depth, num_heads in [
+        ("nano", 48, 6, 3),
+        ("micro", 96, 6, 3),
+        # as deep as micro with two decoder blocks, for figure 11's comparison
+        ("micro8", 96, 8, 3),
+        ("tiny", 192, 12, 3),
+        ("small", 384, 12, 12),  # 12 heads as in [M]; timm's has 6
+        ("base", 768, 12, 12),
+        ("large", 1024, 24, 16),
+        ("huge", 1280, 32, 16),
+    ]
 }
 
 
@@ -178,6 +178,7 @@ class Attention(nn.Module):
             bias = bias[:, : q.shape[2]].to(q.dtype)
         # on a CPU bf16's fused kernel was 2 to 7 times slower than this (torch 2.13)
         fused_is_slow = q.dtype == torch.bfloat16 and not q.is_cuda
+        weights = None
         if explicit or fused_is_slow:
             logits = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1+N, 1+N)
             if bias is not None:
@@ -185,22 +186,9 @@ class Attention(nn.Module):
             weights = logits.softmax(dim=-1)
             heads = weights @ v  # (B, H, 1+N, d)
         else:
-            weights = None
             heads = F.scaled_dot_product_attention(q, k, v, bias)
         side_by_side = heads.transpose(1, 2).flatten(2)  # (B, 1+N, D)
         return self.proj(side_by_side), heads, weights
-
-
-class Mlp(nn.Module):
-    """Then each token thinks for itself: D -> 4D -> D."""
-
-    def __init__(self, embed_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -227,7 +215,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
-        self.mlp = Mlp(embed_dim)
+        layers = collections.OrderedDict(
+            fc1=nn.Linear(embed_dim, 4 * embed_dim),
+            act=nn.GELU(),
+            fc2=nn.Linear(4 * embed_dim, embed_dim),
+        )
+        self.mlp = nn.Sequential(layers)
         self.ls1 = nn.Identity()
         self.ls2 = nn.Identity()
         if layer_scale is not None:
@@ -238,12 +231,10 @@ class Block(nn.Module):
     def init_weights(self):
         """Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
         weights would be √2 smaller, and attention would stay uniform for long."""
-        matrices = [*self.attn.qkv.weight.data.chunk(3)]
-        for linear in (self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            matrices.append(linear.weight)
-        for matrix in matrices:
-            nn.init.xavier_uniform_(matrix)
-        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        for linear in linears:
+            gain = 2**0.5 if linear is self.attn.qkv else 1.0
+            nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
 
     def record(self, x, bias=None, cls_only=False, explicit=True):
@@ -255,22 +246,9 @@ class Block(nn.Module):
         out = mid + self.ls2(self.mlp(self.norm2(mid)))
         return Record(attn, heads, mid, out)
 
-    def forward(self, x, bias=None, cls_only=False):
-        """x (B, 1+N, D) -> (B, 1+N, D), or (B, 1, D) if only CLS is asked for."""
-        return self.record(x, bias, cls_only, explicit=False).out
-
-
-class PatchEmbed(nn.Module):
-    """One linear map of each patch's pixels."""
-
-    def __init__(self, patch_size, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.proj.bias)
-
     def forward(self, x):
-        return self.proj(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
+        """x (B, 1+N, D) -> (B, 1+N, D)."""
+        return self.record(x, explicit=False).out
 
 
 def sincos_positions(embed_dim, rows, cols):
@@ -289,8 +267,6 @@ def sincos_positions(embed_dim, rows, cols):
 
 def resize_grid(grid, rows, cols):
     """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    if grid.shape[:2] == (rows, cols):
-        return grid
     channels_first = grid.permute(2, 0, 1)[None]
     resized = F.interpolate(channels_first, (rows, cols), mode="bicubic")
     return resized[0].permute(1, 2, 0)
@@ -314,15 +290,12 @@ class RelativePositionBias(nn.Module):
         offsets = table[:-3].unflatten(0, (self.side, self.side))
         offsets = resize_grid(offsets, 2 * rows - 1, 2 * cols - 1)
         n = torch.arange(rows * cols, device=table.device)
-        x = n % cols
         y = n // cols
-        row_offset = y[:, None] - y + rows - 1  # (N, N), query minus key, from 0
-        col_offset = x[:, None] - x + cols - 1
-        # a row and a column for CLS, in front
-        bias = F.pad(offsets[row_offset, col_offset], (0, 0, 1, 0, 1, 0))
-        bias[0, 1:] = table[-3]
-        bias[1:, 0] = table[-2]
-        bias[0, 0] = table[-1]
+        x = n % cols
+        # (N, N, H): query minus key, counted from 0
+        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]
+        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))  # a row and a column for CLS, in front
+        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3:]
         return bias.permute(2, 0, 1)
 
 
@@ -359,16 +332,18 @@ class ViT(nn.Module):
             table = sincos_positions(embed_dim, self.grid, self.grid)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         if positions == "learned":
-            self.pos_embed = nn.Parameter(
-                0.02 * torch.randn(1, 1 + self.grid**2, embed_dim)
-            )
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+            table = 0.02 * torch.randn(1, 1 + self.grid**2, embed_dim)
+            self.pos_embed = nn.Parameter(table)
+        # one linear map of each patch's pixels
+        proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(proj.weight.data.flatten(1))
+        nn.init.zeros_(proj.bias)
+        self.patch_embed = nn.Sequential(collections.OrderedDict(proj=proj))
         self.rel_pos_bias = None
         if rel_pos_bias:
             self.rel_pos_bias = RelativePositionBias(self.grid, num_heads)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, layer_scale) for _ in range(depth)
-        )
+        blocks = [Block(embed_dim, num_heads, layer_scale) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()  # for others: not used in forward()
         if num_classes:
@@ -376,7 +351,7 @@ class ViT(nn.Module):
 
     def embed(self, x, mask, mask_token, rows, cols):
         """Pixels (B, 3, h, w) -> tokens with positions (B, 1+N, D)."""
-        x = self.patch_embed(x)  # (B, N, D)
+        x = self.patch_embed(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:
             # masked patches lose their pixels, but stay in the sequence
             hidden = 0.0 if mask_token is None else mask_token.to(x.dtype)
@@ -384,9 +359,10 @@ class ViT(nn.Module):
         cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
-            grid = self.pos_embed[0, 1:].unflatten(0, (self.grid, self.grid))
-            grid = resize_grid(grid, rows, cols).flatten(0, 1)
-            x = x + torch.cat([self.pos_embed[0, :1], grid])
+            cls, patches = self.pos_embed[0].split([1, self.grid**2])
+            patches = patches.unflatten(0, (self.grid, self.grid))
+            patches = resize_grid(patches, rows, cols).flatten(0, 1)
+            x = x + torch.cat([cls, patches])
         return x
 
     def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
@@ -404,12 +380,11 @@ class ViT(nn.Module):
         records = []
         for block in self.blocks:
             # earlier blocks need every token, as key and value
-            is_last = block is self.blocks[-1]
+            asks_cls_only = cls_only and block is self.blocks[-1]
+            entry = block.record(x, bias, asks_cls_only, explicit=record)
+            x = entry.out
             if record:
-                records.append(block.record(x, bias))
-                x = records[-1].out
-            else:
-                x = block(x, bias, is_last and cls_only)
+                records.append(entry)
         x = self.norm(x)
         return (x, records) if record else x
 
@@ -424,15 +399,15 @@ def mlp_head(*widths):
     has no learned scale, which could shrink to 0. Heads are never evaluated: no running
     statistics.
     """
-    batch_norm = functools.partial(nn.BatchNorm1d, track_running_stats=False)
     layers = []
-    for i in range(1, len(widths) - 1):
+    for i in range(1, len(widths)):
+        has_scale = i < len(widths) - 1
         layers.append(nn.Linear(widths[i - 1], widths[i], bias=False))
-        layers.append(batch_norm(widths[i]))
+        layers.append(
+            nn.BatchNorm1d(widths[i], affine=has_scale, track_running_stats=False)
+        )
         layers.append(nn.ReLU())
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
-    layers.append(batch_norm(widths[-1], affine=False))
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers[:-1])  # nothing after the last BatchNorm
 
 
 class SSL(nn.Module):
@@ -489,17 +464,14 @@ class SSL(nn.Module):
     def compare(self, query_cls, key_cls):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
         # each view apart: BatchNorm would leak one view's statistics into the other
-        q1 = self.predictor(self.projector(query_cls[0]))
+        q = [self.predictor(self.projector(cls)) for cls in query_cls]
         with torch.no_grad():
-            k1 = self.momentum_projector(key_cls[0])
+            k = [self.momentum_projector(cls) for cls in key_cls]
         if self.one_view:
-            return 2 * contrastive_loss(q1, k1, self.temperature), q1
-        q2 = self.predictor(self.projector(query_cls[1]))
-        with torch.no_grad():
-            k2 = self.momentum_projector(key_cls[1])
-        loss = contrastive_loss(q1, k2, self.temperature)
-        loss = loss + contrastive_loss(q2, k1, self.temperature)
-        return loss, q1
+            return 2 * contrastive_loss(q[0], k[0], self.temperature), q[0]
+        loss = contrastive_loss(q[0], k[1], self.temperature)
+        loss = loss + contrastive_loss(q[1], k[0], self.temperature)
+        return loss, q[0]
 
     def reconstruct(self, view, mask, tokens=None):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
@@ -519,8 +491,7 @@ class SSL(nn.Module):
         A loss that λ switches off is 0, and its views may be None. std: feature_std()
         of view 1's queries; without CL, of the mean patch tokens.
         """
-        cl = torch.zeros((), device=mask.device)
-        mim = torch.zeros((), device=mask.device)
+        cl = mim = torch.zeros((), device=mask.device)
         tokens = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
@@ -536,13 +507,10 @@ class SSL(nn.Module):
         """key ← m·key + (1 - m)·query, for the keys of the next step."""
         if not self.use_cl:
             return
-        pairs = [
-            (self.momentum_encoder, self.encoder),
-            (self.momentum_projector, self.projector),
-        ]
-        for key, query in pairs:
-            weights = [*key.parameters()]
-            torch._foreach_lerp_(weights, [*query.parameters()], 1 - momentum)
+        keys = [*self.momentum_encoder.parameters()]
+        keys += self.momentum_projector.parameters()
+        queries = [*self.encoder.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
 
 
 def make_encoder(cfg):
@@ -614,12 +582,12 @@ def draw_masks(batch, cfg, generator=None):
 
 
 # [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
-COLOUR_SHARES = {
-    "jitter": (0.8, 0.8),
-    "grey": (0.2, 0.2),
-    "blur": (1.0, 0.1),
-    "solarise": (0.0, 0.2),
-}
+COLOUR_SHARES = [
+    [0.8, 0.8],  # jitter
+    [0.2, 0.2],  # grey
+    [1.0, 0.1],  # blur
+    [0.0, 0.2],  # solarise
+]
 
 
 def draw_colours(rng, cfg):
@@ -629,15 +597,13 @@ def draw_colours(rng, cfg):
     factors of brightness, contrast, saturation, hue; σ of the blur in px, 0: none; 1
     for grey; 1 for solarised.
     """
-    happens = dict(zip(COLOUR_SHARES, rng.random((4, 2)), strict=True))
-    for name, shares in COLOUR_SHARES.items():
-        happens[name] = (happens[name] < shares)[:, None]  # (2, 1)
+    happens = rng.random((4, 2)) < COLOUR_SHARES
+    jitter, grey, blur, solarised = happens[:, :, None]  # (2, 1) each
     order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
     factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
-    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1)) * happens["blur"]
-    order = np.where(happens["jitter"], order, -1)
-    draws = [order, factors, sigma, happens["grey"], happens["solarise"]]
+    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1))
+    draws = [np.where(jitter, order, -1), factors, sigma * blur, grey, solarised]
     return np.concatenate(draws, axis=1, dtype=np.float32)
 
 
@@ -686,19 +652,17 @@ def gaussian_blur(x, sigma):
     Each image and channel is a group of its own. sigma (B, 1, 1, 1) stays on the CPU,
     where it tells the length of the kernel without making a GPU wait.
     """
-    channels = x.shape[1]
     radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1)
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
     too_far = offsets.abs() > (4 * sigma).int() + 1
     kernel = exponent.masked_fill(too_far, -math.inf).softmax(dim=-1)
-    kernel = kernel.repeat_interleave(channels, dim=0).to(x, non_blocking=True)
-    groups = len(kernel)
-    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
-    y = padded.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
-    y = F.conv2d(y, kernel, groups=groups)
-    y = F.conv2d(y, kernel.mT, groups=groups)
+    kernel = kernel.repeat_interleave(3, dim=0).to(x, non_blocking=True)
+    y = F.pad(x, [radius] * 4, mode="reflect")
+    y = y.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
+    y = F.conv2d(y, kernel, groups=len(kernel))
+    y = F.conv2d(y, kernel.mT, groups=len(kernel))
     return y.view_as(x)
 
 
@@ -712,8 +676,8 @@ JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def change_colours(x, draws):
     """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
 
-    draws (B, 11) on the CPU, where it is told which images an operation is for: a GPU
-    would have to wait for their number.
+    draws (B, 11) on the CPU, which finds the images that an operation is for: a GPU
+    would have to finish its work to tell how many there are.
     """
     order, factors, sigma, grey, solarised = draws.split([4, 4, 1, 1, 1], dim=1)
 
@@ -741,17 +705,18 @@ def augment(batch, cfg):
     mask = batch["mask"].to(cfg.device, non_blocking=True)
     crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous().float() / 255
-    view1 = view2 = view_mim = None
     views = 1 if cfg.one_view else 2
     if cfg.lam > 0:
         contrastive = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
-        draws = batch["colours"][:, :views]  # (B, 2, 11)
-        change_colours(contrastive, draws.transpose(0, 1).flatten(0, 1))
+        draws = batch["colours"].transpose(0, 1)[:views]  # (2, B, 11)
+        change_colours(contrastive, draws.flatten(0, 1))
     mean = MEAN.to(cfg.device, non_blocking=True)
     crops = (crops - mean) / STD.to(cfg.device, non_blocking=True)
+    view1 = view2 = view_mim = None
     if cfg.lam > 0:
         view1 = crops[0]
-        view2 = None if cfg.one_view else crops[1]
+    if cfg.lam > 0 and not cfg.one_view:
+        view2 = crops[1]
     if cfg.lam < 1:
         view_mim = crops[-1]
     return view1, view2, view_mim, mask
@@ -772,10 +737,8 @@ def lr_at(step, total, warmup, peak):
     """
     if step < warmup:
         return peak * step / warmup
-    rest = total - warmup
-    if rest == 0:
-        return peak
-    return cosine(peak, 0, (step - warmup) / rest)
+    # with warm-up alone, the last step has the peak
+    return cosine(peak, 0, (step - warmup) / max(total - warmup, 1e-9))
 
 
 def make_optimizer(model, cfg):
@@ -787,8 +750,7 @@ def make_optimizer(model, cfg):
         if p.requires_grad:
             (spared if is_vector and cfg.lam < 1 else decayed).append(p)
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    fused = cfg.device.startswith(("cpu", "cuda"))
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
 
 # ==== 6. Training loop ================================================================
@@ -796,51 +758,38 @@ def make_optimizer(model, cfg):
 
 def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
-    rank, world_size = world()
+    rank, _ = world()
     data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
-    peak_lr = cfg.lr * cfg.batch_size / 256
     since = rows[-1]["step"]
     # step s is the loader's s - 1
     batches = make_loader(cfg, data[0], range(since, total))
     log.truncate(0)
-    write_lines(log, rows)
+    for row in rows:
+        print(json.dumps(row), file=log)
     signals = catch_signals()
-    waited = 0.0
     began = time.perf_counter()
 
     for step in range(since + 1, total + 1):
         # schedules
-        lr = lr_at(step, total, cfg.warmup * total, peak_lr)
+        lr = lr_at(step, total, cfg.warmup * total, cfg.lr * cfg.batch_size / 256)
         momentum = cosine(cfg.momentum, 1.0, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # batch: this rank's share, in micro-batches
-        asked = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(cfg.accum)]
-        waited += time.perf_counter() - asked
-        views = [augment(micro_batch, cfg) for micro_batch in micro_batches]
+        views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses: of the whole batch, or of its parts, which also go backward there
-        is_whole = world_size * cfg.accum == 1
-        if is_whole:
-            with autocast():
-                losses = model(*views[0])
-        else:
-            losses = backward_in_parts(model, views, cfg, autocast, scaler)
+        # losses and backward: as of model(*views) and loss.backward() on one batch
+        losses = backward_in_parts(model, views, cfg, autocast, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-
-        # backward
-        if is_whole:
-            scaler.scale(loss).backward()
 
         # step
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # average
         model.update_average(momentum)
@@ -854,17 +803,14 @@ def train(cfg, state, log):
         for name, value in (losses | {"loss": loss, "norm": norm}).items():
             row[name] = round(value.item(), 5)  # for which a GPU has to finish its work
         stop_if_not_finite(row, scaler)
-        seconds = time.perf_counter() - began
-        row["images/s"] = round((step - since) * cfg.batch_size / seconds, 1)
-        row["stall"] = round(waited / seconds, 3)
-        row["minutes left"] = round((total - step) * seconds / (step - since) / 60, 1)
+        seconds = (time.perf_counter() - began) / (step - since)
+        row["images/s"] = round(cfg.batch_size / seconds, 1)
+        row["minutes left"] = round((total - step) * seconds / 60, 1)
         if is_saved and not stop_by and rank == 0:
             row |= knn_scores(model.encoder, data, cfg, autocast)
         rows.append(row)
-        write_lines(log, [row])
+        print(json.dumps(row), file=log)
         say(*(f"{name} {value:.4g}" for name, value in row.items()))
-        if row["std"] < 0.05:
-            say("features collapse: all images look alike; lower --lr")
 
         # save
         if is_saved and rank == 0:
@@ -872,7 +818,6 @@ def train(cfg, state, log):
         if stop_by:
             say(f"stopped by a signal after saving step {step}; --resume goes on")
             return 128 + stop_by
-        waited = 0.0
         since = step
         began = time.perf_counter()
     if rank == 0:
@@ -884,8 +829,8 @@ def train(cfg, state, log):
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
-# gradient at the outputs back through the encoder, part by part. A part whose graph was
-# not kept (--keep), for want of memory, is encoded a second time.
+# gradient at the outputs back through the encoder, part by part. Several parts are
+# encoded twice, as their graphs together may not fit into memory.
 
 
 def backward_in_parts(model, parts, cfg, autocast, scaler):
@@ -893,60 +838,51 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
 
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
+    rank, world_size = world()
     cl = mim = torch.zeros((), device=cfg.device)
-    if model.use_cl:
-        args = (model, parts, cfg, autocast, scaler)
-        cl, features, graphs, gradients = contrast_in_parts(*args)
+    query_cls = []
+    key_cls = []
     pooled = []
+    if model.use_cl:
+        # all outputs of the encoder, and the gradient of their loss
+        for views in parts:
+            # the graph of a single part is kept, so that it is encoded only once
+            with autocast(), torch.set_grad_enabled(len(parts) == 1):
+                encoded = model.encode_queries(*views)
+                key_cls.append(model.encode_keys(*views[:2]))
+            query_cls.append(encoded[0])
+        outputs = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+        with autocast():
+            keys = gather(torch.cat(key_cls, dim=1))
+            cl, features = model.compare(outputs, keys)
+        scaler.scale(cfg.lam * cl).backward()
+        # a mean over ranks follows, but each rank's encoder has its own images only
+        gradient = outputs.grad.chunk(world_size, dim=1)[rank] * world_size
     for part, views in enumerate(parts):
-        outputs, at_outputs = [], []  # what goes backward, and the gradient there
+        loss = 0.0
         tokens = None
         if model.use_cl:
-            with autocast():
-                query_cls, tokens = graphs.pop(part, 0) or model.encode_queries(*views)
-            outputs.append(query_cls)
-            at_outputs.append(gradients[part])
+            if len(parts) > 1:
+                with autocast():
+                    encoded = model.encode_queries(*views)
+            query_cls, tokens = encoded
+            # a sum whose gradient at the outputs is the one that was collected
+            at_outputs = gradient.chunk(len(parts), dim=1)[part]
+            loss = (query_cls * at_outputs).sum()
         if model.use_mim:
             with autocast():
                 part_mim, tokens = model.reconstruct(*views[2:], tokens)
             # all images have equally many masked patches: the mean of means is exact
-            outputs.append(scaler.scale((1 - cfg.lam) * part_mim / len(parts)))
-            at_outputs.append(None)
             mim = mim + part_mim.detach() / len(parts)
+            loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
             pooled.append(tokens[:, 1:].detach().mean(dim=1))
-        torch.autograd.backward(outputs, at_outputs)
+        loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for shared in (mim, *gradients):
+        mean_over_ranks(shared)
     if not model.use_cl:
         features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    average_gradients(model)
-    return {"cl": cl, "mim": mean_over_ranks(mim), "std": feature_std(features)}
-
-
-def contrast_in_parts(model, parts, cfg, autocast, scaler):
-    """The contrastive loss of the joint batch, sent back to the encoder's outputs.
-
-    -> L_CL, queries of view 1 (B, C), {part: what encode_queries() gave, if its graph
-    was kept}, and for each part the gradient at its CLS outputs (views, b, D).
-    """
-    rank, world_size = world()
-    graphs = {}
-    query_cls = []
-    key_cls = []
-    for part, views in enumerate(parts):
-        with autocast(), torch.set_grad_enabled(part < cfg.keep):
-            encoded = model.encode_queries(*views)
-        if part < cfg.keep:
-            graphs[part] = encoded
-        query_cls.append(encoded[0])
-        with autocast():
-            key_cls.append(model.encode_keys(*views[:2]))
-    all_queries = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
-    all_keys = gather(torch.cat(key_cls, dim=1))
-    with autocast():
-        cl, queries = model.compare(all_queries, all_keys)
-    scaler.scale(cfg.lam * cl).backward()
-    # a mean over ranks follows, but each rank's encoder has its own images only
-    share = all_queries.grad.chunk(world_size, dim=1)[rank] * world_size
-    return cl.detach(), queries, graphs, share.chunk(len(parts), dim=1)
+    return {"cl": cl.detach(), "mim": mim, "std": feature_std(features)}
 
 
 def world():
@@ -967,21 +903,10 @@ def gather(x):
 
 
 def mean_over_ranks(x):
+    """Replaces x, in place, by its mean."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
-    return x
-
-
-def average_gradients(model):
-    """The mean over the ranks: all messages are sent at once, then waited for."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    messages = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
-    for message in messages:
-        message.wait()
-    torch._foreach_div_(gradients, dist.get_world_size())
 
 
 # What the loop asks for, in the order of its lines.
@@ -1019,7 +944,7 @@ def check_identity(cfg, train_set, state):
     """
     identities = [train_set.identity()]
     if dist.is_initialized():
-        identities = identities * dist.get_world_size()
+        identities *= dist.get_world_size()
         dist.all_gather_object(identities, train_set.identity())
     if state is not None:
         identities.append(state["data"])
@@ -1080,9 +1005,9 @@ def catch_signals():
     signals = []
 
     def remember(number, frame):
-        if signals and number == signal.SIGINT and not dist.is_initialized():
-            raise KeyboardInterrupt
         signals.append(number)
+        if not dist.is_initialized():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
 
@@ -1100,17 +1025,14 @@ def ignore_signals(worker):
 
 def signal_of_any_rank(signals, step, cfg):
     """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
-    number = torch.tensor(signals[0] if signals else 0)
-    if dist.is_initialized():
-        if step % 5 != 0:  # to ask is to make a GPU finish its work
-            return 0
-        number = number.to(cfg.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+    number = max(signals, default=0)
+    if not dist.is_initialized():
+        return number
+    if step % 5 != 0:  # to ask is to make a GPU finish its work
+        return 0
+    number = torch.tensor(number, device=cfg.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
-
-
-class NotFinite(RuntimeError):
-    """main() returns status 1, as the input is not to blame."""
 
 
 def stop_if_not_finite(row, scaler):
@@ -1119,17 +1041,12 @@ def stop_if_not_finite(row, scaler):
     In fp16 gradients overflow now and then, and the scaler leaves such steps out.
     """
     is_finite = math.isfinite(row["loss"])
-    if not scaler.is_enabled():
-        is_finite = is_finite and math.isfinite(row["norm"])
+    is_finite &= scaler.is_enabled() or math.isfinite(row["norm"])
     if not is_finite:
         advice = "lower --lr, or --resume an earlier save"
-        raise NotFinite(f"loss or gradient not finite by {row}: {advice}")
-
-
-def write_lines(log, rows):
-    """Appends to log.jsonl, at once: a crash loses no line."""
-    log.writelines(json.dumps(row) + "\n" for row in rows)
-    log.flush()
+        raise FloatingPointError(f"loss or gradient not finite by {row}: {advice}")
+    if row["std"] < 0.05:
+        say("features collapse: all images look alike; lower --lr")
 
 
 def save_run(cfg, data, rows, model, optimizer, scaler):
@@ -1184,7 +1101,7 @@ class Config:
     model: str = "micro"  # nano, micro, micro8, tiny, small, base, large, huge
     image_size: int = 32  # px; crops are resized to this square
     patch_size: int = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
-    # sincos (fixed), learned, or relative: SimMIM's biases, with LayerScale
+    # sincos (fixed) or relative: SimMIM's biases, with LayerScale
     positions: str = "sincos"
 
     # optimiser
@@ -1203,8 +1120,6 @@ class Config:
     dtype: str = "auto"
     # micro-batches per step, any number gives the same result; 0: of 128 images at most
     accum: int = 0
-    # how many of them keep their graph; the others are encoded twice, to save memory
-    keep: int = 1
     workers: int = -1  # loading processes; -1: up to 16 for a GPU
     compile: bool = False  # torch.compile: a slow start, then faster steps
 
@@ -1223,7 +1138,7 @@ CHOICES = {
     "objective": ("moco", "simmim", "hybrid"),
     "preset": ("micro", "small32", "imagenet"),
     "model": tuple(SIZES),
-    "positions": ("sincos", "learned", "relative"),
+    "positions": ("sincos", "relative"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
 }
 # Recipes: flags for every objective, then for one.
@@ -1257,8 +1172,11 @@ SHARES = ("lam", "momentum", "mask_ratio", "crop_min", "hue_shift", "warmup")
 COUNTS = ("proj_hidden", "mask_patch_size", "image_size", "patch_size", "steps")
 COUNTS += ("batch_size", "save_every", "log_every")
 # at --resume; everything else is as it was
-MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
+MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
+# what main() prints as one line
+ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ArithmeticError)
+ERRORS += (argparse.ArgumentError,)
 
 
 LOG_HELP = """
@@ -1267,7 +1185,6 @@ what a line of the log says:
                  masked L1 in standard deviations of ImageNet's colours
   std            of unit-length features: about 1 when spread, 0 when all are alike
   norm           length of the gradient, before clipping
-  stall          share of the time spent waiting for the loader: else more --workers
   knn_<labels>   accuracy of the 20 nearest training images' majority, in the best layer
                  of the network; log.jsonl has the untrained network's as step 0
 """
@@ -1308,21 +1225,20 @@ def parse(argv):
     if "steps" in given:
         values["epochs"] = 0.0  # the recipe's
     cfg = Config(**(values | given))
-    if objective in PURE:
-        is_pure = given.get("lam", PURE[objective]) == PURE[objective]
-        require(is_pure, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
-        cfg.lam = PURE[objective]
+    cfg.lam = PURE.get(objective, cfg.lam)
+    is_possible = given.get("lam", cfg.lam) == cfg.lam
+    require(is_possible, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     for name, value in vars(cfg).items():
         lowest = {"workers": -1}.get(name, 1 if name in COUNTS else 0)
-        highest = 1 if name in SHARES else math.inf
+        highest = 1 if name in SHARES else 1e9
         is_fine = isinstance(value, str) or lowest <= value <= highest
         require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
-        parts = [preset, objective]
-        parts += [f"{given[name]:g}" for name in ("lam",) if name in given]
-        parts += [f"seed{given[name]}" for name in ("seed",) if name in given]
-        cfg.out = "runs/" + "-".join(parts)
+        cfg.out = f"runs/{preset}-{objective}"
+        for name in ("lam", "seed"):
+            if name in given:
+                cfg.out += f"-{name}{given[name]}"
     return cfg, given
 
 
@@ -1333,12 +1249,12 @@ def resume(cfg, given):
     is_run = isinstance(state, dict) and state.keys() >= {"config", "data", "optimizer"}
     is_ours = is_run and types_of(state["config"]) == types_of(asdict(cfg))
     require(is_ours, f"{path}: not a run of this version of the program")
+    config = state["config"]
     for name in given.keys() - MAY_CHANGE:
-        was = state["config"][name]
-        message = f"{path} has {flag_of(name)} {was}, which cannot change"
-        require(given[name] == was, message)
+        message = f"{path} has {flag_of(name)} {config[name]}, which cannot change"
+        require(given[name] == config[name], message)
     of_this_machine = {"device": "auto", "workers": -1, "accum": 0, "out": cfg.out}
-    return Config(**(state["config"] | of_this_machine | given)), state
+    return Config(**(config | of_this_machine | given)), state
 
 
 def types_of(values):
@@ -1368,65 +1284,46 @@ def settle(cfg, world_size):
         torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
         cfg.device = "cpu"
-    try:
-        torch.zeros(1, device=cfg.device)
-    except Exception as error:  # torch has many kinds
-        raise UserError(f"--device {cfg.device}: there is none here") from error
+    torch.zeros(1, device=cfg.device)  # an error if there is none here
     on_gpu = cfg.device.startswith("cuda")
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
         if has_bf16(on_gpu):
             cfg.dtype = "bf16"
-    share = cfg.batch_size // world_size
-    if cfg.accum == 0:
-        cfg.accum = math.ceil(share / 128)
-        while share % cfg.accum != 0:
-            cfg.accum += 1
     if cfg.workers < 0:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(16, usable_cpus() // ranks_here) if on_gpu else 0
-    divides = cfg.batch_size == share * world_size and share % max(cfg.accum, 1) == 0
+    share = cfg.batch_size // world_size
+    if cfg.accum == 0:
+        cfg.accum = 1
+        while share > 128 * cfg.accum or share % cfg.accum != 0:
+            cfg.accum += 1
+    divides = cfg.batch_size % (world_size * cfg.accum) == 0
     parts = f"{world_size} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     draw_masks(1, cfg)  # do the sizes divide?
 
 
-def open_run_folder(cfg, state, rank):
+def open_run_folder(cfg):
     """Makes --out and owns it -> its log.jsonl; other ranks' go nowhere.
 
     UserError if it holds a run or another run writes into it.
     """
-    if rank > 0:
+    if int(os.environ.get("RANK", 0)) > 0:
         return io.StringIO()
     folder = Path(cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    # a buffer of one line: a crash loses none
+    log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
     if fcntl is not None:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run writes into {folder}: give --out") from error
     is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
-    may_write = is_empty or cfg.overwrite or state is not None
+    may_write = is_empty or cfg.overwrite or cfg.resume
     require(may_write, f"{folder} holds a run: give --resume or --overwrite")
     return log
-
-
-def ranks_of_torchrun():
-    """-> this process's rank, number of processes."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    has_all = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    require(world_size == 1 or has_all, "WORLD_SIZE without RANK: start with torchrun")
-    return int(os.environ.get("RANK", 0)), world_size
-
-
-def join_ranks(cfg, rank):
-    """Meets the other processes of torchrun. Only the first writes on the console."""
-    backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
-    # the others wait for the first rank's k-NN test
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main(argv=None):
@@ -1441,18 +1338,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
-    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
+    except ERRORS as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
-        return 1 if isinstance(error, NotFinite) else 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1463,16 +1358,20 @@ def main(argv=None):
 def run(argv):
     """Reads a command line, then plans or trains -> exit status."""
     cfg, given = parse(argv)
-    rank, world_size = ranks_of_torchrun()
     state = None
     if cfg.resume:
         cfg, state = resume(cfg, given)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     settle(cfg, world_size)
     if cfg.dry_run:
         return plan(cfg)
-    log = open_run_folder(cfg, state, rank)
+    log = open_run_folder(cfg)
     if world_size > 1:
-        join_ranks(cfg, rank)
+        backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
+        # the others wait for the first rank's k-NN test
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return train(cfg, state, log)
 
 
@@ -1484,16 +1383,19 @@ TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checks", "dots"]
 TEXTURES += ["zigzag", "grid"]
 
 
-def shape_level(shape, x, y, radius, angle):
+def shape_level(shape, x, y):
     """Negative inside the shape, 0 on its outline; angle 0 points up."""
+    radius = np.hypot(x, y)
+    angle = np.arctan2(x, -y)
     third = 2 * np.pi / 3
-    cross = np.minimum(abs(x), abs(y)) - 0.3  # in either arm
+    longest = np.maximum(abs(x), abs(y))
     levels = {
         "circle": radius - 0.9,
-        "square": np.maximum(abs(x), abs(y)) - 0.75,
+        "square": longest - 0.75,
         "triangle": radius * np.cos(angle % third - third / 2) - 0.5,
         "star": radius - 0.65 - 0.35 * np.cos(5 * angle),
-        "cross": np.maximum(cross, np.fmax(abs(x), abs(y)) - 0.95),
+        # in either arm, which ends
+        "cross": np.maximum(np.minimum(abs(x), abs(y)) - 0.3, longest - 0.95),
         "ring": abs(radius - 0.7) - 0.25,
         "bar": np.maximum(abs(x) - 0.4, abs(y) - 0.95),
         # a circle without another one
@@ -1520,9 +1422,9 @@ def texture_wave(texture, u, v):
     return waves[texture]
 
 
-def may_be_kept(count, width, height):
-    """Do `count` images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
-    return 3 * count * width * height <= 250e6
+def may_be_kept(source, image):
+    """Do all images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
+    return 3 * len(source) * math.prod(image.size) <= 250e6
 
 
 class Stimuli:
@@ -1557,9 +1459,9 @@ class Stimuli:
         """-> PIL image, [shape, texture]; small ones are drawn once and kept."""
         if index in self.kept:
             return self.kept[index]
-        image, shape, texture, _ = self[index]
-        loaded = (Image.fromarray(image), [shape, texture])
-        if may_be_kept(len(self), self.size, self.size):
+        image, *labels, _ = self[index]
+        loaded = (Image.fromarray(image), labels)
+        if may_be_kept(self, loaded[0]):
             self.kept[index] = loaded
         return loaded
 
@@ -1571,26 +1473,23 @@ class Stimuli:
         places = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
         center_x, center_y, slope_x, slope_y = places
         frequency = 2 * np.pi / rng.uniform(0.36, 0.46)
-        phase = rng.uniform(0, 2 * np.pi, 2)
+        phase_u, phase_v = rng.uniform(0, 2 * np.pi, 2)
         grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
 
         # pixel centres in [-1, 1], and in the object's own axes u, v (S, S)
-        axis = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
-        x = axis[None, :]
-        y = axis[:, None]
+        x = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
+        y = x[:, None]
         u = np.cos(tilt) * (x - center_x) + np.sin(tilt) * (y - center_y)
         v = np.cos(tilt) * (y - center_y) - np.sin(tilt) * (x - center_x)
-        radius = np.hypot(u, v) / scale
-        angle = np.arctan2(u, -v)
-        level = shape_level(SHAPES[shape], u / scale, v / scale, radius, angle)
+        level = shape_level(SHAPES[shape], u / scale, v / scale)
         # an edge one pixel wide
         inside = np.clip(0.5 - level * scale * self.size / 2, 0, 1)
-
-        u = u * frequency + phase[0]
-        v = v * frequency + phase[1]
+        u = u * frequency + phase_u
+        v = v * frequency + phase_v
         wave = np.clip(1.5 * texture_wave(TEXTURES[texture], u, v), -1, 1)
+
         # red, green and blue around the colour circle
-        colour = np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+        colour = np.clip(abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
         colour = bright * (fade + (1 - fade) * colour)
         light = colour * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
         ground = (grey + slope_x * x + slope_y * y)[..., None]  # (S, S, 1)
@@ -1618,15 +1517,15 @@ def list_images(root):
     kinds = Image.registered_extensions()
     images = []
     left_out = collections.Counter()
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        others = [n for n in inner if n[0] == "." or n.lower() in MASK_FOLDERS]
-        left_out.update(f"folder {name}" for name in others)
-        inner[:] = sorted(set(inner) - set(others))
-        top = os.path.relpath(folder, root).split(os.sep)[0]
+    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        parts = Path(folder).relative_to(root).parts
+        is_other = any(p[0] == "." or p.lower() in MASK_FOLDERS for p in parts)
         for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if kinds.get(ending) in Image.OPEN:
-                images.append((top, os.path.join(folder, name)))
+            ending = Path(name).suffix.lower()
+            if is_other:
+                left_out["file in hidden folders or among masks"] += 1
+            elif kinds.get(ending) in Image.OPEN:
+                images.append(([*parts, "."][0], os.path.join(folder, name)))
             else:
                 left_out[f"file {ending}, no kind of image for Pillow"] += 1
     for reason, count in left_out.items():
@@ -1649,19 +1548,14 @@ class ImageFolder(list):
         self.kept = {}
         self.label_names = ()
         self.classes = ()
-        if len(names) > 1:  # what lies beside the class folders is of no class
-            images = [(top, path) for top, path in images if top != "."]
+        if len(names) > 1:
             self.label_names = ("class",)
             self.classes = (names,)
         for top, path in images:
-            self.append((path, [names.index(top) if self.classes else 0]))
-
-    def part(self, is_tenth):
-        """Every tenth image, or the others -> ImageFolder."""
-        part = copy.copy(self)
-        part.kept = {}
-        part[:] = [entry for i, entry in enumerate(self) if (i % 10 == 9) == is_tenth]
-        return part
+            if len(names) < 2:
+                self.append((path, [0]))
+            elif top in names:  # what lies beside the class folders is of no class
+                self.append((path, [names.index(top)]))
 
     def identity(self):
         """How many images, and a fingerprint of their names and order."""
@@ -1672,13 +1566,11 @@ class ImageFolder(list):
     def load(self, index):
         """-> opened PIL image, [class]; small images are decoded once and kept."""
         path, labels = self[index]
-        if index in self.kept:
-            return self.kept[index], labels
+        if path in self.kept:
+            return self.kept[path], labels
         image = Image.open(path)
-        if may_be_kept(len(self), *image.size):
-            turn_upright(image)
-            image = to_rgb(image)
-            self.kept[index] = image
+        if may_be_kept(self, image):
+            image = self.kept[path] = to_rgb(image)
         return image, labels
 
 
@@ -1687,19 +1579,20 @@ def find_data(cfg):
     if not cfg.data:
         train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
-    require(os.path.isdir(cfg.data), f"--data {cfg.data}: no such folder")
-    folders = {path.name.lower(): path for path in sorted(Path(cfg.data).iterdir())}
-    train = [folders[name] for name in TRAIN_FOLDERS if name in folders]
-    test = [folders[name] for name in TEST_FOLDERS if name in folders]
-    require(train or not test, f"--data {cfg.data}: has {test}, but no folder train")
-    if not train:
-        whole = ImageFolder(cfg.data)
-        if len(whole) < 20:
-            return whole, None
-        return whole.part(is_tenth=False), whole.part(is_tenth=True)
-    train_set = ImageFolder(train[0])
-    test_set = ImageFolder(test[0]) if test else None
-    if test and train_set.classes != test_set.classes:
+    train_set = test_set = None
+    for path in sorted(Path(cfg.data).iterdir()):
+        if path.name.lower() in TRAIN_FOLDERS:
+            train_set = ImageFolder(path)
+        elif path.name.lower() in TEST_FOLDERS:
+            test_set = ImageFolder(path)
+    if train_set is None:
+        require(test_set is None, f"--data {cfg.data}: a test set, but no folder train")
+        train_set = ImageFolder(cfg.data)
+        if len(train_set) >= 20:
+            test_set = copy.copy(train_set)
+            test_set[:] = train_set[9::10]
+            del train_set[9::10]
+    elif test_set is not None and train_set.classes != test_set.classes:
         say(f"no accuracies, as classes differ: {train_set.classes} {test_set.classes}")
     return train_set, test_set
 
@@ -1726,24 +1619,22 @@ def crop_box(width, height, smallest, rng):
 def upright_size(image):
     """Width and height as they will be once the camera's orientation is obeyed."""
     orientation = 1
-    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
-        orientation = image.getexif().get(0x0112, 1)
-    is_turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow's turn
-    return image.size[::-1] if is_turned else image.size
-
-
-def turn_upright(image):
-    image.load()
     with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = image.getexif().get(0x0112)
+    if orientation in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns those
+        return image.height, image.width
+    return image.size
 
 
 def to_rgb(image):
-    """Any mode of Pillow's -> RGB; what is transparent lies on white.
+    """Decodes an opened image of any mode -> upright RGB; transparent lies on white.
 
     Of 16 and 32 bits, whose range nobody knows, the darkest pixel becomes black, the
     brightest white.
     """
+    image.load()
+    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         values = values - values.min()
@@ -1765,16 +1656,15 @@ def cut(image, boxes, size):
     # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
-    turn_upright(image)
     image = to_rgb(image)
-    # between pixels, at least one pixel wide and high
-    boxes = (boxes * image.width / width).round()
-    boxes = np.maximum(boxes, (0, 0, 1, 1)).astype(int)
-    boxes[:, :2] = np.minimum(boxes[:, :2], boxes[:, 2:] - 1)
+    boxes = (boxes * image.width / width).round().astype(int)  # between pixels
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
     crops = []
     for left, top, right, bottom in boxes:
-        crop = pixels[:, :, top:bottom, left:right]
+        # at least one pixel wide and high
+        left = min(left, image.width - 1)
+        top = min(top, image.height - 1)
+        crop = pixels[:, :, top : max(bottom, top + 1), left : max(right, left + 1)]
         crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
     return torch.cat(crops).numpy()
 
@@ -1802,12 +1692,9 @@ def first_readable(source, wanted, crop):
             image, labels = source.load(index)
             return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
-            reason = error
-            warn_once(
-                f"unreadable, replaced by the next: {source[index][0]!r} ({error})"
-            )
-    message = f"of 100 files in a row not one is an image that can be read ({reason})"
-    raise UserError(message) from reason
+            path = source[index][0]
+            warn_once(f"unreadable, replaced by the next: {path!r} ({error})")
+    raise UserError("of 100 files in a row not one is an image that can be read")
 
 
 @functools.cache
@@ -1827,15 +1714,15 @@ def batch_keys(cfg, length, steps, rank, world_size):
     number of ranks and micro-batches sees the same images in the same step.
     """
     share = cfg.batch_size // world_size
-    micro_batch = share // cfg.accum
     for step in steps:
-        for part in range(cfg.accum):
-            start = step * cfg.batch_size + rank * share + part * micro_batch
-            keys = []
-            for place in range(start, start + micro_batch):
-                epoch, position = divmod(place, length)
-                keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
-            yield keys
+        first = step * cfg.batch_size + rank * share
+        keys = []
+        for place in range(first, first + share):
+            epoch, position = divmod(place, length)
+            keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
+            if len(keys) == share // cfg.accum:
+                yield keys
+                keys = []
 
 
 def make_loader(cfg, train_set, steps):
@@ -1905,9 +1792,9 @@ def layer_features(encoder, source, count, cfg, autocast):
         with autocast():
             # .forward: a compiled encoder would compile again for this
             _, records = encoder.forward(images, record=True)
-        out = torch.stack([record.out for record in records]).float()  # (L, b, 1+N, D)
-        states = torch.stack([out[:, :, 0], out[:, :, 1:].mean(dim=2)], dim=1)
-        features.append(states.flatten(0, 1).cpu())
+        layers = [record.out.float() for record in records]  # (b, 1+N, D) each
+        tokens = [x[:, 0] for x in layers] + [x[:, 1:].mean(dim=1) for x in layers]
+        features.append(torch.stack(tokens).cpu())
         labels.append(batch_labels)
     return torch.cat(features, dim=1), torch.cat(labels)
 
@@ -1915,16 +1802,18 @@ def layer_features(encoder, source, count, cfg, autocast):
 def knn_scores(encoder, data, cfg, autocast):
     """{"knn_<label set>": accuracy of the best layer and token}; {} without labels."""
     train_set, test_set = data
-    has_labels = test_set is not None and train_set.classes == test_set.classes != ()
+    scores = {}
+    has_labels = test_set is not None and train_set.classes == test_set.classes
     if cfg.knn_images == 0 or not has_labels:
-        return {}
+        return scores
     bank = layer_features(encoder, train_set, cfg.knn_images, cfg, autocast)
     tested = cfg.knn_images // 4 + 1
     features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
-    hits = knn(*bank, features) == labels  # (2L, images, label sets)
-    best = hits.float().mean(dim=1).amax(dim=0)
-    names = [f"knn_{name}" for name in train_set.label_names]
-    return {n: round(x, 4) for n, x in zip(names, best.tolist(), strict=True)}
+    hits = (knn(*bank, features) == labels).float()  # (2L, images, label sets)
+    best = hits.mean(dim=1).amax(dim=0).tolist()
+    for name, accuracy in zip(train_set.label_names, best, strict=False):
+        scores[f"knn_{name}"] = round(accuracy, 4)
+    return scores
 
 
 # ---- Checkpoints ----
@@ -1959,10 +1848,9 @@ def load_checkpoint(path):
 
 # ---- Plan: what does a run cost? ----
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # bf16, from the data sheets
-# of the peak: the hybrid's 711 images/s of ViT-B on one H100, whole batches of 128,
-# without --compile, loading, colours, clipping and average
-MEASURED_SHARE = 0.26
+# FLOP/s of one H100, 26 % of its peak: the hybrid's 711 images/s of ViT-B, in batches
+# of 128, without --compile, loading, colours, clipping and average
+H100_SPEED = 0.26 * 989e12
 IMAGENET = 1281167  # images, where --data is not there to be counted
 
 
@@ -1988,24 +1876,6 @@ def flops_per_image(cfg):
     return flops
 
 
-def measure_rate(cfg):
-    """-> images/s of training steps on this machine, without loading."""
-    count = max(2, min(128, int(2e12 / flops_per_image(cfg))))  # some seconds of a CPU
-    model = SSL(cfg).to(cfg.device)
-    optimizer = make_optimizer(model, cfg)
-    autocast, _ = mixed_precision(cfg)
-    views = torch.randn(3, count, 3, cfg.image_size, cfg.image_size, device=cfg.device)
-    mask = draw_masks(count, cfg).to(cfg.device)
-    for _ in range(3):
-        began = time.perf_counter()
-        with autocast():
-            losses = model(*views, mask)
-        (losses["mim"] + losses["cl"]).backward()
-        optimizer.step()
-        losses["std"].item()  # waits for a GPU
-    return count / (time.perf_counter() - began)
-
-
 def plan(cfg):
     """Prints FLOPs, memory and hours of the run -> exit status."""
     count = IMAGENET
@@ -2013,26 +1883,32 @@ def plan(cfg):
         count = len(find_data(cfg)[0])
     images = number_of_steps(cfg, count) * cfg.batch_size
     flops = flops_per_image(cfg)
-    with torch.device("meta"):  # shapes without memory
-        model = SSL(cfg)
-    # itself, gradient, Adam's two averages; or an averaged weight alone
-    weights = sum(
-        (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
-    )
+    model = SSL(cfg).to(cfg.device)
+    weights = 0
+    for p in model.parameters():
+        # a trained weight has a gradient and Adam's two averages
+        weights += 4 * p.numel() if p.requires_grad else p.numel()
+    hours = images * flops / H100_SPEED / 3600
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}: {images:.4g} images of {flops / 1e9:.4g} GFLOP, "
-        f"{weights / 2**30:.2g} GiB of weights, their gradients and averages"
+        f"{weights * 4 / 2**30:.2g} GiB of weights, their gradients and averages"
     )
-    for gpu, peak in PEAK_FLOPS.items():
-        hours = images * flops / (MEASURED_SHARE * peak) / 3600
-        share = f"at {MEASURED_SHARE:.0%} of its bf16 peak, {peak / 1e12:g} TFLOP/s"
-        say(f"one {gpu}, {share}: {hours:.3g} h; eight: {hours / 8:.3g} h")
-    rate = measure_rate(cfg)
+    say(f"one H100, at 26 % of its bf16 peak of 989 TFLOP/s: {hours:.3g} h")
+    # training steps on this machine, of as many images as take a CPU some seconds
+    size = max(2, min(128, int(2e12 / flops)))
+    views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
+    mask = draw_masks(size, cfg).to(cfg.device)
+    autocast, _ = mixed_precision(cfg)
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast():
+            losses = model(*views, mask)
+        (losses["mim"] + losses["cl"]).backward()
+        losses["std"].item()  # waits for a GPU
+    rate = size / (time.perf_counter() - began)
     hours = images / rate / 3600
-    say(
-        f"here ({cfg.device}, {cfg.dtype}): measured {rate:.4g} images/s, {hours:.3g} h"
-    )
+    say(f"here ({cfg.device}, {cfg.dtype}): {rate:.4g} images/s, {hours:.3g} h")
     return 0
 
 
@@ -2041,63 +1917,44 @@ def plan(cfg):
 
 def finish(cfg, model, rows, data):
     """Draws what was learnt; says how good the features are, and what next."""
-    draw_losses(cfg, rows)
     if cfg.lam < 1:
         draw_reconstruction(cfg, model, data[1] or data[0])
         say(f"image, what the network saw, what it makes of it: {cfg.out}/masked.png")
-    for name, classes in zip(data[0].label_names, data[0].classes, strict=True):
-        key = f"knn_{name}"
-        if key in rows[-1]:
-            others = f"untrained {rows[0][key]:.3f}, chance {1 / len(classes):.3f}"
-            say(f"{name}: k-NN accuracy {rows[-1][key]:.3f}, {others}")
-    say(f"checkpoint, log and loss curve are in {cfg.out}")
+    for key in rows[0]:
+        if key.startswith("knn"):
+            say(f"{key} {rows[-1][key]:.3f}, untrained {rows[0][key]:.3f}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
     say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
-
-
-def draw_losses(cfg, rows):
-    from matplotlib.figure import Figure  # here, as it takes a second to load
-
-    axis = Figure(figsize=(7, 4)).subplots()
-    for name in ("mim", "cl"):
-        steps = [row["step"] for row in rows[1:]]
-        axis.plot(steps, [row[name] for row in rows[1:]], label=f"L_{name.upper()}")
-    axis.set(xlabel="optimiser step", ylabel="loss", title=f"λ = {cfg.lam:g}")
-    axis.legend()
-    axis.figure.savefig(Path(cfg.out, "loss.png"), dpi=150)
 
 
 @torch.no_grad()
 def draw_reconstruction(cfg, model, source):
     """Rows of eight test images: as they are, masked, and with what is predicted."""
     crops = CenterCrops(source, cfg.image_size)
-    pixels = np.stack([crops[i][0] for i in range(min(8, len(source)))])
+    pixels = np.stack([crops[i][0] for i in range(8)])
     images = (torch.from_numpy(pixels) / 255 - MEAN) / STD
-    mask = draw_masks(len(images), cfg, torch.Generator().manual_seed(0))
+    mask = draw_masks(8, cfg, torch.Generator().manual_seed(0))
     model.to("cpu")
     tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
-    patches = torch.cat([target, target * ~hidden, predicted])  # (24, N, 3p²)
-    x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-    x = F.pad((255 * x).clamp(0, 255), (1, 1, 1, 1), value=255)  # a white frame
-    x = x.unflatten(0, (3, -1)).permute(0, 3, 1, 4, 2)  # (3, h, 8, w, 3)
-    picture = Image.fromarray(x.flatten(2, 3).flatten(0, 1).byte().numpy())
+    rows = []
+    for patches in (target, target * ~hidden, predicted):
+        x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
+        rows.append(torch.cat([*x], dim=2))  # (3, h, 8w)
+    picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
+    picture = Image.fromarray((255 * picture).byte().numpy())
     enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 
-def keep_large_blocks():
-    """Stops glibc from returning freed memory: 20 % of the time of a CPU step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 2**26)  # M_TOP_PAD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-
-
-keep_large_blocks()
+# Stops glibc from returning freed memory: 20 % of the time of a CPU step.
+with contextlib.suppress(OSError, AttributeError):  # another C library
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    libc.mallopt(-2, 2**26)  # M_TOP_PAD
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 if __name__ == "__main__":
     sys.exit(main())
