@@ -758,15 +758,13 @@ def make_optimizer(model, cfg):
 
 def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
-    rank, _ = world()
+    rank, world_size = world()
     data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
     since = rows[-1]["step"]
-    # step s is the loader's s - 1
-    batches = make_loader(cfg, data[0], range(since, total))
+    batches = make_loader(cfg, data[0], range(since, total))  # step s is its s - 1
     log.truncate(0)
-    for row in rows:
-        print(json.dumps(row), file=log)
+    log.writelines(json.dumps(row) + "\n" for row in rows)
     signals = catch_signals()
     began = time.perf_counter()
 
@@ -780,18 +778,23 @@ def train(cfg, state, log):
         # batch: this rank's share, in micro-batches
         views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses and backward: as of model(*views) and loss.backward() on one batch
-        losses = backward_in_parts(model, views, cfg, autocast, scaler)
+        # losses, backward: of the whole batch, or the same from many parts
+        is_whole = world_size * cfg.accum == 1
+        if is_whole:
+            with autocast():
+                losses = model(*views[0])
+        else:
+            losses = backward_in_parts(model, views, cfg, autocast, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+        if is_whole:
+            scaler.scale(loss).backward()
 
-        # step
+        # step, average
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
-        # average
         model.update_average(momentum)
 
         # log: every log_every steps, and at step 3, the first that tells the time
@@ -829,8 +832,8 @@ def train(cfg, state, log):
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
-# gradient at the outputs back through the encoder, part by part. Several parts are
-# encoded twice, as their graphs together may not fit into memory.
+# gradient at the outputs back through the encoder, part by part. A part whose graph was
+# not kept (--keep), for want of memory, is encoded a second time.
 
 
 def backward_in_parts(model, parts, cfg, autocast, scaler):
@@ -840,18 +843,17 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
     """
     rank, world_size = world()
     cl = mim = torch.zeros((), device=cfg.device)
-    query_cls = []
+    queries = []
     key_cls = []
     pooled = []
     if model.use_cl:
         # all outputs of the encoder, and the gradient of their loss
-        for views in parts:
-            # the graph of a single part is kept, so that it is encoded only once
-            with autocast(), torch.set_grad_enabled(len(parts) == 1):
-                encoded = model.encode_queries(*views)
+        for part, views in enumerate(parts):
+            with autocast(), torch.set_grad_enabled(part < cfg.keep):
+                queries.append(model.encode_queries(*views))
                 key_cls.append(model.encode_keys(*views[:2]))
-            query_cls.append(encoded[0])
-        outputs = gather(torch.cat(query_cls, dim=1)).requires_grad_()  # (2, B, D)
+        query_cls = torch.cat([cls for cls, _ in queries], dim=1)
+        outputs = gather(query_cls).requires_grad_()  # (2, B, D)
         with autocast():
             keys = gather(torch.cat(key_cls, dim=1))
             cl, features = model.compare(outputs, keys)
@@ -862,10 +864,10 @@ def backward_in_parts(model, parts, cfg, autocast, scaler):
         loss = 0.0
         tokens = None
         if model.use_cl:
-            if len(parts) > 1:
+            query_cls, tokens = queries[part]
+            if part >= cfg.keep:
                 with autocast():
-                    encoded = model.encode_queries(*views)
-            query_cls, tokens = encoded
+                    query_cls, tokens = model.encode_queries(*views)
             # a sum whose gradient at the outputs is the one that was collected
             at_outputs = gradient.chunk(len(parts), dim=1)[part]
             loss = (query_cls * at_outputs).sum()
@@ -1120,6 +1122,8 @@ class Config:
     dtype: str = "auto"
     # micro-batches per step, any number gives the same result; 0: of 128 images at most
     accum: int = 0
+    # how many of them keep their graph: as many as fit, as others are encoded twice
+    keep: int = 1
     workers: int = -1  # loading processes; -1: up to 16 for a GPU
     compile: bool = False  # torch.compile: a slow start, then faster steps
 
@@ -1172,7 +1176,7 @@ SHARES = ("lam", "momentum", "mask_ratio", "crop_min", "hue_shift", "warmup")
 COUNTS = ("proj_hidden", "mask_patch_size", "image_size", "patch_size", "steps")
 COUNTS += ("batch_size", "save_every", "log_every")
 # at --resume; everything else is as it was
-MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum"}
+MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
 # what main() prints as one line
 ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ArithmeticError)
@@ -1344,6 +1348,8 @@ def main(argv=None):
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
