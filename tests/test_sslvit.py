@@ -3,19 +3,17 @@
 Every expected number follows from paper and pencil, or from an independent library.
 """
 
-import importlib.util
 import io
 import json
 import math
 import os
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 import zipfile
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +23,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import sslvit
 from sslvit import SSL, Config, Stimuli, TrainingViews, ViT
 
@@ -93,41 +90,31 @@ def column(values):
 
 def test_contrastive_loss_by_hand():
     # own key: cosine 1, three others: cosine 0
-    eye = torch.eye(4)
-    loss = sslvit.contrastive_loss(3 * eye, eye, 0.5).item()
-    assert loss == pytest.approx(math.log(1 + 3 * math.exp(-2)))
-    # nothing is told apart
-    alike = torch.ones(4, 7)
-    loss = sslvit.contrastive_loss(alike, alike, 0.2).item()
-    assert loss == pytest.approx(0.4 * math.log(4))
+    loss = sslvit.contrastive_loss(3 * torch.eye(4), torch.eye(4), 0.5)
+    assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-2)))
     # queries e1, e1 and keys e1, e2: each query finds the first key, which for the
     # second is wrong. Keys that look for queries would be undecided both times.
     q = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    loss = sslvit.contrastive_loss(q, torch.eye(2), 1.0).item()
-    one_way = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))
-    assert loss == pytest.approx(one_way)
+    loss = sslvit.contrastive_loss(q, torch.eye(2), 1.0)
+    expected = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))
+    assert loss.item() == pytest.approx(expected)
 
 
+# 30 of 49 units of 4 patches; 39 of 64; 7 of 25 of 4: 0.28 × 25 is 7.000000000000001
 @pytest.mark.parametrize(
-    "size,patch,unit,ratio,masked",
-    [
-        (224, 16, 32, 0.6, 120),  # 30 of 49 units × 4 patches
-        (32, 4, 4, 0.6, 39),  # 39 of 64 × 1
-        (40, 4, 8, 0.28, 28),  # 7 of 25 × 4: 0.28 × 25 is 7.000000000000001
-    ],
+    "sizes,ratio,masked",
+    [((224, 16, 32), 0.6, 120), ((32, 4, 4), 0.6, 39), ((40, 4, 8), 0.28, 28)],
 )
-def test_masks_are_whole_units_at_random(size, patch, unit, ratio, masked):
-    generator = torch.Generator().manual_seed(1)
-    mask = sslvit.random_mask(200, size, patch, unit, ratio, generator)
-    assert mask.dtype == torch.bool
+def test_masks_are_whole_units_at_random(sizes, ratio, masked):
+    size, patch, unit = sizes
+    mask = sslvit.random_mask(200, *sizes, ratio)
     assert mask.shape == (200, (size // patch) ** 2)
     assert (mask.sum(dim=1) == masked).all()
     side = size // unit
     units = mask.reshape(200, side, unit // patch, side, unit // patch)
     assert torch.equal(units.any(4).any(2), units.all(4).all(2))
-    # every unit alike: 200 images, three standard deviations are 0.11
-    share = masked / mask.shape[1]
-    assert (mask.float().mean(dim=0) - share).abs().max() < 0.14
+    # every unit alike, within four standard deviations
+    assert (mask.float().mean(dim=0) - masked / mask.shape[1]).abs().max() < 0.14
     with pytest.raises(ValueError):
         sslvit.random_mask(1, size, patch, unit + 1, ratio)
 
@@ -159,6 +146,8 @@ def test_tokens_records_and_shapes():
     tokens, records = vit(x, record=True)
     # the fused and the explicit attention are one function
     torch.testing.assert_close(tokens, vit(x))
+    # what is not computed was not needed
+    torch.testing.assert_close(vit(x, cls_only=True), tokens[:, :1])
     assert tokens.shape == (2, 17, 24)
     assert len(records) == 2
     last = records[1]
@@ -167,33 +156,23 @@ def test_tokens_records_and_shapes():
     assert last.mid.shape == last.out.shape == (2, 17, 24)
     torch.testing.assert_close(last.attn.sum(-1), torch.ones(2, 3, 17))
     torch.testing.assert_close(vit.norm(last.out), tokens)
-    # what is not computed was not needed
-    torch.testing.assert_close(vit(x, cls_only=True), tokens[:, :1])
     # another, oblong size: positions are interpolated
     assert vit(torch.randn(1, 3, 24, 8)).shape == (1, 13, 24)
-    with pytest.raises(ValueError):
-        ViT(30, 4, **TINY)
-    # on a CPU bf16 takes the explicit attention, fp32 the fused one
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = vit(x).float()
-    torch.testing.assert_close(rough, tokens, atol=0.1, rtol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):  # which takes the explicit attention
+        torch.testing.assert_close(vit(x).float(), tokens, atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("variant", ["learned", "layer_scale", "no_positions"])
-def test_timm_parity(variant):
+@pytest.mark.parametrize(
+    "positions,scale", [("learned", None), ("learned", 0.1), ("none", None)]
+)
+def test_timm_parity(positions, scale):
     timm = pytest.importorskip("timm")
-    scale = 0.1 if variant == "layer_scale" else None
-    positions = "none" if variant == "no_positions" else "learned"
+    how = {"pos_embed": positions.removesuffix("ed"), "init_values": scale}
     theirs = timm.models.vision_transformer.VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        num_classes=5,
-        init_values=scale,
-        pos_embed={"none": "none", "learned": "learn"}[positions],
-        **TINY,
+        img_size=32, patch_size=8, num_classes=5, **how, **TINY
     ).eval()
-    look = {"positions": positions, "num_classes": 5, "layer_scale": scale}
-    ours = ViT(32, 8, **TINY, **look).eval()
+    how = {"positions": positions, "layer_scale": scale}
+    ours = ViT(32, 8, num_classes=5, **how, **TINY).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32)
@@ -218,29 +197,19 @@ def test_relative_position_bias_by_hand():
     # 2 × 2 patches: offsets -1, 0, 1 in y and x
     vit = ViT(8, 4, 24, 1, 3, positions="none", rel_pos_bias=True)
     table = vit.rel_pos_bias.relative_position_bias_table
-    assert table.shape == (9 + 3, 3)
-    assert vit.pos_embed is None
     table.data = torch.arange(12.0)[:, None] + torch.tensor([0.0, 100.0, 200.0])
-    bias = vit.rel_pos_bias(2, 2)
     # row (query) minus column (key): (Δy + 1)·3 + (Δx + 1);
     # 9: CLS to patch, 10: patch to CLS, 11: CLS to CLS
-    hand = torch.tensor(
-        [
-            [11.0, 9, 9, 9, 9],
-            [10, 4, 3, 1, 0],
-            [10, 5, 4, 2, 1],
-            [10, 7, 6, 4, 3],
-            [10, 8, 7, 5, 4],
-        ]
-    )
+    rows = "11 9 9 9 9, 10 4 3 1 0, 10 5 4 2 1, 10 7 6 4 3, 10 8 7 5 4".split(",")
+    hand = torch.tensor([[float(n) for n in row.split()] for row in rows])
+    bias = vit.rel_pos_bias(2, 2)
     assert torch.equal(bias, torch.stack([hand, hand + 100, hand + 200]))
     assert vit.rel_pos_bias(3, 4).shape == (3, 13, 13)
     # all ways through attention add it
-    table.data = torch.randn(12, 3)
     x = torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(vit(x), vit(x, record=True)[0])
     torch.testing.assert_close(vit(x, cls_only=True), vit(x)[:, :1])
-    vit.rel_pos_bias(2, 2).sum().backward()
+    bias.sum().backward()
     assert table.grad.sum() == 3 * 25
 
 
@@ -263,13 +232,11 @@ def test_a_masked_patch_becomes_the_mask_token_at_its_place():
     out = vit(x, mask, mask_token=token)[0]
     place = sslvit.sincos_positions(24, 4, 4)[0, 7]
     torch.testing.assert_close(out[7], F.layer_norm(token[0, 0] + place, [24]))
-    # only its own pixels do not count
-    hidden = x.clone()
-    hidden[..., 4:8, 8:12] = 9
-    assert torch.equal(vit(hidden, mask, mask_token=token)[0], out)
-    seen = x.clone()
-    seen[..., 8:12, 4:8] = 9
-    is_other = (vit(seen, mask, mask_token=token)[0] != out).any(dim=1)
+    # its own pixels do not count, all others do
+    x[..., 4:8, 8:12] = 9
+    assert torch.equal(vit(x, mask, mask_token=token)[0], out)
+    x[..., 8:12, 4:8] = 9
+    is_other = (vit(x, mask, mask_token=token)[0] != out).any(dim=1)
     assert is_other.nonzero().flatten().tolist() == [1 + 9]
 
 
@@ -345,23 +312,13 @@ def test_decoder_depth_and_simmim_positions():
     assert model.encoder.blocks[0].ls1.gamma[0].item() == pytest.approx(0.1)
 
 
-def test_heads_and_averages():
+def test_heads_spread_their_channels_without_a_learned_scale():
     head = sslvit.mlp_head(8, 16, 16, 4)
     kinds = [type(layer).__name__ for layer in head]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
     assert head[1].affine
     assert not head[-1].affine
-    assert all(layer.bias is None for layer in (head[0], head[3], head[6]))
-    model = SSL(config(lam=1.0))
-    # the average starts where the queries' weights do
-    key = model.momentum_encoder.norm.weight
-    query = model.encoder.norm.weight
-    assert torch.equal(key, query)
-    key.data.fill_(3.0)
-    query.data.fill_(1.0)
-    model.update_average(0.75)
-    assert torch.all(key == 2.5)
-    assert torch.all(query == 1.0)
+    assert [layer.bias for layer in (head[0], head[3], head[6])] == [None] * 3
 
 
 def test_feature_std_by_hand():
@@ -437,42 +394,35 @@ def test_crop_boxes_are_uniform_in_area_log_aspect_and_place():
 
 def test_samples_depend_on_seed_epoch_and_index_alone():
     def sample(epoch, index, seed=0):
-        views = TrainingViews(Stimuli(20, 16), config(seed=seed))
-        return {name: np.array(value) for name, value in views[epoch, index].items()}
+        return TrainingViews(Stimuli(20, 16), config(seed=seed))[epoch, index]
 
     first = sample(0, 5)
-    again = sample(0, 5)
-    assert first["crops"].shape == (3, 3, 16, 16)
-    assert first["colours"].shape == (2, 11)
     assert first["mask"].sum() == 10
-    for name in first:
-        assert np.array_equal(first[name], again[name])
+    for name in ("crops", "mask", "colours"):
+        assert np.array_equal(first[name], sample(0, 5)[name])
         for other in (sample(1, 5), sample(0, 6), sample(0, 5, seed=1)):
             assert not np.array_equal(first[name], other[name])
 
 
-@pytest.mark.parametrize("words,crops", zip(METHODS, [2, 1, 3, 2], strict=True))
-def test_each_method_is_given_what_it_looks_at(words, crops):
+@pytest.mark.parametrize(
+    "words,crops,given",
+    zip(METHODS, (2, 1, 3, 2), ("12", "m", "12m", "1m"), strict=True),
+)
+def test_each_method_is_given_what_it_looks_at(words, crops, given):
     cfg, _ = sslvit.parse([*QUICK, *words.split()])
     batch = loaded(cfg)
     assert batch["crops"].shape == (8, crops, 3, 16, 16)
-    view1, view2, view_mim, mask = sslvit.augment(batch, cfg)
-    assert (view1 is None) == (cfg.lam == 0)
-    assert (view2 is None) == (cfg.lam == 0 or cfg.one_view)
-    assert (view_mim is None) == (cfg.lam == 1)
+    *views, mask = sslvit.augment(batch, cfg)
+    assert [view is not None for view in views] == [name in given for name in "12m"]
     assert torch.equal(mask, batch["mask"])
-    if cfg.lam < 1:
-        # the masked view keeps its colours: ImageNet's mean and deviation of red,
-        # green, blue
-        for channel, (mean, std) in enumerate(
-            [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]
-        ):
-            expected = (batch["crops"][:, -1, channel] / 255 - mean) / std
-            torch.testing.assert_close(view_mim[:, channel], expected)
-    # the loader's batch is as it was
-    torch.testing.assert_close(sslvit.augment(batch, cfg)[3], mask)
-    again = sslvit.augment(batch, cfg)[0]
-    assert view1 is None or torch.equal(again, view1)
+    # in ImageNet's units of red, green, blue; the masked view keeps its colours
+    means = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    deviations = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    if "m" in given:
+        pixels = views[2] * deviations + means
+        torch.testing.assert_close(pixels, batch["crops"][:, -1] / 255)
+    if "1" in given:  # nothing is drawn here, and crops are not changed
+        assert torch.equal(sslvit.augment(batch, cfg)[0], views[0])
 
 
 def test_colours_are_drawn_as_often_as_byol_says():
@@ -504,23 +454,18 @@ def test_colours_are_drawn_as_often_as_byol_says():
         assert spread == pytest.approx(expected, abs=0.03)
 
 
-def colour_rows(images):
-    """What change_colours() is told where nothing is to change."""
-    nothing = [-1.0, -1, -1, -1, 1, 1, 1, 0, 0, 0, 0]
-    return torch.tensor([nothing]).repeat(images, 1)
-
-
 def test_each_image_gets_the_colours_that_were_drawn_for_it():
     x = torch.rand(6, 3, 9, 7)
     factors = [1.4, 0.6, 1.2, 0.3]
     orders = {4: [0, 1, 2, 3], 5: [3, 2, 1, 0]}
-    draws = colour_rows(6)
+    # order, factors, blur, grey, solarise
+    nothing = [-1.0, -1, -1, -1, 1, 1, 1, 0, 0, 0, 0]
+    draws = torch.tensor([nothing] * 6)
     draws[0, 10] = 1
     draws[2, 9] = 1
     draws[3, 8] = 1.5
     for image, order in orders.items():
-        draws[image, :4] = torch.tensor(order)
-        draws[image, 4:8] = torch.tensor(factors)
+        draws[image, :8] = torch.tensor(order + factors)
     y = x.clone()
     sslvit.change_colours(y, draws)
     torch.testing.assert_close(y[0], torch.where(x[0] >= 0.5, 1 - x[0], x[0]))
@@ -528,26 +473,17 @@ def test_each_image_gets_the_colours_that_were_drawn_for_it():
     assert torch.equal(y[2, 0], y[2, 2])
     assert torch.equal(y[3:4], sslvit.gaussian_blur(x[3:4], column([1.5])))
     names = ("brightness", "contrast", "saturation", "hue")
-    jitters = [getattr(sslvit, f"adjust_{name}") for name in names]
     for image, order in orders.items():
         z = x[image : image + 1]
         for n in order:
-            z = jitters[n](z, torch.tensor(factors[n]))
+            z = getattr(sslvit, f"adjust_{names[n]}")(z, torch.tensor(factors[n]))
         torch.testing.assert_close(y[image : image + 1], z)
 
 
 def test_colour_operations_by_hand():
     red = column([1.0, 0.0, 0.0]).transpose(0, 1).expand(1, 3, 4, 4)
     turned = sslvit.adjust_hue(red, column([1 / 3]))[0, :, 0, 0]
-    green = torch.tensor([0.0, 1.0, 0.0])
-    torch.testing.assert_close(turned, green, atol=1e-6, rtol=0)
-    # brightness of red, for the eye
-    assert sslvit.greyscale(red)[0, 0, 0, 0] == pytest.approx(0.299, abs=1e-3)
-    x = torch.rand(2, 3, 9, 7)
-    unturned = sslvit.adjust_hue(x, column([0.0, 0.0]))
-    torch.testing.assert_close(unturned, x, atol=1e-6, rtol=0)
-    flat = torch.full((1, 3, 5, 5), 0.3)
-    torch.testing.assert_close(sslvit.gaussian_blur(flat, column([1.0])), flat)
+    assert turned.tolist() == pytest.approx([0, 1, 0], abs=1e-6)
     # a point becomes exp(-½ (x/σ)²): at 3 px = 2σ e⁻² of the middle, either way; no
     # matter how much its neighbour in the batch is blurred
     dot = torch.zeros(2, 1, 21, 21)
@@ -563,20 +499,19 @@ def test_colour_operations_match_torchvision():
     tv = pytest.importorskip("torchvision.transforms.v2.functional")
     x = torch.rand(4, 3, 40, 30)
 
-    def check(ours, theirs, values):
-        pairs = zip(x, values, strict=True)
-        expected = torch.stack([theirs(image, value) for image, value in pairs])
-        torch.testing.assert_close(ours(x, column(values)), expected, atol=1e-3, rtol=0)
-
     def blur(image, sigma):
         return tv.gaussian_blur(image, [29, 29], [sigma, sigma])
 
     factors = [0.6, 0.9, 1.3, 1.4]
-    check(sslvit.adjust_brightness, tv.adjust_brightness, factors)
-    check(sslvit.adjust_contrast, tv.adjust_contrast, factors)
-    check(sslvit.adjust_saturation, tv.adjust_saturation, factors)
-    check(sslvit.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0.07, 0.4])
-    check(sslvit.gaussian_blur, blur, [0.1, 0.5, 1.2, 2.0])
+    for ours, theirs, values in (
+        (sslvit.adjust_brightness, tv.adjust_brightness, factors),
+        (sslvit.adjust_contrast, tv.adjust_contrast, factors),
+        (sslvit.adjust_saturation, tv.adjust_saturation, factors),
+        (sslvit.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0.07, 0.4]),
+        (sslvit.gaussian_blur, blur, [0.1, 0.5, 1.2, 2.0]),
+    ):
+        expected = torch.stack([theirs(x[i], values[i]) for i in range(4)])
+        torch.testing.assert_close(ours(x, column(values)), expected, atol=1e-3, rtol=0)
     grey = tv.rgb_to_grayscale(x)
     torch.testing.assert_close(sslvit.greyscale(x), grey, atol=1e-3, rtol=0)
     torch.testing.assert_close(sslvit.solarise(x), tv.solarize(x, 0.5))
@@ -673,13 +608,6 @@ def test_four_steps_of_a_run_by_hand(tmp_path, monkeypatch, in_float64, words):
             assert rows[step - 1][name] == expected, (step, name)
     for name, saved in checkpoint_of(tmp_path)["model"].items():
         torch.testing.assert_close(saved, weights[name].data, atol=1e-6, rtol=1e-6)
-
-
-def test_the_rate_warms_up_in_the_middle_of_steps_too():
-    assert sslvit.lr_at(5, 110, 10, 2.0) == 1.0
-    assert sslvit.lr_at(60, 110, 10, 2.0) == pytest.approx(1.0)
-    assert sslvit.lr_at(1, 1, 1, 2.0) == 2.0
-    assert sslvit.lr_at(1, 1, 0.1, 2.0) == pytest.approx(0)
 
 
 def assert_same_run(one, other):
@@ -842,56 +770,41 @@ def test_epochs_are_rounded_to_steps():
 
 
 def test_batches_cover_each_epoch_and_do_not_depend_on_ranks_or_start():
-    def keys(start, accum, rank, world_size):
+    def keys(start, accum=1, rank=0, world_size=1):
         cfg = config(batch_size=8, accum=accum)
         return [*sslvit.batch_keys(cfg, 20, range(start, 5), rank, world_size)]
 
-    stream = [key for batch in keys(0, 1, 0, 1) for key in batch]
-    twice = [(epoch, index) for epoch in (0, 1) for index in range(20)]
-    assert sorted(stream) == twice
+    stream = sum(keys(0), [])
+    assert sorted(stream) == [(epoch, index) for epoch in (0, 1) for index in range(20)]
     order = [index for _, index in stream]
     assert order[:20] != order[20:]
     assert order[:20] != sorted(order[:20])
-    later = [key for batch in keys(3, 1, 0, 1) for key in batch]
-    assert later == stream[24:]
+    assert sum(keys(3), []) == stream[24:]
     # two ranks with two micro-batches each: the same eight images in each step
-    zero = keys(0, 2, 0, 2)
-    one = keys(0, 2, 1, 2)
-    joint = []
-    for step in range(5):
-        for batch in zero[2 * step : 2 * step + 2] + one[2 * step : 2 * step + 2]:
-            joint += batch
-    assert joint == stream
+    ranks = [keys(0, accum=2, rank=rank, world_size=2) for rank in (0, 1)]
+    steps = [ranks[0][i : i + 2] + ranks[1][i : i + 2] for i in range(0, 10, 2)]
+    assert sum(sum(steps, []), []) == stream
 
 
 # ---- On a GPU, and as if there were one ----
 
 
 @pytest.mark.parametrize("words", [*METHODS, "--positions relative --decoder-depth 1"])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_nothing_is_left_on_the_cpu(monkeypatch, words, parts):
-    """Tensors on torch's "meta" device have shapes, but no values.
-
-    As on a GPU, an operation on tensors of two devices fails.
-    """
+def test_nothing_is_left_on_the_cpu(monkeypatch, words):
+    """Torch's device "meta" has shapes, but no values; as on a GPU, an operation on
+    tensors of two devices fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     cfg, _ = sslvit.parse([*QUICK, *words.split()])
     cfg.device = "meta"
     model = SSL(cfg).to("meta")
-    views = [sslvit.augment(loaded(cfg), cfg) for _ in range(parts)]
-    if parts == 1:
-        losses = model(*views[0])
-        (losses["mim"] + losses["cl"]).backward()
-    else:
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses = sslvit.backward_in_parts(model, views, cfg, nullcontext, scaler)
-    for tensor in (*views[0], *losses.values()):
+    views = sslvit.augment(loaded(cfg), cfg)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    in_parts = sslvit.backward_in_parts(model, [views] * 2, cfg, nullcontext, scaler)
+    for tensor in (*views, *in_parts.values(), *model(*views).values()):
         assert tensor is None or tensor.device.type == "meta"
     sslvit.make_optimizer(model, cfg).step()
     model.update_average(0.9)
-    # analyze.py and k-NN
-    _, records = model.encoder(views[0][0 if cfg.lam else 2], record=True)
-    assert records[-1].attn.device.type == "meta"
+    model.encoder(views[0 if cfg.lam else 2], record=True)
 
 
 def test_each_rank_takes_its_gpu_before_it_touches_one(monkeypatch):
@@ -914,33 +827,6 @@ def test_cuda(tmp_path, method, words):
     words = f"--steps 4 --workers 2 --device cuda --dtype auto {method} {words}"
     assert run(words, tmp_path) == 0
     assert run(words + " --resume", tmp_path) == 0
-
-
-@pytest.mark.parametrize("accum,graphs", [(1, 3), (2, 4)])
-def test_compile_has_no_break_and_does_not_compile_again(
-    tmp_path, monkeypatch, accum, graphs
-):
-    """Queries, keys, masked images; queries once more for the part without a graph."""
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(graph, example):
-        compiled.append(graph)
-        return graph
-
-    compile_it = torch.compile
-
-    def compile_whole(function, **options):
-        # fullgraph: a break is an error
-        return compile_it(function, fullgraph=True, backend=backend, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_whole)
-    after_step_1 = []
-    at_step(monkeypatch, 1, lambda: after_step_1.extend(compiled))
-    # the k-NN test between the steps has other sizes
-    words = f"--steps 3 --save-every 1 --compile --accum {accum}"
-    assert run(words, tmp_path) == 0
-    assert len(after_step_1) == len(compiled) == graphs
 
 
 # ---- Resuming, signals, faults ----
@@ -1000,38 +886,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, words
     assert_equal_to_the_bit(checkpoint_of(cut)["model"], resumed["model"])
 
 
-def test_fp16_leaves_out_a_step_whose_gradient_overflows(tmp_path, monkeypatch):
-    steps = []
+def test_fp16_leaves_out_steps_whose_gradients_overflow(tmp_path, monkeypatch):
+    """And halves the scale, 2¹⁶ at first."""
     masked_l1 = sslvit.masked_l1
-
-    def large_at_step_12(*args):
-        steps.append(args)
-        # times the scaler's 2¹⁶ too large for 16 bits; the loss is not
-        return masked_l1(*args) * (1e30 if len(steps) == 12 else 1)
-
-    monkeypatch.setattr(sslvit, "masked_l1", large_at_step_12)
-    weights = []
-    scales = []
-    mixed_precision = sslvit.mixed_precision
-
-    def remember(cfg):
-        autocast, scaler = mixed_precision(cfg)
-
-        def update_average(model, momentum):
-            weights.append(model.mask_token.detach().clone())
-            scales.append(scaler.get_scale())
-
-        monkeypatch.setattr(SSL, "update_average", update_average)
-        return autocast, scaler
-
-    monkeypatch.setattr(sslvit, "mixed_precision", remember)
-    words = "--objective simmim --dtype fp16 --steps 14"
-    assert run(words, tmp_path) == 0
-    # step 12, counted from 1
-    assert torch.equal(weights[10], weights[11])
-    assert scales[11] == scales[10] / 2
-    assert not torch.equal(weights[9], weights[10])
-    assert not torch.equal(weights[11], weights[12])
+    monkeypatch.setattr(sslvit, "masked_l1", lambda *args: 1e30 * masked_l1(*args))
+    words = "--objective simmim --dtype fp16 --steps 3"
+    assert run(words, tmp_path / "too large") == 0
+    assert run(f"{words} --lr 0", tmp_path / "at rest") == 0
+    state = checkpoint_of(tmp_path / "too large")
+    assert_equal_to_the_bit(
+        state["model"], checkpoint_of(tmp_path / "at rest")["model"]
+    )
+    assert state["scaler"]["scale"] == 2**13
 
 
 @pytest.mark.parametrize("name,status", [("INT", 130), ("TERM", 143), ("HUP", 129)])
@@ -1047,20 +913,19 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd, name, status):
     assert [signal.getsignal(n) for n in (1, 2, 15)] == before
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch, capfd):
-    def press_twice():
-        signal.raise_signal(signal.SIGINT)
+def test_ctrl_c_twice_or_before_the_first_step_ends_at_once(
+    tmp_path, monkeypatch, capfd
+):
+    def press(*_):
         signal.raise_signal(signal.SIGINT)
 
-    at_step(monkeypatch, 2, press_twice)
-    assert run("--steps 5", tmp_path) == 130
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: (press(), press()))
+        assert run("--steps 5", tmp_path) == 130
     assert not (tmp_path / "ckpt.pt").exists()
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sslvit, "SSL", lambda cfg: signal.raise_signal(signal.SIGINT))
-    assert run("--steps 5", tmp_path) == 130
+    capfd.readouterr()
+    monkeypatch.setattr(sslvit, "SSL", press)
+    assert run("--steps 5 --overwrite", tmp_path) == 130
     error_line(capfd)
 
 
@@ -1130,8 +995,7 @@ def test_one_folder_belongs_to_one_run(tmp_path, monkeypatch, capfd):
 
 
 def test_a_save_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    sslvit.save_checkpoint(path, {"step": 1})
+    sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
     save = torch.save
 
     def look_on(state, file):
@@ -1140,9 +1004,8 @@ def test_a_save_is_whole_or_not_there(tmp_path, monkeypatch):
         save(state, file)
 
     monkeypatch.setattr(torch, "save", look_on)
-    sslvit.save_checkpoint(path, {"step": 2})
+    sslvit.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
     assert checkpoint_of(tmp_path) == {"step": 2}
-    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_save(tmp_path, monkeypatch, capfd):
@@ -1164,42 +1027,36 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_save(tmp_path, monkeypatch, 
     assert not (tmp_path / "ckpt.pt.tmp").exists()
 
 
-def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, capfd):
+def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "ckpt.pt"
     assert run("--steps 1", tmp_path) == 0
     good = path.read_bytes()
-    run_state = checkpoint_of(tmp_path)
-    capfd.readouterr()
-    # one byte of a weight, halfway
+    ours = checkpoint_of(tmp_path)
+    # one bit of a weight
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     flipped = bytearray(good)
     flipped[largest.header_offset + 100 + largest.file_size // 2] ^= 1
-    for content in (bytes(flipped), good[: len(good) // 2], b"", b"no zip"):
+    contents = [bytes(flipped), good[: len(good) // 2], b"", b"no zip"]
+    states = [{}, [1, 2], "text", {"config": 1}, Attack()]
+    states.append(ours | {"config": {"width": 24}})  # of another version
+    states.append(ours | {"config": ours["config"] | {"steps": "many"}})
+    states.append({key: ours[key] for key in ("config", "model")})
+    for state in states:
+        torch.save(state, path)
+        contents.append(path.read_bytes())
+    capfd.readouterr()
+    for content in contents:
         path.write_bytes(content)
         assert run("--resume", tmp_path) == 2
         error_line(capfd)
-    states = [{}, {"weights": 1}, [1, 2], "text", {"config": 1}]
-    states.append(run_state | {"config": {"width": 24}})  # of another version
-    states.append(run_state | {"config": run_state["config"] | {"steps": "many"}})
-    states.append({key: run_state[key] for key in ("config", "model")})
-    for state in states:
-        sslvit.save_checkpoint(path, state)
-        assert run("--resume", tmp_path) == 2, state
-        error_line(capfd)
+    assert not os.path.exists("attacked")
 
 
 class Attack:
     def __reduce__(self):
-        return os.system, ("touch " + os.environ["SSLVIT_ATTACK"],)
-
-
-def test_a_checkpoint_with_code_is_refused_unrun(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("SSLVIT_ATTACK", str(tmp_path / "ran"))
-    torch.save({"step": Attack()}, tmp_path / "ckpt.pt")
-    assert run("--resume", tmp_path) == 2
-    assert not (tmp_path / "ran").exists()
-    error_line(capfd)
+        return os.mkdir, ("attacked",)
 
 
 def test_features_that_collapse_are_told(tmp_path, monkeypatch, capfd):
@@ -1246,18 +1103,16 @@ def test_a_run_ends_with_pictures_and_the_next_command(tmp_path, objective, capf
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.endswith(f"python analyze.py {tmp_path}/ckpt.pt")
     Image.open(tmp_path / "loss.png").verify()
-    # MoCo predicts no pixels
     path = tmp_path / "masked.png"
+    # MoCo predicts no pixels
     assert path.exists() == (objective == "hybrid")
     if path.exists():
-        # eight images in a row: as they are, masked, predicted; 18 px with the frame
-        image = Image.open(path).convert("RGB")
-        side = image.width // 8
-        assert image.height == 3 * side
-        unmasked = np.asarray(image.resize((144, 54), Image.Resampling.NEAREST))[:18]
-        source = Stimuli(5000, 16, 0, "test")
-        first = unmasked[1:17, 1:17].astype(int)
-        assert abs(first - source[0][0]).max() <= 1
+        # three rows of eight test images, 16 px and a frame, enlarged ten times; on top
+        # as they are
+        picture = np.asarray(Image.open(path))[5::10, 5::10].astype(int)
+        assert picture.shape == (3 * 18, 8 * 18, 3)
+        first = Stimuli(5000, 16, 0, "test")[0][0]
+        assert abs(picture[1:17, 1:17] - first).max() <= 1
 
 
 def test_nothing_is_overwritten_and_no_setting_changes(tmp_path, capfd):
@@ -1275,63 +1130,34 @@ def test_nothing_is_overwritten_and_no_setting_changes(tmp_path, capfd):
 
 
 BAD_INPUT = """
-    --no-such-flag
-    --lam 1.5
-    --lam -0.1
-    --lam nan
-    --lam 0.5 --objective moco
-    --one-view --objective simmim
-    --one-view --lam 1
-    --image-size 30
-    --image-size 0
-    --mask-patch-size 6
-    --batch-size 0
-    --batch-size 1
-    --batch-size 6 --accum 4
-    --batch-size 32 --data PHOTOS
-    --steps -3
-    --steps 1.5
-    --lr nan
-    --lr -1
-    --epochs inf
-    --objective byol
-    --model gigantic
-    --preset mega
-    --data /no/such/folder
-    --data FILE
-    --data EMPTY
-    --data TEXT
-    --data BROKEN
-    --data BROKEN --workers 1
-    --data ONLY
-    --resume
-    --device cuda:99
-    --dtype int8
-    --out FILE/run
-    --log-every 0
-    --mask-ratio 0
-    --seed -1
-    --keep -1
-""".strip().splitlines()
+    --no-such-flag ; --lam 1.5 ; --lam -0.1 ; --lam nan ; --lam 0.5 --objective moco
+    --one-view --objective simmim ; --one-view --lam 1 ; --image-size 30
+    --image-size 0 ; --mask-patch-size 6 ; --batch-size 0 ; --batch-size 1
+    --batch-size 6 --accum 4 ; --batch-size 32 --data PHOTOS ; --steps -3
+    --steps 1.5 ; --lr nan ; --lr -1 ; --epochs inf ; --objective byol
+    --model gigantic ; --preset mega ; --data /no/such/folder ; --data FILE
+    --data EMPTY ; --data TEXT ; --data BROKEN ; --data BROKEN --workers 1
+    --data ONLY ; --resume ; --device cuda:99 ; --dtype int8 ; --out FILE/run
+    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; --keep -1
+""".strip().replace("\n", ";")
 
 
-@pytest.mark.parametrize("bad", [line.strip() for line in BAD_INPUT])
+@pytest.mark.parametrize("bad", [words.strip() for words in BAD_INPUT.split(";")])
 def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd):
     (tmp_path / "file").write_text("x")
-    for name in ("empty", "text", "broken"):
+    (tmp_path / "empty").mkdir()
+    for name, files in (("text", ["a.txt"]), ("broken", ["1.png", "2.png"])):
         (tmp_path / name).mkdir()
-    (tmp_path / "text" / "a.txt").write_text("x")
-    for n in range(9):
-        (tmp_path / "broken" / f"{n}.png").write_text("x")
+        for file in files:
+            (tmp_path / name / file).write_text("x")
     fill(tmp_path / "photos", 25)
     fill(tmp_path / "only" / "val" / "cat", 2)
-    for name in ("file", "empty", "text", "broken", "photos", "only"):
-        bad = bad.replace(f" {name.upper()}", f" {tmp_path}/{name}")
-    common = ["--steps", "1", "--out", str(tmp_path / "run")]
-    assert sslvit.main([*QUICK, *common, *bad.split()]) == 2
+    words = re.sub("[A-Z]{4,}", lambda name: f"{tmp_path}/{name[0].lower()}", bad)
+    words = ["--steps", "1", "--out", str(tmp_path / "run"), *words.split()]
+    assert sslvit.main([*QUICK, *words]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
-    if "broken" in bad:  # whose files are named one by one
-        lines = [line for line in lines if "replaced by the next" not in line]
+    # broken files are also named one by one
+    lines = [line for line in lines if "replaced by the next" not in line]
     assert len(lines) == 1, lines
     assert lines[0].startswith("sslvit.py: ")
     assert len(lines[0]) > 25
@@ -1344,17 +1170,12 @@ def test_one_process_of_no_torchrun_is_refused(tmp_path, monkeypatch, capfd):
 
 
 def test_full_memory_is_one_line(tmp_path, monkeypatch, capfd):
-    for error, advice in (
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), "--accum"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp]\nframe 0"), "alloc_cpu"),
-    ):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
 
-        def full(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(SSL, "forward", full)
-        assert run("--steps 1", tmp_path / advice) == 2
-        assert advice in error_line(capfd)
+    monkeypatch.setattr(SSL, "forward", full)
+    assert run("--steps 1", tmp_path) == 2
+    assert "--accum" in error_line(capfd)
 
 
 def test_a_console_without_lambda(tmp_path, monkeypatch):
@@ -1402,15 +1223,17 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
         ("--preset small32 --steps 7 --blur 1", "steps=7 epochs=0 blur=1 hue_shift=.1"),
         # each run of a loop over λ or seeds has a folder of its own
         ("--lam 0.4 --seed 3", "lam=.4 seed=3 out=runs/micro-hybrid-0.4-seed3"),
-        ("--objective moco", "lam=1 seed=0 out=runs/micro-moco"),
-        # the papers' recipes: MoCo v3 ...
+        # equal work: 64 · 1500 · 11 encoder passes, 128 · 1032 · 8, 64 · 5500 · 3
+        ("", "lam=.2 batch_size=64 steps=1500 out=runs/micro-hybrid"),
+        ("--objective moco", "lam=1 batch_size=128 steps=1032"),
+        ("--objective simmim", "lam=0 batch_size=64 steps=5500"),
+        # the papers' recipes; SimMIM's rate is 1e-4 for a batch of 512
         (
             "--data x --objective moco",
             "preset=imagenet model=base image_size=224 patch_size=16 epochs=300 clip=0 "
             "batch_size=4096 lr=1.5e-4 weight_decay=.1 temperature=.2 momentum=.99 "
             "proj_hidden=4096 crop_min=.08 hue_shift=.1 blur=2 positions=sincos",
         ),
-        # ... and SimMIM, with learning rate 1e-4 for a batch of 512
         (
             "--data x --objective simmim",
             "model=base epochs=100 batch_size=2048 lr=.5e-4 weight_decay=.05 clip=5 "
@@ -1422,8 +1245,7 @@ def test_settings_of_a_command_line(words, settings):
     cfg, _ = sslvit.parse(words.split())
     for setting in settings.split():
         name, value = setting.split("=")
-        kind = type(getattr(cfg, name))
-        assert getattr(cfg, name) == kind(value), setting
+        assert getattr(cfg, name) == type(getattr(cfg, name))(value), setting
 
 
 @pytest.mark.parametrize(
@@ -1435,33 +1257,18 @@ def test_micro_batches_have_at_most_128_images_and_divide(batch, ranks, parts):
     assert cfg.accum == parts
 
 
-@pytest.mark.parametrize("preset", ["micro", "small32"])
-def test_objectives_do_equal_work(preset):
-    """Encoder passes of all training: MoCo 2·3 + 2 an image, SimMIM 3, hybrid 11."""
-    work = {}
-    for objective, passes in (("moco", 8), ("simmim", 3), ("hybrid", 11)):
-        words = ["--preset", preset, "--objective", objective, "--data", "x"]
-        cfg, _ = sslvit.parse(words)
-        steps = sslvit.number_of_steps(cfg, 50000)
-        work[objective] = steps * cfg.batch_size * passes
-    assert work["moco"] == pytest.approx(work["hybrid"], rel=1e-3)
-    assert work["simmim"] == pytest.approx(work["hybrid"], rel=1e-3)
-
-
 # ---- 8. Workshop: stimuli ----
 
 
 def test_stimuli_are_a_function_of_seed_split_and_index():
-    train = Stimuli(50, 32, 0)
-    image, shape, texture, mask = train[7]
-    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
-    assert (mask.shape, mask.dtype) == ((32, 32), bool)
-    assert np.array_equal(image, Stimuli(50, 32, 0)[7][0])
-    others = [Stimuli(50, 32, 1), Stimuli(50, 32, 0, "test")]
-    pictures = {s[i][0].tobytes() for s in (train, *others) for i in range(50)}
+    sets = [Stimuli(50), Stimuli(50, seed=1), Stimuli(50, split="test")]
+    pictures = {source[i][0].tobytes() for source in sets for i in range(50)}
     assert len(pictures) == 150
+    image, shape, texture, mask = sets[0][7]
+    assert np.array_equal(image, Stimuli(50)[7][0])
+    assert image.shape == (*mask.shape, 3) == (32, 32, 3)
     # the outline does not tell the texture
-    again, outline = train.render(7, shape, (texture + 1) % 8)
+    again, outline = sets[0].render(7, shape, (texture + 1) % 8)
     assert np.array_equal(outline, mask)
     assert not np.array_equal(again, image)
 
@@ -1475,131 +1282,82 @@ def test_shape_and_texture_are_independent():
     assert ((table - expected) ** 2 / expected).sum() < 85
 
 
-def test_small_images_are_made_once_and_kept(tmp_path):
-    stimuli = Stimuli(20, 16)
-    image, labels = stimuli.load(5)
-    assert stimuli.load(5)[0] is image
-    assert labels == [*stimuli[5][1:3]]
-    assert np.array_equal(np.asarray(image), stimuli[5][0])
-    # 20,000 of 96 px would be 553 MB
-    large = Stimuli(20000, 96)
-    assert large.load(5)[0] is not large.load(5)[0]
-    fill(tmp_path, 3)
-    files = sslvit.ImageFolder(tmp_path)
-    image, labels = files.load(2)
-    (tmp_path / "02.png").unlink()
-    assert files.load(2)[0] is image
-    assert np.asarray(image)[0, 0].tolist() == [20, 0, 0]
-    # 2 million of 9 x 7 px would be 378 MB
-    files *= 700_000
-    assert files.load(1)[0] is not files.load(1)[0]
-
-
 # ---- 8. Workshop: image files ----
 
 
 def test_a_crop_is_the_same_as_pillows(tmp_path):
-    """Also of a large JPEG, which is decoded at 1/2, 1/4 or 1/8."""
+    """Also of a large JPEG, which is decoded at 1/8: 480 px become 32."""
     y, x = np.mgrid[:800, :1200]
-    pattern = np.stack([x % 256, y % 256, (x + y) // 8], -1).astype(np.uint8)
-    photo = Image.fromarray(pattern).reduce(4).resize((1200, 800), Image.BICUBIC)
+    waves = [np.sin(x / 50), np.sin(y / 70), np.sin((x + y) / 90)]
+    photo = Image.fromarray((127 + 100 * np.stack(waves, -1)).astype(np.uint8))
     photo.save(tmp_path / "large.jpg", quality=95)
+    file = Image.open(tmp_path / "large.jpg")
     box = (160, 80, 800, 560)
-    for name, tolerance in ((photo, 1), (tmp_path / "large.jpg", 4)):
-        file = name if name is photo else Image.open(name)
-        ours = sslvit.cut(file, [box], 32)[0].astype(float)
-        pillows = photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
-        error = abs(ours - np.asarray(pillows).transpose(2, 0, 1))
-        assert error.mean() < tolerance
-    # decoded at 1/8: 480 px become 32
+    pillows = np.asarray(photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR))
+    for image in (photo, file):
+        ours = sslvit.cut(image, [box], 32)[0].transpose(1, 2, 0)
+        assert abs(ours.astype(float) - pillows).max() < 4
     assert file.size == (150, 100)
-
-
-def test_crops_are_rounded_to_whole_pixels_and_keep_one():
-    # row, column: 8 · row + column
+    # rounded to whole pixels, of which one is kept
     pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    boxes = [
-        (2.4, 0.4, 6.4, 4.4),  # nearest whole pixels: 2, 0, 6, 4
-        (7.6, 5.6, 7.9, 5.9),  # 8 to 8 and 6 to 6: empty
-    ]
-    out = sslvit.cut(Image.fromarray(pixels), boxes, 4)
-    assert (out[0, 0] == pixels[0:4, 2:6]).all()
-    assert (out[1, 0] == pixels[5, 7]).all()
+    boxes = [(2.4, 0.4, 6.4, 4.4), (7.6, 5.6, 7.9, 5.9)]
+    whole, corner = sslvit.cut(Image.fromarray(pixels), boxes, 4)[:, 0]
+    assert (whole == pixels[0:4, 2:6]).all()
+    assert (corner == pixels[5, 7]).all()
 
 
 RAMP = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
-DEPTHS = {
-    "16 bits": ("png", RAMP.astype(np.uint16) * 257),
-    "12 of 16 bits": ("png", RAMP.astype(np.uint16) * 16),
-    "32 bits, 0 to 255": ("tiff", RAMP.astype(np.int32)),
-    "CT": ("tiff", RAMP.astype(np.int32) * 12 - 1024),
-    "float, 0 to 1": ("tiff", RAMP.astype(np.float32) / 255),
-}
+# shown between two grey thirds
+SHOWN = Image.fromarray(np.pad(RAMP, ((0, 0), (16, 16)), constant_values=99))
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_images_of_many_bits_have_contrast(tmp_path, depth):
-    ending, values = DEPTHS[depth]
-    path = tmp_path / f"x.{ending}"
-    Image.fromarray(values).save(path)
-    out = sslvit.center_crop(Image.open(path), 16)
-    assert abs(out.astype(float) - RAMP).max() <= 1
-    # without contrast there is nothing to stretch
-    Image.fromarray(np.full_like(values, 9)).save(path)
-    assert np.ptp(sslvit.center_crop(Image.open(path), 16)) == 0
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA", "RGBA", "P with alpha"])
-def test_every_mode_becomes_rgb_on_white(tmp_path, mode):
-    rgb = Image.fromarray(np.stack([RAMP, RAMP, RAMP], axis=-1))
-    has_alpha = "A" in mode or "alpha" in mode
-    if has_alpha:
-        # the left half is transparent
-        alpha = Image.new("L", (16, 16), 255)
-        alpha.paste(0, (0, 0, 8, 16))
-        rgb.putalpha(alpha)
-    image = rgb.quantize(256) if mode[0] == "P" else rgb.convert(mode)
-    path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
-    image.save(path)
-    out = sslvit.center_crop(Image.open(path), 16).astype(int)
-    expected = RAMP.astype(int).copy()
-    if has_alpha:
-        expected[:, :8] = 255
-    assert abs(out - expected).max() < 9
-
-
-@pytest.mark.parametrize("ending", ["jpg", "tiff", "png"])
-def test_the_cameras_orientation_is_obeyed(tmp_path, ending):
-    """Shown are a red, a green and a blue third beside each other.
-
-    They are stored below each other, to be turned; cut is what is shown in the middle.
-    """
-    shown = Image.new("RGB", (96, 32), (0, 255, 0))
-    shown.paste((255, 0, 0), (0, 0, 32, 32))
-    shown.paste((0, 0, 255), (64, 0, 96, 32))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = tmp_path / f"x.{ending}"
-    shown.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    out = sslvit.center_crop(Image.open(path), 8).astype(int)
-    middle = out[:, 4, 1:7].mean(axis=1)
-    assert middle == pytest.approx([0, 255, 0], abs=9)
-    boxes = [(0, 0, 32, 32), (64, 0, 96, 32)]
-    red, blue = sslvit.cut(Image.open(path), boxes, 8)[:, :, 4, 4]
-    assert red == pytest.approx([255, 0, 0], abs=9)
-    assert blue == pytest.approx([0, 0, 255], abs=9)
-
-
-def test_a_broken_exif_block_costs_no_pixels(tmp_path):
-    picture = io.BytesIO()
-    Image.fromarray(RAMP).save(picture, "JPEG")
-    jpeg = picture.getvalue()
-    for block in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
+def write_kind(kind, path):
+    """Writes SHOWN as a file of some kind -> its path."""
+    values = np.asarray(SHOWN)
+    if kind in ("P", "LA", "RGBA", "CMYK", "1"):
+        path = path.with_suffix(".tiff" if kind == "CMYK" else ".png")
+        SHOWN.convert(kind).save(path)
+    elif kind == "transparent":
+        # black, to lie on white: a ramp again
+        black = Image.new("L", SHOWN.size, 0)
+        black.putalpha(Image.fromarray(255 - values))
+        black.save(path := path.with_suffix(".png"))
+    elif "bits" in kind:
+        many = {
+            "16 bits": values.astype(np.uint16) * 257,
+            "12 of 16 bits": values.astype(np.uint16) * 16,
+            "32 bits, 0 to 255": values.astype(np.int32),
+            "32 bits, CT": values.astype(np.int32) * 12 - 1024,
+            "float bits": values.astype(np.float32) / 255,
+        }
+        Image.fromarray(many[kind]).save(path := path.with_suffix(".tiff"))
+    elif "turned" in kind:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        stored = SHOWN.transpose(Image.Transpose.ROTATE_90)
+        stored.save(path := path.with_suffix(kind.split()[1]), exif=exif)
+    else:  # a JPEG with a broken EXIF block behind its first two bytes
+        SHOWN.save(path := path.with_suffix(".jpg"), quality=95)
+        jpeg = path.read_bytes()
+        block = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
         segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
-        path = tmp_path / "x.jpg"
         path.write_bytes(jpeg[:2] + segment + jpeg[2:])
-        out = sslvit.center_crop(Image.open(path), 16).astype(int)
-        assert abs(out - RAMP).max() < 9
+    return path
+
+
+KINDS = "P LA RGBA CMYK transparent".split()
+KINDS += ["16 bits", "12 of 16 bits", "32 bits, 0 to 255", "32 bits, CT", "float bits"]
+KINDS += ["turned .jpg", "turned .tiff", "turned .png", "broken EXIF"]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_what_its_file_shows(tmp_path, kind):
+    """With contrast, transparent on white, upright, and cropped where it shows."""
+    path = write_kind(kind, tmp_path / "x")
+    out = sslvit.center_crop(Image.open(path), 16).astype(int)
+    tolerance = 12 if kind in ("turned .jpg", "broken EXIF") else 2
+    assert abs(out - RAMP).max() <= tolerance
 
 
 def fill(folder, count, size=(9, 7)):
@@ -1622,19 +1380,16 @@ def test_splits_are_no_classes_whatever_their_case(tmp_path, splits):
 def test_class_folders_and_flat_folders_hold_a_tenth_back(tmp_path):
     fill(tmp_path / "classes" / "cat", 20)
     fill(tmp_path / "classes" / "dog", 20)
-    train, test = sslvit.find_data(config(data=str(tmp_path / "classes")))
-    assert (len(train), len(test)) == (36, 4)
+    train, test = sslvit.find_data(config(data=f"{tmp_path}/classes"))
     assert [labels for _, labels in test] == [[0], [0], [1], [1]]
-    assert not {path for path, _ in train} & {path for path, _ in test}
+    assert len({path for path, _ in [*train, *test]}) == 36 + 4
     fill(tmp_path / "flat", 20)
-    train, test = sslvit.find_data(config(data=str(tmp_path / "flat")))
-    assert (len(train), len(test)) == (18, 2)
-    assert train.label_names == ()
+    train, test = sslvit.find_data(config(data=f"{tmp_path}/flat"))
+    assert (len(train), len(test), train.label_names) == (18, 2, ())
     # too few to be divided
     fill(tmp_path / "few", 19)
-    train, test = sslvit.find_data(config(data=str(tmp_path / "few")))
-    assert len(train) == 19
-    assert test is None
+    train, test = sslvit.find_data(config(data=f"{tmp_path}/few"))
+    assert (len(train), test) == (19, None)
 
 
 def test_masks_hidden_folders_and_other_files_are_left_out(tmp_path, capfd):
@@ -1656,9 +1411,8 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, capfd
     scandir = os.scandir
 
     def may_not(path):
-        if str(path).endswith("dog"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        # without a right to read it, which a test as root always has
+        return scandir("/no/such/dog" if path.endswith("dog") else path)
 
     monkeypatch.setattr(os, "scandir", may_not)
     assert run(f"--data {tmp_path} --steps 1", tmp_path / "run") == 2
@@ -1711,21 +1465,15 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path, capfd):
 
 def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
     """Zero bytes, half a JPEG, a bomb, a file that is gone; odd names are no harm."""
-    good = Image.new("RGB", (20, 20), (200, 0, 0))
-    for i in range(6):
-        good.save(tmp_path / f"{i}.jpg", quality=30)
-    good.save(tmp_path / "new\nline and blank.png")
-    good.save(os.fsencode(tmp_path) + b"/\xff\xfe.png", "png")
+    fill(tmp_path, 7)
+    (tmp_path / "00.png").rename(tmp_path / "new\nline and blank.png")
+    os.rename(tmp_path / "01.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
     (tmp_path / "empty.png").touch()
-    (tmp_path / "half.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:300])
-    # 2.5 gigapixels in 33 bytes
-    size = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    checksum = struct.pack(">I", zlib.crc32(size))
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + size + checksum
-    (tmp_path / "bomb.png").write_bytes(bomb)
+    SHOWN.save(tmp_path / "half.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "half.jpg").read_bytes()[:300])
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    words = f"--data {tmp_path} --steps 3 --objective simmim"
-    assert run(words, tmp_path / "run") == 0
+    assert run(f"--data {tmp_path} --steps 3 --objective simmim", tmp_path / "run") == 0
     err = capfd.readouterr().err
     for name in ("empty.png", "half.jpg", "bomb.png", "gone.png"):
         assert err.count(f"by the next: '{tmp_path}/{name}'") == 1, err
@@ -1743,36 +1491,27 @@ def test_knn_by_hand():
     queries = torch.tensor([[9.0, 1], [-9, -1]])
     assert sslvit.knn(bank, labels[:, :1], queries, k=2).tolist() == [[1], [0]]
     assert sslvit.knn(bank, labels, queries, k=1).tolist() == [[1, 0], [0, 4]]
-    layers = bank[None].repeat(3, 1, 1)
-    assert sslvit.knn(layers, labels, queries, k=1).shape == (3, 2, 2)
-    # the nearest of four says 5, the majority 2
+    # the nearest of four says 5, the majority of three 2
     corners = torch.tensor([[1.0, 0.1], [1.0, 0.3], [1.0, -0.2], [-3.0, -0.2]])
     says = torch.tensor([[5], [2], [2], [5]])
     query = torch.tensor([[1.0, 0.11]])
     assert sslvit.knn(corners, says, query, k=1).tolist() == [[5]]
     assert sslvit.knn(corners, says, query, k=3).tolist() == [[2]]
-    # more than are compared at once: each image is its own neighbour
-    many = torch.randn(600, 8)
+    # more than are compared at once, of two layers: each image is its own neighbour
+    many = torch.randn(2, 600, 8)
     names = torch.arange(600)[:, None]
-    assert torch.equal(sslvit.knn(many, names, many, k=1), names)
+    assert torch.equal(sslvit.knn(many, names, many, k=1), torch.stack([names, names]))
 
 
-class Plain:
-    """Plain images of a brightness and a class each."""
+class Plain(list):
+    """Plain images of a brightness and a class each: a list of (brightness, class)."""
 
     label_names = ("class",)
     classes = (["dark", "light"],)
 
-    def __init__(self, brightness, labels):
-        self.brightness = brightness
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.labels)
-
     def load(self, index):
-        grey = self.brightness[index]
-        return Image.new("RGB", (16, 16), (grey, grey, grey)), [self.labels[index]]
+        grey, label = self[index]
+        return Image.new("RGB", (16, 16), (grey, grey, grey)), [label]
 
 
 def test_test_images_look_for_training_images():
@@ -1783,13 +1522,12 @@ def test_test_images_look_for_training_images():
         return sslvit.knn_scores(encoder, (train, test), cfg, nullcontext)
 
     # sorted by class, as folders are; 40 of 80 are spread over both
-    labels = [0] * 40 + [1] * 40
-    train = Plain([200 * label for label in labels], labels)
+    train = Plain([(0, 0)] * 40 + [(200, 1)] * 40)
     # a network that sees anything gets all right, however the test set is made up
-    test = Plain([0, 0, 0, 200, 200], [0, 0, 0, 1, 1])
+    test = Plain([(0, 0)] * 3 + [(200, 1)] * 2)
     assert score(train, test) == {"knn_class": 1}
-    # its labels are the training set's, also where the test set disagrees
-    contrary = Plain([0, 0, 0, 0, 200], [1, 1, 1, 1, 1])
+    # the labels are the training set's, also where the test set disagrees
+    contrary = Plain([(0, 1)] * 4 + [(200, 1)])
     assert score(train, contrary) == {"knn_class": 0.2}
     assert score(train, None) == {}
 
@@ -1799,62 +1537,47 @@ def test_test_images_look_for_training_images():
 
 @pytest.mark.parametrize("words", METHODS)
 def test_flops_are_those_that_torch_counts(words):
-    """Of ViT-S/16, whose embedding, heads and decoder are some per cent."""
-    words = f"--preset imagenet --model small {words} --proj-hidden 16"
+    """Of ViT-Ti/16 at 96 px, whose embedding, heads and decoder are some per cent."""
+    words = f"--preset imagenet --model tiny --image-size 96 --proj-hidden 16 {words}"
     cfg, _ = sslvit.parse([*words.split(), "--positions", "sincos"])
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = SSL(cfg)
-        views = torch.empty(3, 2, 3, 224, 224)
-        mask = torch.empty(2, 196, dtype=torch.bool)
-        losses = model(*views, mask)
+    model = SSL(cfg)
+    mask = sslvit.random_mask(2, 96, 16, 32, 0.6)
+    with FlopCounterMode(display=False) as counter:
+        losses = model(*torch.randn(3, 2, 3, 96, 96), mask)
         ((1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]).backward()
     counted = counter.get_total_flops() / 2
-    assert sslvit.flops_per_image(cfg) == pytest.approx(counted, rel=0.03)
+    assert sslvit.flops_per_image(cfg) == pytest.approx(counted, rel=0.05)
 
 
 def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
-    """197 tokens, 12 blocks: 12·197·(24·768² + 4·197·768) = 34.9 GFLOP a pass.
+    """300 epochs of 1,281,167 images are 3.84e8, of which 1,000 a second take 107 h.
 
-    Where only CLS asks in the last block, 32.5: hybrid 3 · 34.9 + 8 · 32.5 = 364 an
-    image. 300 epochs of 1,281,167 images are 3.84e8, as they are 1,000 a second 107 h.
+    Each costs (3 · 34.9 + 8 · 32.5) GFLOP = 364, in all 1.4e20.
     """
     monkeypatch.setattr(sslvit, "measure_rate", lambda cfg: 1000)
-    assert (
-        run(
-            "--data /no/such --preset imagenet --image-size 224 --dry-run --proj-hidden 4096 --batch-size 4096",
-            tmp_path / "none",
-        )
-        == 0
-    )
-    assert not (tmp_path / "none").exists()
+    out = str(tmp_path / "none")
+    assert sslvit.main(["--data", "/imagenet", "--dry-run", "--out", out]) == 0
+    assert not os.path.exists(out)
     first, *gpus, last = capfd.readouterr().out.splitlines()
-    assert "3.84" in first and "e+08 images" in first
-    assert "364" in first
+    assert re.search(r"ViT-base.* 3\.84\de\+08 images of 364", first)
     assert "1000 images/s, 107 h" in last
-    total = 3.8435e8 * 364.3e9
     for line, peak in zip(gpus, (312e12, 989e12), strict=True):
-        share = float(line.split("at ")[1].split("%")[0]) / 100
-        hours, of_eight = (float(part.split()[-1]) for part in line.split(" h")[:2])
-        assert hours == pytest.approx(total / (share * peak) / 3600, rel=0.02)
-        assert of_eight == pytest.approx(hours / 8, rel=0.02)
+        share, hours, of_eight = re.search(r"(\d+)%.* (\S+) h.* (\S+) h", line).groups()
+        expected = 1.4e20 / (float(share) / 100 * peak) / 3600
+        assert float(hours) == pytest.approx(expected, rel=0.02)
+        assert float(of_eight) == pytest.approx(expected / 8, rel=0.02)
     monkeypatch.undo()
-    assert run("--dry-run --steps 9", tmp_path / "none") == 0
+    assert run("--dry-run --steps 9", out) == 0
     assert "72 images" in capfd.readouterr().out
 
 
 # ---- tests/pin.py ----
 
 
-def test_pins_are_compared_to_the_bit(capfd):
-    spec = importlib.util.spec_from_file_location("pin", ROOT / "tests" / "pin.py")
-    pin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pin)
+def test_pins_are_compared_to_the_bit():
+    import pin
+
     old = {"torch": "2", "a": {"log": [{"step": 1, "loss": 0.5}], "encoder": "x"}}
     assert pin.compare(old, old)
-    for new in (
-        {"a": {"log": [{"step": 1, "loss": 0.50001}], "encoder": "x"}},
-        {"a": {"log": [{"step": 1, "loss": 0.5}], "encoder": "y"}},
-    ):
-        assert not pin.compare(old, new)
-    pinned = json.loads((ROOT / "tests" / "pinned.json").read_text())
-    assert pin.compare(pinned, pinned)
+    for log, encoder in (([{"step": 1, "loss": 0.51}], "x"), (old["a"]["log"], "y")):
+        assert not pin.compare(old, {"a": {"log": log, "encoder": encoder}})
