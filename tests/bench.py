@@ -8,7 +8,7 @@
                                   and plain NumPy
 
 Each prints a table. `--help` after a command shows how to measure one row alone (step
---model base --objective simmim --rounds 2; with --no-memory in half the time).
+--model base --objective simmim --rounds 2; with --quick ours alone).
 
 Everything compared runs in one process and takes turns, so that a busy machine disturbs
 all alike; numbers are medians of the rounds, ratios are ratios of medians. With one
@@ -19,13 +19,10 @@ use nothing of the files they are compared with.
 
 import argparse
 import functools
-import io
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -209,7 +206,9 @@ def our_steps(cfg, views, micro_batches):
     optimizer = sslvit.make_optimizer(model, cfg)
     autocast, scaler = sslvit.mixed_precision(cfg)
     if cfg.compile:
-        sslvit.compile_encoders(model)
+        model.encoder.compile(dynamic=False)
+        if cfg.lam > 0:
+            model.momentum_encoder.compile(dynamic=False)
 
     def finish():
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -224,78 +223,11 @@ def our_steps(cfg, views, micro_batches):
         finish()
 
     def in_parts():
-        sslvit.backward_in_parts(model, micro_batches, cfg, autocast, scaler)
+        parts = [sslvit.augment(batch, cfg) for batch in micro_batches]
+        sslvit.backward_in_parts(model, parts, cfg, autocast, scaler)
         finish()
 
     return whole, in_parts
-
-
-def flops_per_image(cfg):
-    """FLOPs of a training step by formula; a multiplication and an addition are two.
-
-    A block, for each of the T = 1+N tokens: linear layers 24·D² (Q, K, V 6, projection
-    2, MLP 16) and attention 4·T·D (queries by keys 2, weights by values 2). A pass that
-    is trained counts 3 times (forward, gradients of activations, gradients of weights),
-    a key pass once. A contrastive pass needs nothing but CLS from its last block, whose
-    other tokens count 6·D² only, as sslvit.py computes no more. Patch embedding, heads,
-    decoder and norms (together 1 or 2 %) are left out: the rates are slightly too low.
-    """
-    width = sslvit.SIZES[cfg.model]["embed_dim"]
-    depth = sslvit.SIZES[cfg.model]["depth"]
-    tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
-    token = 24 * width**2 + 4 * tokens * width
-    flops = 0
-    if cfg.lam > 0:
-        only_cls = (tokens - 1) * 6 * width**2 + token
-        flops += (2 * 3 + 2) * ((depth - 1) * tokens * token + only_cls)
-    if cfg.lam < 1:
-        flops += 3 * depth * tokens * token
-    return flops
-
-
-def peak_mib(device):
-    """Peak memory of this process: allocated on a GPU, resident on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Linux; ru_maxrss would include what the parent had at the fork
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def memory_in_own_process(args, cfg, batch, form):
-    """-> peak MiB of a process that runs nothing else."""
-    command = [sys.executable, __file__, "step", "--memory-of", form]
-    command += ["--device", args.device, "--batch", str(batch)]
-    command += ["--model", cfg.model, "--objective", cfg.objective]
-    if args.compile:
-        command.append("--compile")
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(ended.stdout)
-
-
-def count_operators(function, device):
-    """-> operators (also those called by operators), dtype casts and copies, and waits.
-
-    Waits: on a GPU synchronisations of its stream, on a CPU the operators that would be
-    ones there (a value read, the shape of nonzero). AdamW's fused form reads its step
-    counts on a CPU only, which is left out.
-    """
-    with torch.profiler.profile() as profile:
-        function()
-    events = profile.events()
-    names = [event.name for event in events]
-    reads = {"cudaStreamSynchronize"}
-    if device == "cpu":
-        reads = {"aten::_local_scalar_dense", "aten::nonzero"}
-    waits = sum(name in reads for name in names)
-    for event in events:
-        if event.name == "aten::_fused_adamw_":
-            waits -= sum(child.name == "aten::item" for child in event.cpu_children)
-    operators = sum(name.startswith("aten::") for name in names)
-    return operators, names.count("aten::_to_copy"), waits
 
 
 def step_row(args, model, objective, product):
@@ -321,39 +253,30 @@ def step_row(args, model, objective, product):
         whole_batch = pin(whole_batch)
         micro_batches = pin(micro_batches)
 
-    augment = functools.partial(sslvit.augment, whole_batch, cfg, args.device)
+    augment = functools.partial(sslvit.augment, whole_batch, cfg)
     views = augment()
-    if args.memory_of == "plain":
-        only = plain_step(cfg, views)
-    else:
-        only, in_parts = our_steps(cfg, views, micro_batches)
-    if args.memory_of:
-        only()
-        only()
-        return str(peak_mib(args.device))
-
-    work = {"ours": only, "in parts": in_parts, "augment": augment}
-    work["plain"] = plain_step(cfg, views)
-    work["product"] = product
-    seconds = seconds_of(work, args.rounds, args.device)
-    ours_mib = plain_mib = float("nan")
-    if not args.no_memory:
-        ours_mib = memory_in_own_process(args, cfg, batch, "ours")
-        plain_mib = memory_in_own_process(args, cfg, batch, "plain")
+    whole, in_parts = our_steps(cfg, views, micro_batches)
+    gib = float("nan")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    work = {"ours": whole, "augment": augment, "product": product}
+    if not args.quick:
+        work["in parts"] = in_parts
+        work["plain"] = plain_step(cfg, views)
+    seconds = {"plain": float("nan"), "in parts": float("nan")}
+    seconds |= seconds_of(work, args.rounds, args.device)
     speed = batch / seconds["ours"]
     plain = batch / seconds["plain"]
-    rate = speed * flops_per_image(cfg) / 1e9
+    rate = speed * sslvit.flops_per_image(cfg) / 1e9
     product_rate = args.product_flops / seconds["product"] / 1e9
     with_views = seconds["ours"] + seconds["augment"]
-    operators, casts, waits = count_operators(only, args.device)
-    augment_operators, _, _ = count_operators(augment, args.device)
     return (
         f"{model:6} {objective:9} {batch:5} "
-        f"| {speed:8.2f} {plain:7.2f} {speed / plain:6.2f} "
-        f"| {ours_mib:5.0f} {plain_mib:6.0f} "
+        f"| {speed:8.2f} {plain:7.2f} {speed / plain:6.2f} | {gib:5.1f} "
         f"| {rate:8.1f} {product_rate:9.1f} {rate / product_rate:6.1%} "
-        f"| {operators:9} {casts:6} {waits:6} "
-        f"| {seconds['augment'] / with_views:14.1%} {augment_operators:10} "
+        f"| {seconds['augment'] / with_views:7.1%} "
         f"| {seconds['in parts'] / with_views:7.2f}"
     )
 
@@ -364,18 +287,17 @@ def bench_step(args):
     b = torch.randn(side, side, device=args.device).bfloat16()
     args.product_flops = 2 * side**3
     product = functools.partial(torch.matmul, a, b)
-    if not args.memory_of:
-        compiled = ", torch.compile" if args.compile else ""
-        print(
-            f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} "
-            f"threads, {args.rounds} rounds; ours: bf16{compiled}; plain: fp32, one "
-            f"pass per view, loops;\nproduct: bf16 matrices of {side} x {side}; "
-            f"{PARTS} parts: time with views of the batch in {PARTS} micro-batches, "
-            "one = 1\n\n"
-            "model  objective batch | images/s   plain  ratio |   MiB  plain "
-            "|  GFLOP/s   product  share | operators  casts  waits "
-            "| augment: share  operators | 4 parts"
-        )
+    compiled = ", torch.compile" if args.compile else ""
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} "
+        f"threads, {args.rounds} rounds; ours: bf16{compiled}; plain: fp32, one "
+        f"pass per view, loops;\nGiB: of ours, on a GPU; product: bf16 matrices of "
+        f"{side} x {side}; {PARTS} parts: time with\nviews of the batch in {PARTS} "
+        "micro-batches, one = 1\n\n"
+        "model  objective batch | images/s   plain  ratio |   GiB "
+        "|  GFLOP/s   product  share | augment | 4 parts",
+        flush=True,
+    )
     for model in args.model:
         for objective in args.objective:
             print(step_row(args, model, objective, product), flush=True)
@@ -443,7 +365,7 @@ def bench_loader(args):
     np.random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder), args.images)
-        cfg = sslvit.Config(lam=0.2, model="base", **LARGE)
+        cfg = sslvit.Config(lam=0.2, model="base", device="cpu", **LARGE)
         files = sorted(Path(folder).iterdir())
         dataset = sslvit.TrainingViews(sslvit.ImageFolder(folder), cfg)
         batches = DataLoader(dataset, 32, sampler=[(0, i) for i in range(len(files))])
@@ -451,7 +373,7 @@ def bench_loader(args):
 
         def augment(batches):
             for batch in batches:
-                sslvit.augment(batch, cfg, "cpu")
+                sslvit.augment(batch, cfg)
 
         def decode():
             for path in files:
@@ -526,26 +448,36 @@ def bench_analyze(args):
     torch.manual_seed(0)
     size, patch = LARGE["image_size"], LARGE["patch_size"]
     vit = sslvit.ViT(size, patch, **sslvit.SIZES["base"]).eval().to(args.device)
-    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
-    batch = {"images": images, "labels": torch.zeros(4, 1), "index": torch.arange(4)}
-    batches = [batch] * (args.images // 4)
-    measures = analyze.unique(analyze.FIGURES.values(), "measure")
+    batches = torch.randn(args.images // 4, 4, 3, size, size).to(args.device)
     projections = []
     for block in vit.blocks:
         linear = block.attn.proj
         projections.append((linear.weight.cpu().numpy(), linear.bias.cpu().numpy()))
 
     def forward():
-        for batch in batches:
-            vit(analyze.normalise(batch["images"], args.device)).sum().item()
+        for images in batches:
+            vit(images).sum().item()
 
     def every_metric():
-        with redirect_stdout(io.StringIO()):
-            analyze.collect(vit, batches, measures, 4 * len(batches))
+        for images in batches:
+            before = None
+            for record in vit(images, record=True)[1]:
+                attn = record.attn[:, :, 1:, 1:]
+                attn = attn / attn.sum(dim=-1, keepdim=True)
+                analyze.attention_distance(attn, vit.grid, patch)
+                analyze.attention_nmi(attn)
+                analyze.head_similarity(record.heads[:, :, 1:])
+                for state in (record.mid[:, 1:], record.out[:, 1:]):
+                    analyze.singular_spectrum(state)
+                    spectrum = analyze.fourier_amplitude(state, vit.grid)
+                analyze.token_similarity(state)
+                if before is not None:
+                    analyze.depth_similarity(before, state)
+                before = state
+            spectrum.sum().item()  # waits for a GPU
 
     def plain():
-        for batch in batches:
-            images = analyze.normalise(batch["images"], args.device)
+        for images in batches:
             records = []
             for record in vit(images, record=True)[1]:
                 arrays = (x.cpu().numpy() for x in record)
@@ -554,7 +486,7 @@ def bench_analyze(args):
 
     work = {
         "one plain forward pass": forward,
-        "collect(), every metric": every_metric,
+        "analyze.py, every metric": every_metric,
         "plain NumPy, per image": plain,
     }
     seconds = seconds_of(work, args.rounds, args.device)
@@ -573,48 +505,24 @@ def main():
     )
     commands = parser.add_subparsers(required=True, metavar="step|loader|analyze")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, function, rounds in (
-        ("step", bench_step, 5),
-        ("loader", bench_loader, 5),
-        ("analyze", bench_analyze, 3),
-    ):
+    functions = {"step": bench_step, "loader": bench_loader, "analyze": bench_analyze}
+    for name, function in functions.items():
         command = commands.add_parser(
             name, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         command.set_defaults(function=function)
-        command.add_argument(
-            "--rounds", type=int, default=rounds, help="one more runs first, to warm up"
-        )
+        command.add_argument("--rounds", type=int, default=5, help="after a warm-up")
         if name != "loader":
             command.add_argument("--device", default=device, choices=["cpu", "cuda"])
-        if name == "step":
-            command.add_argument(
-                "--model", nargs="+", default=[*RECIPES], choices=RECIPES
-            )
-            command.add_argument(
-                "--objective", nargs="+", default=[*OBJECTIVES], choices=OBJECTIVES
-            )
-            command.add_argument(
-                "--batch",
-                type=int,
-                default=0,
-                help="0: 64 micro, 8 base; on a GPU 8 times that",
-            )
-            command.add_argument(
-                "--no-memory",
-                action="store_true",
-                help="leave its two processes out: faster",
-            )
-            command.add_argument(
-                "--compile", action="store_true", help="torch.compile our encoders"
-            )
-            command.add_argument(
-                "--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS
-            )
-        else:
-            command.add_argument(
-                "--images", type=int, default=64 if name == "loader" else 8
-            )
+        if name != "step":
+            images = 64 if name == "loader" else 8
+            command.add_argument("--images", type=int, default=images)
+            continue
+        command.add_argument("--model", nargs="+", default=[*RECIPES])
+        command.add_argument("--objective", nargs="+", default=[*OBJECTIVES])
+        command.add_argument("--batch", type=int, default=0, help="0: as BATCH says")
+        command.add_argument("--quick", action="store_true", help="ours alone")
+        command.add_argument("--compile", action="store_true", help="our encoders")
     args = parser.parse_args()
     args.function(args)
 
