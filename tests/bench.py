@@ -232,10 +232,9 @@ def bench_step(args):
     b = torch.randn(side, side, device=args.device).bfloat16()
     args.product_flops = 2 * side**3
     product = functools.partial(torch.matmul, a, b)
-    compiled = ", torch.compile" if args.compile else ""
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} "
-        f"threads; ours: bf16{compiled}; plain: fp32, torch's layers;\n"
+        f"threads; ours: bf16, {args.compile=}; plain: fp32, torch's layers;\n"
         f"product: bf16 matrices; {PARTS} parts: time in micro-batches, whole = 1\n\n"
         "model  objective batch | images/s   plain  ratio |   GiB "
         "|  GFLOP/s   product  share | augment | 4 parts",
@@ -362,9 +361,7 @@ def bench_analyze(args):
         "analyze.py, every metric": every_metric,
     }
     seconds = seconds_of(work, args.rounds, args.device)
-    threads = torch.get_num_threads()
-    print(f"ViT-B/16, {size} px, fp32, {args.device}, {threads} threads")
-    print(f"{args.images} images, {args.rounds} rounds\n")
+    print(f"ViT-B/16, {size} px, fp32, {args.device}, {args.images} images\n")
     print(f"{'':26}{'s per 1,000 images':>19} {'x forward pass':>15}")
     for name, value in seconds.items():
         ratio = value / seconds["one plain forward pass"]

@@ -37,16 +37,15 @@ def write_jpegs(folder):
         size = (int(rng.integers(40, 200)), int(rng.integers(40, 200)))
         picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
         target = folder / ("cat", "dog")[i % 2]
-        target.mkdir(exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         picture.save(target / f"{i:02}.jpg", quality=90)
 
 
 def describe(run):
     """A run folder -> its log without times, and a hash of its encoder."""
-    rows = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows.append({name: row[name] for name in row if name not in TIMES})
+    lines = (run / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [{name: row[name] for name in row if name not in TIMES} for row in rows]
     state = torch.load(run / "ckpt.pt", weights_only=True)["model"]
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -61,7 +60,6 @@ def pin(program):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (folder / "jpeg").mkdir()
         write_jpegs(folder / "jpeg")
         sources = {"stimuli": [], "jpeg": ["--data", str(folder / "jpeg")]}
         for source, data in sources.items():
@@ -69,9 +67,7 @@ def pin(program):
                 run = folder / f"{source}-{objective}"
                 command = [sys.executable, program, "--objective", objective]
                 command += [*RUN, *data, "--out", str(run)]
-                subprocess.run(
-                    command, env=environment, check=True, stdout=subprocess.DEVNULL
-                )
+                subprocess.run(command, env=environment, check=True)
                 pinned[run.name] = describe(run)
     return pinned
 
@@ -96,9 +92,8 @@ def main():
     options = parser.parse_args()
     new = pin(options.program)
     if options.action == "record":
-        options.file.write_text(json.dumps(new, indent=1) + "\n")
-        return 0
-    return 0 if compare(json.loads(options.file.read_text()), new) else 1
+        return not options.file.write_text(json.dumps(new, indent=1) + "\n")
+    return not compare(json.loads(options.file.read_text()), new)
 
 
 if __name__ == "__main__":
