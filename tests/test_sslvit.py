@@ -1461,8 +1461,14 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path, capfd):
     (photos / "zz.png").rename(photos / "03.png")
     # the whole folder may be elsewhere
     photos.rename(tmp_path / "moved")
-    for data in (f"{tmp_path}/moved", f"{tmp_path}/moved/"):
-        assert run(f"--resume --data {data}", tmp_path / "run") == 0
+    assert run(f"--resume --data {tmp_path}/moved", tmp_path / "run") == 0
+
+
+def test_a_slash_behind_the_folders_name_means_nothing(tmp_path):
+    fill(tmp_path / "photos", 3)
+    names = (f"{tmp_path}/photos", f"{tmp_path}/photos/")
+    one, other = [sslvit.find_data(config(data=name))[0] for name in names]
+    assert one.identity() == other.identity()
 
 
 def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
