@@ -1341,7 +1341,7 @@ def write_kind(kind, path):
     else:  # a JPEG with a broken EXIF block behind its first two bytes
         SHOWN.save(path := path.with_suffix(".jpg"), quality=95)
         jpeg = path.read_bytes()
-        block = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
+        block = b"Exif\0\0garbage"
         segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
         path.write_bytes(jpeg[:2] + segment + jpeg[2:])
     return path
