@@ -4,28 +4,19 @@
                                   step written plainly, and the cost of micro-batches
   python tests/bench.py loader    the input pipeline on JPEGs against torchvision's
                                   MoCo v3 pipeline, per core
-  python tests/bench.py analyze   all training-free metrics against a plain forward pass
-                                  and plain NumPy
+  python tests/bench.py analyze   all metrics of one layer against a forward pass
 
-Each prints a table. `--help` after a command shows how to measure one row alone (step
---model base --objective simmim --rounds 2; with --no-memory in half the time).
-
-Everything compared runs in one process and takes turns, so that a busy machine disturbs
-all alike; numbers are medians of the rounds, ratios are ratios of medians. With one
-thread on a CPU (OMP_NUM_THREADS=1) the clock is the process's CPU time, which other
-programs disturb least, otherwise wall time. The plain forms are written here anew and
-use nothing of the files they are compared with.
+`step --model base --objective simmim --rounds 2 --quick` is one row, ours alone.
+All that is compared takes turns in one process; numbers are medians of the rounds. With
+one thread on a CPU (OMP_NUM_THREADS=1) the clock is the CPU time, else wall time.
 """
 
 import argparse
 import functools
-import io
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -40,27 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sslvit
 
 OBJECTIVES = {"moco": 1.0, "simmim": 0.0, "hybrid": 0.2}  # λ of each
-# ViT-B/16 at ImageNet's 224 px
-LARGE = {
-    "image_size": 224,
-    "patch_size": 16,
-    "mask_patch_size": 32,
-    "proj_hidden": 4096,
-    "hue_shift": 0.1,
-    "crop_min": 0.08,
-    "blur": 2.0,
-}
-# or stimuli of 32 px
+# ViT-B/16 at ImageNet's 224 px, or stimuli of 32 px
+LARGE = {"image_size": 224, "patch_size": 16, "mask_patch_size": 32}
+LARGE |= {"proj_hidden": 4096, "hue_shift": 0.1, "crop_min": 0.08, "blur": 2.0}
 RECIPES = {"micro": {}, "base": LARGE}
 BATCH = {"micro": 64, "base": 8}  # on a GPU 8 times that
 PARTS = 4  # micro-batches
 
 
 def seconds_of(work, rounds, device="cpu"):
-    """{name: function} -> {name: median seconds}.
-
-    Each round runs every function once; the first warms up.
-    """
+    """{name: function} -> {name: median seconds}; the first round warms up."""
 
     def clock():
         if device != "cpu":
@@ -80,27 +60,8 @@ def seconds_of(work, rounds, device="cpu"):
 # ---- step: losses, backward, clip, AdamW, average of the keys ----
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, embed_dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(embed_dim)
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
-        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x):
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1+N, d) each
-        attention = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
-        x = x + self.proj((attention @ v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
 class PlainViT(nn.Module):
-    """A Vision Transformer as one would write it down, with explicit attention."""
+    """A Vision Transformer of torch's own layers."""
 
     def __init__(self, image_size, patch_size, embed_dim, depth, num_heads):
         super().__init__()
@@ -108,19 +69,18 @@ class PlainViT(nn.Module):
         self.cls = nn.Parameter(torch.zeros(1, 1, embed_dim))
         tokens = 1 + (image_size // patch_size) ** 2
         self.register_buffer("positions", torch.randn(1, tokens, embed_dim))
-        self.blocks = nn.ModuleList(
-            PlainBlock(embed_dim, num_heads) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim)
+        how = {"dropout": 0.0, "activation": "gelu", "batch_first": True}
+        sizes = (embed_dim, num_heads, 4 * embed_dim)
+        block = nn.TransformerEncoderLayer(*sizes, norm_first=True, **how)
+        norm = nn.LayerNorm(embed_dim)
+        self.blocks = nn.TransformerEncoder(block, depth, norm, False)
 
     def forward(self, x, mask=None, mask_token=None):
         x = self.embed(x).flatten(2).transpose(1, 2)
         if mask is not None:
             x = torch.where(mask[..., None], mask_token, x)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.blocks(x)
 
 
 def plain_head(*widths):
@@ -135,61 +95,57 @@ class PlainSSL(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.lam = cfg.lam
-        self.patch_size = cfg.patch_size
-        self.temperature = cfg.temperature
+        self.cfg = cfg
         sizes = sslvit.SIZES[cfg.model]
-        embed_dim = sizes["embed_dim"]
-        hidden = cfg.proj_hidden
+        widths = (sizes["embed_dim"], cfg.proj_hidden, cfg.proj_hidden, 256)
         self.encoder = PlainViT(cfg.image_size, cfg.patch_size, **sizes)
+        self.projector = plain_head(*widths)
+        self.predictor = plain_head(256, cfg.proj_hidden, 256)
+        self.keys = PlainViT(cfg.image_size, cfg.patch_size, **sizes)
+        self.key_projector = plain_head(*widths)
+        self.keys.requires_grad_(False)
+        self.key_projector.requires_grad_(False)
         self.averaged = []
-        if self.lam > 0:
-            self.projector = plain_head(embed_dim, hidden, hidden, 256)
-            self.predictor = plain_head(256, hidden, 256)
-            self.keys = PlainViT(cfg.image_size, cfg.patch_size, **sizes)
-            self.key_projector = plain_head(embed_dim, hidden, hidden, 256)
-            self.keys.requires_grad_(False)
-            self.key_projector.requires_grad_(False)
+        if cfg.lam > 0:
             self.averaged.append((self.keys, self.encoder))
             self.averaged.append((self.key_projector, self.projector))
-        if self.lam < 1:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            self.decoder = nn.Linear(embed_dim, 3 * cfg.patch_size**2)
-        else:  # MoCo v3 freezes the patch embedding
-            self.encoder.embed.requires_grad_(False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes["embed_dim"]))
+        self.decoder = nn.Linear(sizes["embed_dim"], 3 * cfg.patch_size**2)
+        # MoCo v3 freezes the patch embedding
+        self.encoder.embed.requires_grad_(cfg.lam < 1)
 
     def info_nce(self, q, k):
-        logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / self.temperature
-        own_key = torch.arange(len(q), device=q.device)
-        return 2 * self.temperature * F.cross_entropy(logits, own_key)
+        tau = self.cfg.temperature
+        logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / tau
+        return 2 * tau * F.cross_entropy(logits, torch.arange(len(q)).to(q.device))
 
     def forward(self, view1, view2, view_mim, mask):
+        lam = self.cfg.lam
         loss = 0.0
-        if self.lam > 0:
+        if lam > 0:
             q1 = self.predictor(self.projector(self.encoder(view1)[:, 0]))
             q2 = self.predictor(self.projector(self.encoder(view2)[:, 0]))
             with torch.no_grad():
                 k1 = self.key_projector(self.keys(view1)[:, 0])
                 k2 = self.key_projector(self.keys(view2)[:, 0])
-            loss = self.lam * (self.info_nce(q1, k2) + self.info_nce(q2, k1))
-        if self.lam < 1:
+            loss = lam * (self.info_nce(q1, k2) + self.info_nce(q2, k1))
+        if lam < 1:
             tokens = self.encoder(view_mim, mask, self.mask_token)
             pixels = self.decoder(tokens)[:, 1:]
-            target = F.unfold(view_mim, self.patch_size, stride=self.patch_size)
-            error = (pixels - target.transpose(1, 2)).abs()[mask].mean()
-            loss = loss + (1 - self.lam) * error
+            p = self.cfg.patch_size
+            target = F.unfold(view_mim, p, stride=p).transpose(1, 2)
+            loss = loss + (1 - lam) * (pixels - target).abs()[mask].mean()
         return loss
 
 
 def plain_step(cfg, views):
     """-> function of a step in fp32, with the optimiser and the average in loops."""
     model = PlainSSL(cfg).to(cfg.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
 
     def step():
         model(*views).backward()
-        nn.utils.clip_grad_norm_(trained, 5.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -201,15 +157,14 @@ def plain_step(cfg, views):
 
 
 def our_steps(cfg, views, micro_batches):
-    """-> functions of a step as sslvit.train() does it, whole and in micro-batches.
-
-    The whole one is given its views, that in micro-batches makes them itself.
-    """
+    """-> functions of a step as in sslvit.train(): whole, and with views in parts."""
     model = sslvit.SSL(cfg).to(cfg.device)
     optimizer = sslvit.make_optimizer(model, cfg)
     autocast, scaler = sslvit.mixed_precision(cfg)
     if cfg.compile:
-        sslvit.compile_encoders(model)
+        model.encoder.compile(dynamic=False)
+        if cfg.lam > 0:
+            model.momentum_encoder.compile(dynamic=False)
 
     def finish():
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -224,136 +179,49 @@ def our_steps(cfg, views, micro_batches):
         finish()
 
     def in_parts():
-        sslvit.backward_in_parts(model, micro_batches, cfg, autocast, scaler)
+        parts = [sslvit.augment(batch, cfg) for batch in micro_batches]
+        sslvit.backward_in_parts(model, parts, cfg, autocast, scaler)
         finish()
 
     return whole, in_parts
-
-
-def flops_per_image(cfg):
-    """FLOPs of a training step by formula; a multiplication and an addition are two.
-
-    A block, for each of the T = 1+N tokens: linear layers 24·D² (Q, K, V 6, projection
-    2, MLP 16) and attention 4·T·D (queries by keys 2, weights by values 2). A pass that
-    is trained counts 3 times (forward, gradients of activations, gradients of weights),
-    a key pass once. A contrastive pass needs nothing but CLS from its last block, whose
-    other tokens count 6·D² only, as sslvit.py computes no more. Patch embedding, heads,
-    decoder and norms (together 1 or 2 %) are left out: the rates are slightly too low.
-    """
-    width = sslvit.SIZES[cfg.model]["embed_dim"]
-    depth = sslvit.SIZES[cfg.model]["depth"]
-    tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
-    token = 24 * width**2 + 4 * tokens * width
-    flops = 0
-    if cfg.lam > 0:
-        only_cls = (tokens - 1) * 6 * width**2 + token
-        flops += (2 * 3 + 2) * ((depth - 1) * tokens * token + only_cls)
-    if cfg.lam < 1:
-        flops += 3 * depth * tokens * token
-    return flops
-
-
-def peak_mib(device):
-    """Peak memory of this process: allocated on a GPU, resident on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Linux; ru_maxrss would include what the parent had at the fork
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def memory_in_own_process(args, cfg, batch, form):
-    """-> peak MiB of a process that runs nothing else."""
-    command = [sys.executable, __file__, "step", "--memory-of", form]
-    command += ["--device", args.device, "--batch", str(batch)]
-    command += ["--model", cfg.model, "--objective", cfg.objective]
-    if args.compile:
-        command.append("--compile")
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(ended.stdout)
-
-
-def count_operators(function, device):
-    """-> operators (also those called by operators), dtype casts and copies, and waits.
-
-    Waits: on a GPU synchronisations of its stream, on a CPU the operators that would be
-    ones there (a value read, the shape of nonzero). AdamW's fused form reads its step
-    counts on a CPU only, which is left out.
-    """
-    with torch.profiler.profile() as profile:
-        function()
-    events = profile.events()
-    names = [event.name for event in events]
-    reads = {"cudaStreamSynchronize"}
-    if device == "cpu":
-        reads = {"aten::_local_scalar_dense", "aten::nonzero"}
-    waits = sum(name in reads for name in names)
-    for event in events:
-        if event.name == "aten::_fused_adamw_":
-            waits -= sum(child.name == "aten::item" for child in event.cpu_children)
-    operators = sum(name.startswith("aten::") for name in names)
-    return operators, names.count("aten::_to_copy"), waits
 
 
 def step_row(args, model, objective, product):
     """Measures one model with one objective -> its line of the table."""
     on_gpu = args.device != "cpu"
     batch = args.batch or BATCH[model] * (8 if on_gpu else 1)
-    cfg = sslvit.Config(
-        objective=objective,
-        lam=OBJECTIVES[objective],
-        model=model,
-        device=args.device,
-        dtype="bf16",
-        compile=args.compile,
-        **RECIPES[model],
-    )
+    how = {"device": args.device, "dtype": "bf16", "compile": args.compile}
+    lam = OBJECTIVES[objective]
+    cfg = sslvit.Config(model=model, lam=lam, **how, **RECIPES[model])
     source = sslvit.TrainingViews(sslvit.Stimuli(batch, cfg.image_size), cfg)
     items = [source[0, i] for i in range(batch)]
-    whole_batch = default_collate(items)
     parts = min(PARTS, batch)
-    micro_batches = [default_collate(items[part::parts]) for part in range(parts)]
-    if on_gpu:
-        pin = torch.utils.data._utils.pin_memory.pin_memory
-        whole_batch = pin(whole_batch)
-        micro_batches = pin(micro_batches)
-
-    augment = functools.partial(sslvit.augment, whole_batch, cfg, args.device)
+    loaded = [items, *(items[part::parts] for part in range(parts))]
+    whole_batch, *micro_batches = [default_collate(part) for part in loaded]
+    augment = functools.partial(sslvit.augment, whole_batch, cfg)
     views = augment()
-    if args.memory_of == "plain":
-        only = plain_step(cfg, views)
-    else:
-        only, in_parts = our_steps(cfg, views, micro_batches)
-    if args.memory_of:
-        only()
-        only()
-        return str(peak_mib(args.device))
-
-    work = {"ours": only, "in parts": in_parts, "augment": augment}
-    work["plain"] = plain_step(cfg, views)
-    work["product"] = product
-    seconds = seconds_of(work, args.rounds, args.device)
-    ours_mib = plain_mib = float("nan")
-    if not args.no_memory:
-        ours_mib = memory_in_own_process(args, cfg, batch, "ours")
-        plain_mib = memory_in_own_process(args, cfg, batch, "plain")
+    whole, in_parts = our_steps(cfg, views, micro_batches)
+    gib = float("nan")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    work = {"ours": whole, "augment": augment, "product": product}
+    if not args.quick:
+        work["in parts"] = in_parts
+        work["plain"] = plain_step(cfg, views)
+    seconds = {"plain": float("nan"), "in parts": float("nan")}
+    seconds |= seconds_of(work, args.rounds, args.device)
     speed = batch / seconds["ours"]
     plain = batch / seconds["plain"]
-    rate = speed * flops_per_image(cfg) / 1e9
+    rate = speed * sslvit.flops_per_image(cfg) / 1e9
     product_rate = args.product_flops / seconds["product"] / 1e9
     with_views = seconds["ours"] + seconds["augment"]
-    operators, casts, waits = count_operators(only, args.device)
-    augment_operators, _, _ = count_operators(augment, args.device)
     return (
         f"{model:6} {objective:9} {batch:5} "
-        f"| {speed:8.2f} {plain:7.2f} {speed / plain:6.2f} "
-        f"| {ours_mib:5.0f} {plain_mib:6.0f} "
+        f"| {speed:8.2f} {plain:7.2f} {speed / plain:6.2f} | {gib:5.1f} "
         f"| {rate:8.1f} {product_rate:9.1f} {rate / product_rate:6.1%} "
-        f"| {operators:9} {casts:6} {waits:6} "
-        f"| {seconds['augment'] / with_views:14.1%} {augment_operators:10} "
+        f"| {seconds['augment'] / with_views:7.1%} "
         f"| {seconds['in parts'] / with_views:7.2f}"
     )
 
@@ -364,18 +232,14 @@ def bench_step(args):
     b = torch.randn(side, side, device=args.device).bfloat16()
     args.product_flops = 2 * side**3
     product = functools.partial(torch.matmul, a, b)
-    if not args.memory_of:
-        compiled = ", torch.compile" if args.compile else ""
-        print(
-            f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} "
-            f"threads, {args.rounds} rounds; ours: bf16{compiled}; plain: fp32, one "
-            f"pass per view, loops;\nproduct: bf16 matrices of {side} x {side}; "
-            f"{PARTS} parts: time with views of the batch in {PARTS} micro-batches, "
-            "one = 1\n\n"
-            "model  objective batch | images/s   plain  ratio |   MiB  plain "
-            "|  GFLOP/s   product  share | operators  casts  waits "
-            "| augment: share  operators | 4 parts"
-        )
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} "
+        f"threads; ours: bf16, {args.compile=}; plain: fp32, torch's layers;\n"
+        f"product: bf16 matrices; {PARTS} parts: time in micro-batches, whole = 1\n\n"
+        "model  objective batch | images/s   plain  ratio |   GiB "
+        "|  GFLOP/s   product  share | augment | 4 parts",
+        flush=True,
+    )
     for model in args.model:
         for objective in args.objective:
             print(step_row(args, model, objective, product), flush=True)
@@ -385,42 +249,32 @@ def bench_step(args):
 
 
 def write_jpegs(folder, count):
-    """Smooth random pictures of about 500 x 400 px, 40 to 60 kB.
-
-    Noise of all scales, weaker in colour.
-    """
-    random = torch.Generator().manual_seed(0)
+    """Smooth random pictures of 500 x 400 px, about 50 kB: noise of all scales."""
+    generator = torch.Generator().manual_seed(0)
     for i in range(count):
-        size = torch.randint(-40, 41, (2,), generator=random)
-        width, height = (size + torch.tensor([500, 400])).tolist()
-        picture = torch.zeros(1, 3, height, width)
+        picture = torch.full((1, 3, 400, 500), 128.0)
         for scale in (2, 4, 8, 16, 32, 64, 128):
-            size = (height // scale + 1, width // scale + 1)
-            grey = torch.randn(1, 1, *size, generator=random)
-            noise = grey + 0.4 * torch.randn(1, 3, *size, generator=random)
-            noise = F.interpolate(noise, (height, width), mode="bicubic")
+            size = (400 // scale + 1, 500 // scale + 1)
+            grey = torch.randn(1, 1, *size, generator=generator)
+            noise = grey + 0.4 * torch.randn(1, 3, *size, generator=generator)
+            noise = F.interpolate(noise, (400, 500), mode="bicubic")
             picture += 3 * scale**0.5 * noise
-        pixels = (picture[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        pixels = picture[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
 
 
 def torchvision_pipeline():
-    """-> function of an opened image: three views from one decode.
-
-    MoCo v3's two (with its Pillow blur) and SimMIM's.
-    """
+    """-> function of an opened image: MoCo v3's two views and SimMIM's, one decode."""
     import torchvision.transforms as T
 
-    def blur_once(image):
-        radius = np.random.uniform(0.1, 2.0)
-        return image.filter(ImageFilter.GaussianBlur(radius))
-
     def blur(share):
-        return T.RandomApply([T.Lambda(blur_once)], share)
+        def once(image):
+            return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2)))
 
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-    end = [T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(mean, std)]
+        return T.RandomApply([T.Lambda(once)], share)
+
+    normalise = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    end = [T.RandomHorizontalFlip(), T.ToTensor(), normalise]
     start = [
         T.RandomResizedCrop(224, (0.08, 1)),
         T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
@@ -429,21 +283,16 @@ def torchvision_pipeline():
     view1 = T.Compose([*start, blur(1.0), *end])
     view2 = T.Compose([*start, blur(0.1), T.RandomSolarize(128, 0.2), *end])
     view_mim = T.Compose([T.RandomResizedCrop(224, (0.67, 1)), *end])
-
-    def three_views(image):
-        image = image.convert("RGB")
-        return [view1(image), view2(image), view_mim(image)]
-
-    return three_views
+    return lambda image: [
+        view(image.convert("RGB")) for view in (view1, view2, view_mim)
+    ]
 
 
 def bench_loader(args):
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    np.random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder), args.images)
-        cfg = sslvit.Config(lam=0.2, model="base", **LARGE)
+        cfg = sslvit.Config(lam=0.2, model="base", device="cpu", **LARGE)
         files = sorted(Path(folder).iterdir())
         dataset = sslvit.TrainingViews(sslvit.ImageFolder(folder), cfg)
         batches = DataLoader(dataset, 32, sampler=[(0, i) for i in range(len(files))])
@@ -451,14 +300,10 @@ def bench_loader(args):
 
         def augment(batches):
             for batch in batches:
-                sslvit.augment(batch, cfg, "cpu")
-
-        def decode():
-            for path in files:
-                Image.open(path).convert("RGB")
+                sslvit.augment(batch, cfg)
 
         work = {
-            "bare decode": decode,
+            "bare decode": lambda: [Image.open(f).convert("RGB") for f in files],
             "sslvit: decode, three crops": lambda: list(batches),
             "sslvit: augment": functools.partial(augment, loaded),
             "sslvit: all": functools.partial(augment, batches),
@@ -469,54 +314,15 @@ def bench_loader(args):
                 [views(Image.open(path)) for path in files]
             )
         seconds = seconds_of(work, args.rounds)
-        kilobytes = median(path.stat().st_size for path in files) / 1000
-    print(
-        f"{len(files)} JPEGs of about 500 x 400 px and {kilobytes:.0f} kB, three crops "
-        f"of 224 px, one thread, CPU time, {args.rounds} rounds\n\n"
-        f"{'':28}{'images/s':>9} {'ms/image':>9} {'x decode':>9} "
-        f"{'torchvision / this':>19}"
-    )
+    print(f"{len(files)} JPEGs, one thread, CPU time, {args.rounds} rounds\n")
+    print(f"{'':28}{'images/s':>9} {'x decode':>9} {'torchvision / this':>19}")
     last = seconds.get("torchvision: all", float("nan"))
     for name, value in seconds.items():
-        print(
-            f"{name:28}{len(files) / value:9.1f} {1000 * value / len(files):9.2f} "
-            f"{value / seconds['bare decode']:9.2f} {last / value:19.2f}"
-        )
-    if "torchvision: all" not in seconds:
-        print("torchvision is not installed: its pipeline was not measured")
+        decodes = value / seconds["bare decode"]
+        print(f"{name:28}{len(files) / value:9.1f} {decodes:9.2f} {last / value:19.2f}")
 
 
 # ---- analyze: the training-free metrics of ViT-B/16 at 224 px ------------------------
-def numpy_metrics(records, projections, grid, patch):
-    """The formulas as one would write them down, one image after the other."""
-    y, x = np.divmod(np.arange(grid * grid), grid)
-    far = patch * np.hypot(y[:, None] - y, x[:, None] - x)
-    for b in range(len(records[0].mid)):
-        before = None
-        for record, (weight, bias) in zip(records, projections, strict=True):
-            attn = record.attn[b, :, 1:, 1:]
-            attn = attn / attn.sum(-1, keepdims=True)
-            p = attn.mean(1, keepdims=True)
-            (attn * far).sum(-1).mean(-1)
-            information = (attn * np.log(np.maximum(attn, 1e-30) / p)).sum(-1).mean(-1)
-            information / np.sqrt(np.log(grid * grid) * -(p * np.log(p)).sum((1, 2)))
-            heads = record.heads[b, :, 1:]  # (H, N, d)
-            unit = heads / np.linalg.norm(heads, axis=-1, keepdims=True)
-            np.einsum("hnd,gnd->hg", unit, unit)
-            written = (
-                heads.transpose(1, 0, 2).reshape(grid * grid, -1) @ weight.T + bias
-            )
-            unit = written / np.linalg.norm(written, axis=-1, keepdims=True)
-            (unit @ unit.T).mean()
-            if before is not None:
-                (unit * before).sum(-1).mean()
-            before = unit
-            for state in (record.mid, record.out):
-                tokens = state[b, 1:]
-                np.linalg.svd(tokens - tokens.mean(0), compute_uv=False)
-                np.log(
-                    np.abs(np.fft.fft2(tokens.reshape(grid, grid, -1), axes=(0, 1)))
-                ).mean(-1).diagonal()
 
 
 @torch.no_grad()
@@ -526,41 +332,36 @@ def bench_analyze(args):
     torch.manual_seed(0)
     size, patch = LARGE["image_size"], LARGE["patch_size"]
     vit = sslvit.ViT(size, patch, **sslvit.SIZES["base"]).eval().to(args.device)
-    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
-    batch = {"images": images, "labels": torch.zeros(4, 1), "index": torch.arange(4)}
-    batches = [batch] * (args.images // 4)
-    measures = analyze.unique(analyze.FIGURES.values(), "measure")
-    projections = []
-    for block in vit.blocks:
-        linear = block.attn.proj
-        projections.append((linear.weight.cpu().numpy(), linear.bias.cpu().numpy()))
+    batches = torch.randn(args.images // 4, 4, 3, size, size).to(args.device)
 
     def forward():
-        for batch in batches:
-            vit(analyze.normalise(batch["images"], args.device)).sum().item()
+        for images in batches:
+            vit(images).sum().item()
 
     def every_metric():
-        with redirect_stdout(io.StringIO()):
-            analyze.collect(vit, batches, measures, 4 * len(batches))
-
-    def plain():
-        for batch in batches:
-            images = analyze.normalise(batch["images"], args.device)
-            records = []
+        for images in batches:
+            before = None
             for record in vit(images, record=True)[1]:
-                arrays = (x.cpu().numpy() for x in record)
-                records.append(type(record)(*arrays))
-            numpy_metrics(records, projections, size // patch, patch)
+                attn = record.attn[:, :, 1:, 1:]
+                attn = attn / attn.sum(dim=-1, keepdim=True)
+                analyze.attention_distance(attn, vit.grid, patch)
+                analyze.attention_nmi(attn)
+                analyze.head_similarity(record.heads[:, :, 1:])
+                for state in (record.mid[:, 1:], record.out[:, 1:]):
+                    analyze.singular_spectrum(state)
+                    spectrum = analyze.fourier_amplitude(state, vit.grid)
+                analyze.token_similarity(state)
+                if before is not None:
+                    analyze.depth_similarity(before, state)
+                before = state
+            spectrum.sum().item()  # waits for a GPU
 
     work = {
         "one plain forward pass": forward,
-        "collect(), every metric": every_metric,
-        "plain NumPy, per image": plain,
+        "analyze.py, every metric": every_metric,
     }
     seconds = seconds_of(work, args.rounds, args.device)
-    threads = torch.get_num_threads()
-    print(f"ViT-B/16, {size} px, fp32, {args.device}, {threads} threads")
-    print(f"{args.images} images, {args.rounds} rounds\n")
+    print(f"ViT-B/16, {size} px, fp32, {args.device}, {args.images} images\n")
     print(f"{'':26}{'s per 1,000 images':>19} {'x forward pass':>15}")
     for name, value in seconds.items():
         ratio = value / seconds["one plain forward pass"]
@@ -573,48 +374,24 @@ def main():
     )
     commands = parser.add_subparsers(required=True, metavar="step|loader|analyze")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, function, rounds in (
-        ("step", bench_step, 5),
-        ("loader", bench_loader, 5),
-        ("analyze", bench_analyze, 3),
-    ):
+    functions = {"step": bench_step, "loader": bench_loader, "analyze": bench_analyze}
+    for name, function in functions.items():
         command = commands.add_parser(
             name, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         command.set_defaults(function=function)
-        command.add_argument(
-            "--rounds", type=int, default=rounds, help="one more runs first, to warm up"
-        )
+        command.add_argument("--rounds", type=int, default=5, help="after a warm-up")
         if name != "loader":
             command.add_argument("--device", default=device, choices=["cpu", "cuda"])
-        if name == "step":
-            command.add_argument(
-                "--model", nargs="+", default=[*RECIPES], choices=RECIPES
-            )
-            command.add_argument(
-                "--objective", nargs="+", default=[*OBJECTIVES], choices=OBJECTIVES
-            )
-            command.add_argument(
-                "--batch",
-                type=int,
-                default=0,
-                help="0: 64 micro, 8 base; on a GPU 8 times that",
-            )
-            command.add_argument(
-                "--no-memory",
-                action="store_true",
-                help="leave its two processes out: faster",
-            )
-            command.add_argument(
-                "--compile", action="store_true", help="torch.compile our encoders"
-            )
-            command.add_argument(
-                "--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS
-            )
-        else:
-            command.add_argument(
-                "--images", type=int, default=64 if name == "loader" else 8
-            )
+        if name != "step":
+            images = 64 if name == "loader" else 8
+            command.add_argument("--images", type=int, default=images)
+            continue
+        command.add_argument("--model", nargs="+", default=[*RECIPES])
+        command.add_argument("--objective", nargs="+", default=[*OBJECTIVES])
+        command.add_argument("--batch", type=int, default=0, help="0: as BATCH says")
+        command.add_argument("--quick", action="store_true", help="ours alone")
+        command.add_argument("--compile", action="store_true", help="our encoders")
     args = parser.parse_args()
     args.function(args)
 
