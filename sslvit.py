@@ -100,6 +100,7 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
     A unit is so large that the next visible pixel does not tell what it hides ([S]
     section 3.2). Sizes in px; UserError, a ValueError, where they do not divide.
     """
+    require(0 < ratio <= 1, f"mask ratio {ratio}: not in (0, 1]")
     divides = unit % patch_size == 0 and image_size % unit == 0
     sizes = f"patch size {patch_size}, mask unit {unit}, image size {image_size}"
     require(divides, f"{sizes}: each must divide the next")
@@ -1371,14 +1372,14 @@ def run(argv):
     settle(cfg, world_size)
     if cfg.dry_run:
         return plan(cfg)
-    log = open_run_folder(cfg)
-    if world_size > 1:
-        backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
-        # the others wait for the first rank's k-NN test
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return train(cfg, state, log)
+    with open_run_folder(cfg) as log:
+        if world_size > 1:
+            backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
+            # the others wait for the first rank's k-NN test
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+            if dist.get_rank() > 0:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return train(cfg, state, log)
 
 
 # ==== 8. Workshop: what the lecture takes for granted =================================
@@ -1514,7 +1515,7 @@ def list_images(root):
     """-> sorted [(top folder or ".", path)] of the images below root; says what is not.
 
     Hidden folders and those of masks are left out, links are followed. OSError if a
-    folder cannot be listed, or links run in circles.
+    folder cannot be listed, UserError if links lead to one twice, as in a circle.
     """
 
     def fail(error):
@@ -1523,7 +1524,11 @@ def list_images(root):
     kinds = Image.registered_extensions()
     images = []
     left_out = collections.Counter()
+    folders = set()
     for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        place = os.path.realpath(folder)
+        require(place not in folders, f"{folder}: links lead here twice")
+        folders.add(place)
         parts = Path(folder).relative_to(root).parts
         is_other = any(p[0] == "." or p.lower() in MASK_FOLDERS for p in parts)
         for name in names:
@@ -1550,7 +1555,7 @@ class ImageFolder(list):
         message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
         require(images, message)
         names = sorted({top for top, _ in images} - {"."})
-        self.root = str(root)
+        self.root = os.path.join(root, "")
         self.kept = {}
         self.label_names = ()
         self.classes = ()
