@@ -486,7 +486,7 @@ def test_colour_operations_by_hand():
     assert turned.tolist() == pytest.approx([0, 1, 0], abs=1e-6)
     # a point becomes exp(-½ (x/σ)²): at 3 px = 2σ e⁻² of the middle, either way; no
     # matter how much its neighbour in the batch is blurred
-    dot = torch.zeros(2, 1, 21, 21)
+    dot = torch.zeros(2, 3, 21, 21)
     dot[..., 10, 10] = 1
     blurred = sslvit.gaussian_blur(dot, column([1.5, 2.0]))[0, 0]
     for point in (blurred[10, 13], blurred[13, 10]):
@@ -733,7 +733,7 @@ def test_two_ranks_are_one_process(tmp_path, in_float64):
 
 
 def test_the_log_tells_speed_and_time_left(tmp_path, monkeypatch):
-    """A step waits 1 s for 8 images and computes for 3 s: 2 images/s, stall 1/4.
+    """A step waits 1 s for 8 images and computes for 3 s: 2 images/s.
 
     33 of 36 steps after the third take 132 s; saving takes long, but is no step.
     """
@@ -758,7 +758,6 @@ def test_the_log_tells_speed_and_time_left(tmp_path, monkeypatch):
     rows = log_of(tmp_path)[1:]
     assert [row["step"] for row in rows] == [3, 12, 24, 36]
     assert [row["images/s"] for row in rows] == [2] * 4
-    assert [row["stall"] for row in rows] == [0.25] * 4
     assert [row["minutes left"] for row in rows] == [2.2, 1.6, 0.8, 0]
 
 
@@ -802,6 +801,8 @@ def test_nothing_is_left_on_the_cpu(monkeypatch, words):
     in_parts = sslvit.backward_in_parts(model, [views] * 2, cfg, nullcontext, scaler)
     for tensor in (*views, *in_parts.values(), *model(*views).values()):
         assert tensor is None or tensor.device.type == "meta"
+    adamw = torch.optim.AdamW  # of which the fused one has no "meta"
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, fused, **how: adamw(p, **how))
     sslvit.make_optimizer(model, cfg).step()
     model.update_average(0.9)
     model.encoder(views[0 if cfg.lam else 2], record=True)
@@ -1088,7 +1089,7 @@ def test_the_loss_falls_and_everything_is_written(tmp_path, capfd):
     assert run(words, tmp_path) == 0
     out = capfd.readouterr().out
     assert "simmim (λ = 0): ViT-micro, 16 px" in out.splitlines()[0]
-    assert "chance 0.125" in out
+    assert re.search(r"\nknn_shape 0\.\d{3}, untrained 0\.\d{3}\n", out)
     rows = log_of(tmp_path)
     # the third step is the first that tells the time
     assert [row["step"] for row in rows] == [0, 3, 20, 30, 40]
@@ -1102,17 +1103,15 @@ def test_a_run_ends_with_pictures_and_the_next_command(tmp_path, objective, capf
     assert run(f"--objective {objective} --steps 2", tmp_path) == 0
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.endswith(f"python analyze.py {tmp_path}/ckpt.pt")
-    Image.open(tmp_path / "loss.png").verify()
     path = tmp_path / "masked.png"
     # MoCo predicts no pixels
     assert path.exists() == (objective == "hybrid")
     if path.exists():
-        # three rows of eight test images, 16 px and a frame, enlarged ten times; on top
-        # as they are
+        # three rows of eight test images, 16 px enlarged ten times; on top as they are
         picture = np.asarray(Image.open(path))[5::10, 5::10].astype(int)
-        assert picture.shape == (3 * 18, 8 * 18, 3)
+        assert picture.shape == (3 * 16, 8 * 16, 3)
         first = Stimuli(5000, 16, 0, "test")[0][0]
-        assert abs(picture[1:17, 1:17] - first).max() <= 1
+        assert abs(picture[:16, :16] - first).max() <= 1
 
 
 def test_nothing_is_overwritten_and_no_setting_changes(tmp_path, capfd):
@@ -1166,7 +1165,7 @@ def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd):
 def test_one_process_of_no_torchrun_is_refused(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("--steps 1", tmp_path) == 2
-    assert "torchrun" in error_line(capfd)
+    assert "variable RANK" in error_line(capfd)
 
 
 def test_full_memory_is_one_line(tmp_path, monkeypatch, capfd):
@@ -1222,7 +1221,7 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
         # what is given goes before the recipe
         ("--preset small32 --steps 7 --blur 1", "steps=7 epochs=0 blur=1 hue_shift=.1"),
         # each run of a loop over λ or seeds has a folder of its own
-        ("--lam 0.4 --seed 3", "lam=.4 seed=3 out=runs/micro-hybrid-0.4-seed3"),
+        ("--lam 0.4 --seed 3", "lam=.4 seed=3 out=runs/micro-hybrid-lam0.4-seed3"),
         # equal work: 64 · 1500 · 11 encoder passes, 128 · 1032 · 8, 64 · 5500 · 3
         ("", "lam=.2 batch_size=64 steps=1500 out=runs/micro-hybrid"),
         ("--objective moco", "lam=1 batch_size=128 steps=1032"),
@@ -1338,10 +1337,12 @@ def write_kind(kind, path):
         path = path.with_suffix(kind.split()[1])
         # (uncompressed ones Pillow 13 itself reads wrongly)
         stored.save(path, exif=exif, compression="tiff_lzw")
-    else:  # a JPEG with a broken EXIF block behind its first two bytes
-        SHOWN.save(path := path.with_suffix(".jpg"), quality=95)
+    else:  # a JPEG that is to be turned; its resolution is a text, where Pillow raises
+        path = path.with_suffix(".jpg")
+        SHOWN.transpose(Image.Transpose.ROTATE_90).save(path, quality=95)
         jpeg = path.read_bytes()
-        block = b"Exif\0\0garbage"
+        entries = struct.pack("<HHHIIHHII", 2, 0x112, 3, 1, 6, 0x11A, 2, 1, 0)
+        block = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4)
         segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
         path.write_bytes(jpeg[:2] + segment + jpeg[2:])
     return path
@@ -1403,7 +1404,8 @@ def test_masks_hidden_folders_and_other_files_are_left_out(tmp_path, capfd):
     assert len(images) == 4
     assert images.classes == ()
     out = capfd.readouterr().out
-    for reason in ("2 x file .heic", "1 x file .txt", "masks", ".thumbnails"):
+    hidden = "8 x file in hidden folders or among masks"
+    for reason in ("2 x file .heic", "1 x file .txt", hidden):
         assert reason in out
 
 
@@ -1558,25 +1560,31 @@ def test_flops_are_those_that_torch_counts(words):
 
 
 def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
-    """300 epochs of 1,281,167 images are 3.84e8, of which 1,000 a second take 107 h.
+    """300 epochs of 1,281,167 images are 3.84e8. Each costs (3 · 34.9 + 8 · 32.5) GFLOP
+    = 364, in all 1.4e20, for which 0.26 · 989e12 a second need 151 h.
 
-    Each costs (3 · 34.9 + 8 · 32.5) GFLOP = 364, in all 1.4e20.
+    110 million weights are trained, 107 averaged: 16 and 4 bytes. Here five images, of
+    2 TFLOP in all, take 1 s.
     """
-    monkeypatch.setattr(sslvit, "measure_rate", lambda cfg: 1000)
-    out = str(tmp_path / "none")
-    assert sslvit.main(["--data", "/imagenet", "--dry-run", "--out", out]) == 0
-    assert not os.path.exists(out)
-    first, *gpus, last = capfd.readouterr().out.splitlines()
-    assert re.search(r"ViT-base.* 3\.84\de\+08 images of 364", first)
-    assert "1000 images/s, 107 h" in last
-    for line, peak in zip(gpus, (312e12, 989e12), strict=True):
-        share, hours, of_eight = re.search(r"(\d+)%.* (\S+) h.* (\S+) h", line).groups()
-        expected = 1.4e20 / (float(share) / 100 * peak) / 3600
-        assert float(hours) == pytest.approx(expected, rel=0.02)
-        assert float(of_eight) == pytest.approx(expected / 8, rel=0.02)
-    monkeypatch.undo()
-    assert run("--dry-run --steps 9", out) == 0
+    now = []
+
+    def forward(self, *views):
+        now.append(1)
+        return {"cl": self.mask_token.sum(), "mim": 0, "std": torch.ones(())}
+
+    clock = SimpleNamespace(perf_counter=lambda: float(len(now)))
+    monkeypatch.setattr(sslvit, "time", clock)
+    monkeypatch.setattr(SSL, "forward", forward)
+    out = ["--out", str(tmp_path / "none"), "--dry-run", "--device", "cpu"]
+    assert sslvit.main(["--data", "/imagenet", *out]) == 0
+    first, gpu, here = capfd.readouterr().out.splitlines()
+    assert "ViT-base" in first
+    assert "3.843e+08 images of 364.3 GFLOP, 2 GiB" in first
+    assert gpu.endswith(": 151 h")
+    assert "5 images/s, 2.14e+04 h" in here
+    assert sslvit.main([*QUICK, "--steps", "9", *out]) == 0
     assert "72 images" in capfd.readouterr().out
+    assert not (tmp_path / "none").exists()
 
 
 # ---- tests/pin.py ----
