@@ -7,42 +7,43 @@
 
 It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
 Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
-lesson, the metric, how it is measured, what the claim says of it and how it is drawn,
-ending in one entry of the table FIGURES. To add a figure, add a section: help text,
-claims, results and report follow from the table.
+lesson, the metric, how it is measured and drawn, and an entry of the table FIGURES with
+the sentences of the claim that can be tested. To add a figure, add a section: help
+text, results, verdicts and report follow from the table.
 
-Glossary: B batch, N patch tokens (CLS is dropped), D width, H heads, d = D/H, L layers,
-F frequencies, n rows of a matrix, A[q,k] attention of query q to key k; CL contrastive
-learning, MIM masked image modelling.
+Glossary: B batch, N patch tokens (1+N with CLS), D width, H heads, d = D/H, L layers,
+F frequencies, n images, A[q,k] attention of query q to key k; CL contrastive learning,
+MIM masked image modelling; a state: the tokens after the embedding, after each
+attention and after each MLP, 1+2L in all.
 """
 
 import argparse
 import base64
+import hashlib
 import json
 import math
 import os
 import pickle
-import platform
 import re
+import signal
 import sys
 import textwrap
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from html import escape
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import sslvit
@@ -52,93 +53,41 @@ from sslvit import Config, Stimuli, UserError, ViT, require
 # ==== What a figure is ==============================================================
 
 
-def greater(first, second=0.0):
-    """What most claims say: the first role's value is greater than the second's."""
-    return first - second
+class Part(NamedTuple):
+    """One sentence of a claim that can be tested: read(more) - read(less) > 0."""
 
-
-@dataclass
-class Part:
-    """One sentence of a claim that can be tested: a difference that it says is > 0.
-
-    Part("distance", ("distance",), np.mean, ("CL", "MIM")): CL's mean distance - MIM's.
-    """
-
-    name: str
-    # read(means of these keys over a network's test images) -> a number
-    keys: tuple
+    text: str
+    more: str  # a role: "CL", "MIM", "hybrid", "MIM with decoder", "largest CL" ...
+    less: str  # another role, or "" for 'above 0'
+    # {key: value} of one network -> a number, or one for each label set
     read: Callable
-    # the networks compared, and test(their numbers) -> the difference
-    roles: tuple
-    test: Callable = greater
-    # unless(numbers of the roles, untrained) -> why it would be unfair, or ""
-    unless: Callable | None = None
-    # read() takes matrices of images instead of means
-    of_matrices: bool = False
-
-
-@dataclass
-class Panel:
-    """One axis with a curve for each network: value `key`, after pick()."""
-
-    key: str
-    label: str
-    x: str = "layer"  # the axis, one of those in places()
-    pick: Callable = np.asarray
-    dotted: str = ""  # key of a second definition, drawn as dotted curves
-    line: tuple | None = None  # a reference line: (height, name)
+    # "equal images" or "equal work": which networks, with a verdict of its own
+    setting: str = ""
+    # can be tested only if both are above a new network of their size
+    trained: bool = False
 
 
 @dataclass
 class Figure:
-    number: str  # the paper's, "-" for those that it does not have
+    number: str  # the paper's
+    claim: int
     text: str  # what the claim says
     lesson: str
-    claim: int | None = None
+    draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
-    roles: tuple = ("CL", "MIM")
-    needs: tuple = ()  # of NEEDS
-    # What is computed: functions, which several figures may share.
-    # measure(layer of a batch) -> {key: (B, ...)}, stacked over layers: (n, L, ...);
-    # of test images, and of those that probes learn from
+    # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
+    # measure_tokens(state (B, 1+N, D), grid) -> the same, stacked over states
     measure: tuple = ()
-    learn_from: tuple = ()
-    # learn(study) -> {key: (n, ...)}: what has to be trained first
+    measure_tokens: tuple = ()
+    # learn(study) -> {key: (n, ...)}: what must be trained first, for each test image
     learn: tuple = ()
-    # pictures(network, images) -> {key: lists}, of the first seed
-    pictures: tuple = ()
-    # summary(rows) -> {key: value}: what is no mean over images
-    summary: tuple = ()
-    # across(models, their rows) -> {key: value}: what compares networks
-    across: tuple = ()
-    # drawn as panels, or by draw(models) from the values named in keys
-    panels: tuple = ()
-    draw: Callable | None = None
-    keys: tuple = ()
-    # enough(models) -> whether these can say something together
-    enough: Callable = bool
-    # the title: what the first part found, if it holds or is opposed, and its numbers
-    finding: str = ""
-    otherwise: str = ""
-    numbers: str = "{CL:.3f} against {MIM:.3f}"
+    # whole(rows of test images) -> {key: ...}: what is no mean over images
+    whole: tuple = ()
+    # picture(vit, batch) -> {key: array}, of the first test images
+    picture: Callable | None = None
 
 
 FIGURES = {}
-
-NEEDS = {
-    "labels": "labels and a training set (the stimuli, or --data with two or more "
-    "class folders, the same in train and val)",
-    "masks": "masks (the stimuli's, or --masks)",
-    "cues": "the stimuli or --cue-conflict",
-    "sizes": "checkpoints of two model sizes",
-    "decoder": "MIM with and without decoder",
-    "lambdas": "checkpoints of λ = 0, λ = 1 and between",
-}
-
-
-def several(fact, models, count=2):
-    """Enough for a figure: trained networks with `count` values of a fact."""
-    return len({m[fact] for m in models if m["role"] != "untrained"}) >= count
 
 
 # Early is the first third of the layers, late the last, both rounded up.
@@ -150,14 +99,6 @@ def late(x):
     return np.mean(x[-math.ceil(len(x) / 3) :])
 
 
-def late_minus_early(x):
-    return late(x) - early(x)
-
-
-def last(x):
-    return np.mean(x[-1])
-
-
 def middle(x):
     third = math.ceil(len(x) / 3)
     if len(x) <= 2 * third:
@@ -165,61 +106,39 @@ def middle(x):
     return np.mean(x[third:-third])
 
 
+def after_mlp(states):
+    """Values of 1+2L states -> those after the MLP of each layer (L, ...)."""
+    return states[2::2]
+
+
 # ==== How figures are drawn =========================================================
 
 STYLE = {
     "font.size": 12,
-    "figure.titlesize": 15,
+    "figure.titlesize": 14,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # a name may hold a dollar sign
 }
 # λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
 COLOURS = [(0, "#0072B2"), (0.25, "#8A45B5"), (0.6, "#C8438A"), (1, "#D55E00")]
 LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
-# networks of one role
-MARKERS = "osD^vP"
-LINES = ("-", "--", ":", "-.")
-
-# kinds of x axes
-LAYER = "layer"
-HALF = "layer (half: after its attention)"
-RANK = "rank, last layer"
-FREQUENCY = "frequency (π per patch)"
-BAND = "noise frequency (π per pixel)"
+LINES = ("-", "--", "-.", ":")
+STATE = "layer (0: embedding, half: after attention)"
 
 
-def places(kind, count, depth):
-    """Where `count` values of a network of `depth` layers lie on a kind of axis."""
-    ends = {
-        LAYER: (depth - count + 1, depth),  # neighbours: one value less than layers
-        HALF: (0.5, depth),
-        RANK: (1, count),
-        FREQUENCY: (0, 1),
-        BAND: (0.5 / count, 1 - 0.5 / count),
-    }
-    return np.linspace(*ends[kind], count)
-
-
-def sub_layers(values):
-    """(L, 2, ...) -> (2L, ...): after a layer's attention, after its MLP."""
-    return values.reshape(-1, *values.shape[2:])
-
-
-def colour_of(model):
-    if model["role"] == "untrained":
-        return "#8C8C8C"
-    if model["lam"] is None:
-        return "#333333"
-    return LAMBDAS(float(model["lam"]))
-
-
-def by_name(models):
-    """Models -> {name: its seeds}."""
-    names = defaultdict(list)
-    for model in models:
-        names[model["name"]].append(model)
-    return names
+def style_of(network):
+    """Colour for λ, dashes for hybrids; a further name of one role has other dashes."""
+    lam = network.facts["lam"]
+    dashes = network.nth
+    colour = "#333333"
+    if network.role == "untrained":
+        colour = "#8C8C8C"
+    elif lam is not None:
+        colour = LAMBDAS(float(lam))
+        dashes += int(0 < lam < 1) + int(network.facts["one_view"])
+    return {"color": colour, "ls": LINES[dashes % len(LINES)]}
 
 
 def canvas(columns, rows=1, height=4.6, **axis):
@@ -228,78 +147,72 @@ def canvas(columns, rows=1, height=4.6, **axis):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=axis)
 
 
-def curves(axis, models, panel):
-    """A curve per name. Seeds are thin lines, and heads, if there are any, a band."""
-    for name, seeds in by_name(models).items():
-        first = seeds[0]
-        colour = colour_of(first)
-        y = stack_values(seeds, panel.key, panel.pick)
-        x = places(panel.x, y.shape[1], first["depth"])
-        if y.ndim == 3:  # (seeds, x, heads)
+def readings(networks, read):
+    """-> for each name (its first network, what is read of its seeds (seeds, ...)).
+
+    KeyError where no network has what is read.
+    """
+    values = defaultdict(list)
+    missing = KeyError("another network")
+    for network in longest(networks):
+        try:
+            values[network.name].append((network, read(network.row(0))))
+        except KeyError as error:
+            missing = error
+    if not values:
+        raise missing
+    for pairs in values.values():
+        seeds, numbers = zip(*pairs, strict=True)
+        yield seeds[0], np.stack(numbers)
+
+
+def curves(axis, networks, read, label, x=STATE, start=0, end=None):
+    """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
+
+    read(values) -> (points,) or (points, heads), from x = start to end, the last layer.
+    """
+    for network, y in readings(networks, read):
+        style = style_of(network)
+        places = np.linspace(start, end or network.facts["depth"], y.shape[1])
+        if y.ndim == 3:
             heads = y.mean(axis=0)
-            low, high = heads.min(axis=1), heads.max(axis=1)
-            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            band = heads.min(axis=1), heads.max(axis=1)
+            axis.fill_between(places, *band, alpha=0.12, lw=0, fc=style["color"])
             y = y.mean(axis=2)
         if len(y) > 1:
-            axis.plot(x, y.T, color=colour, lw=0.7, alpha=0.6)
-        line = LINES[first["nth"] % len(LINES)]
-        axis.plot(x, y.mean(axis=0), line, color=colour, lw=2.2, label=name)
-        if panel.dotted:
-            other = stack_values(seeds, panel.dotted, panel.pick).mean(axis=0)
-            axis.plot(x, other, ":", color=colour, lw=2)
-    if panel.dotted:  # once in the legend
-        axis.plot([], [], ":", color="black", lw=2, label=panel.dotted)
-    if panel.line:
-        reference(axis, *panel.line)
-    axis.set(xlabel=panel.x, ylabel=panel.label)
+            axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
+        axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
+    axis.set(xlabel=x, ylabel=label)
 
 
-def stack_values(models, key, pick):
-    return np.stack([pick(np.array(m["values"][key], dtype=float)) for m in models])
+def points(axis, networks, read, label):
+    """A column per name: a circle for each seed, a bar at their mean."""
+    for place, (network, y) in enumerate(readings(networks, read)):
+        colour = style_of(network)["color"]
+        axis.plot([place] * len(y), y, "o", color=colour, mfc="none", ms=9, mew=1.8)
+        ends = (place - 0.3, place + 0.3)
+        axis.hlines(y.mean(), *ends, color=colour, lw=3, label=network.name)
+    axis.set(xticks=[], xlim=(-0.6, place + 0.6))
+    say_range(axis, label)
 
 
-def draw_panels(models, panels):
-    columns = len(panels)
-    if columns > 3:
-        columns = 2
-    fig, axes = canvas(columns, math.ceil(len(panels) / columns))
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        curves(axis, models, panel)
-    return fig
+def say_range(axis, label):
+    """An axis that does not begin at 0 enlarges differences: it says so."""
+    low, high = axis.get_ylim()
+    axis.set_ylabel(f"{label} (axis: {low:.2f} to {high:.2f})")
 
 
-def draw_points(models, columns, label, line=None):
-    """Seeds as points, a bar at their mean; columns: {title: (key, read(value))}."""
-    fig, [[axis]] = canvas(1)
-    names = by_name(models)
-    offsets = np.linspace(-0.3, 0.3, len(names) + 2)[1:-1]
-    for offset, (name, seeds) in zip(offsets, names.items(), strict=True):
-        colour = colour_of(seeds[0])
-        marker = MARKERS[seeds[0]["nth"] % len(MARKERS)]
-        style = {"color": colour, "mfc": "none", "ms": 9, "mew": 1.8, "label": name}
-        for place, (key, read) in enumerate(columns.values()):
-            x = place + offset
-            y = [read(m["values"][key]) for m in seeds]
-            axis.plot([x] * len(y), y, marker, clip_on=False, **style)
-            axis.hlines(np.mean(y), x - 0.05, x + 0.05, color=colour, lw=3)
-    if line:
-        reference(axis, *line)
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, 1), ylabel=f"{label} (test)")
-    return fig
+def of_label(key, place, values):
+    """The accuracy of one label set, the last dimension of values[key]."""
+    return values[key][..., place]
 
 
-def against(axis, models, fact, key, **line):
-    """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    means = {}
-    for x in sorted({m[fact] for m in models}):
-        seeds = [m for m in models if m[fact] == x]
-        y = [np.mean(m["values"][key]) for m in seeds]
-        style = {"mfc": "none", "ms": 9, "color": colour_of(seeds[0])}
-        axis.plot([x] * len(y), y, "o", clip_on=False, **style)
-        means[x] = np.mean(y)
-    axis.plot(list(means), list(means.values()), zorder=0, **line)
-    axis.set(ylabel=f"{key} (test)", ylim=(0, 1))
+def label_axes(networks, keys, axes):
+    """-> (axis, read, label) for each of the keys and each label set (shape, ...)."""
+    labels = networks[0].facts["label_names"]
+    places = np.ndindex(len(keys), len(labels))
+    for axis, (key, place) in zip(np.ravel(axes), places, strict=True):
+        yield axis, partial(of_label, keys[key], place), f"{keys[key]}, {labels[place]}"
 
 
 def reference(axis, y, text):
@@ -313,13 +226,10 @@ def legend(fig):
     for axis in fig.axes:
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
-    if not lines:
-        return
-    columns = len(lines)
-    if sum(len(label) + 7 for label in lines) > 105:  # too long for one row
-        columns = 3
-    where = "outside lower center"
-    fig.legend(lines.values(), lines.keys(), loc=where, ncols=columns, frameon=False)
+    if lines:
+        columns = min(len(lines), 105 // (7 + max(map(len, lines))) or 1)
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        fig.legend(lines.values(), lines.keys(), **place)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -327,84 +237,87 @@ def legend(fig):
 maps_lesson = """\
 Before any number, look. Attention is a row of weights for each query token: how much it
 takes from every other, A[q,k] = softmax(q·k / √d), averaged here over the heads. The
-paper saw that late layers of contrastive networks draw the same outline of the object
-whoever asks, and that masked networks look near the query.
+paper saw that late layers of contrastive networks draw the outline of the object
+whatever the query is, and that masked networks look near the query.
 
-What to look at: are the maps of two queries of one network equal? And how much of them
-does the untrained network have, which is where every Vision Transformer starts?"""
-
-
-def picture_maps(vit, x):
-    """Attention of two queries in three layers, relative to uniform attention."""
-    _, records = vit(x[:1], record=True)
-    rows, cols = x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size
-    shown = sorted({0, len(records) // 2, len(records) - 1})
-    attn = torch.cat([records[layer].attn[:, :, 1:, 1:] for layer in shown])
-    attn = attn.mean(dim=1)  # (layers, N, N)
-    maps = []
-    centre, corner = (rows // 2, cols // 2), (rows // 8, cols // 8)
-    for row, col in (centre, corner):
-        for layer, seen in zip(shown, attn[:, row * cols + col], strict=True):
-            relative = (seen / seen.mean()).reshape(rows, cols).tolist()
-            maps.append({"query": [row, col], "layer": layer + 1, "map": relative})
-    return {"maps": maps, "photograph": to_picture(x[0])}
+What to look at: are the maps of two queries (crosses) of one network equal? Do they
+follow the white outline? And how much of that does the untrained network have?"""
 
 
-def to_picture(x):
-    """Normalised image (3, h, w) -> brightness 0 .. 255 (h, w, 3), at most 112 px."""
-    x = (x.cpu() * STD + MEAN).clamp(0, 1)
-    x = F.adaptive_avg_pool2d(x, min(112, x.shape[1]))
-    return (x * 255).round().byte().permute(1, 2, 0).numpy()
+def picture_maps(vit, batch):
+    """Attention of two queries in the first and the last layer, for two images.
+
+    -> maps (8, rows, cols), relative to uniform attention.
+    """
+    x = batch["x"][:2]
+    _, records = vit(x, record=True)
+    grid = (x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size)
+    attn = torch.stack([records[0].attn, records[-1].attn], dim=1)
+    attn = attn[..., 1:, 1:].mean(dim=2)  # (2 images, 2 layers, N, N)
+    attn = attn / attn.mean(dim=-1, keepdim=True)
+    queries = [row * grid[1] + col for row, col in queries_of(*grid)]
+    maps = attn[:, :, queries].transpose(1, 2).reshape(8, *grid)
+    return {"maps": maps.cpu().numpy()} | to_pictures(batch)
 
 
-def draw_maps(models):
-    """A row for each network, left of the first the photograph with both queries."""
-    maps = [model["pictures"]["maps"] for model in models]
-    columns = 1 + len(maps[0])
-    fig, axes = canvas(columns, len(models), height=1.6, xticks=[], yticks=[])
-    for axis in axes[1:, 0]:
-        axis.axis("off")
-    # one scale for all: 0 to where one value in a hundred lies above
-    highest = np.percentile([entry["map"] for own in maps for entry in own], 99)
-    for model, own, line in zip(models, maps, axes[:, 1:], strict=True):
-        line[0].set_ylabel(wrapped(model["name"]), color=colour_of(model), fontsize=12)
-        for entry, axis in zip(own, line, strict=True):
-            shown = axis.imshow(entry["map"], cmap="magma", vmin=0, vmax=highest)
-            frame(axis, entry["query"], 1)
-    pixels = models[0]["pictures"]["photograph"]
-    photograph = axes[0, 0]
-    photograph.imshow(pixels)
-    side = len(pixels) / len(maps[0][0]["map"])  # of a patch, in pixels
-    for entry, axis in zip(maps[0], axes[0, 1:], strict=True):
-        row, col = entry["query"]
-        name = "B"
-        if entry["query"] == maps[0][0]["query"]:
-            name = "A"
-        axis.set_title(f"query {name}\nlayer {entry['layer']}", fontsize=12)
-        frame(photograph, entry["query"], side)
-        photograph.text(col * side, row * side, name, color="white", va="bottom")
-    fig.colorbar(shown, ax=axes, shrink=0.8, label="attention / uniform")
+def queries_of(rows, cols):
+    """Patches (row, column): in the middle, and near a corner."""
+    return [(rows // 2, cols // 2), (rows // 8, cols // 8)]
+
+
+def to_pictures(batch):
+    """Three images of at most 64 px, and where the objects of stimuli are."""
+    pixels = batch["pixels"][:3].float()
+    small = F.adaptive_avg_pool2d(pixels, min(64, pixels.shape[-1]))
+    pictures = {"photographs": small.byte().permute(0, 2, 3, 1).numpy()}
+    if "mask" in batch:
+        pictures["objects"] = (batch["mask"][:3] > 0).byte().numpy()
+    return pictures
+
+
+def draw_maps(networks):
+    """Above, the two images; below, a row of maps for each network."""
+    networks = [network for network in longest(networks) if network.pictures]
+    first = networks[0].pictures
+    maps = np.stack([network.pictures["maps"] for network in networks])
+    rows, cols = maps.shape[2:]
+    # pixels, patches and outlines in the same coordinates: patches
+    extent = (-0.5, cols - 0.5, rows - 0.5, -0.5)
+    scale = {"cmap": "magma", "vmin": 0, "vmax": np.percentile(maps, 99)}
+    fig, axes = canvas(8, 1 + len(networks), height=1.5, xticks=[], yticks=[])
+    for column, (image, query, layer) in enumerate(np.ndindex(2, 2, 2)):
+        axes[0, column].imshow(first["photographs"][image], extent=extent)
+        axes[0, column].set_title(("first layer", "last layer")[layer], fontsize=12)
+        for axis, picture in zip(axes[1:, column], maps[:, column], strict=True):
+            shown = axis.imshow(picture, extent=extent, **scale)
+        for axis in axes[:, column]:
+            row, col = queries_of(rows, cols)[query]
+            axis.plot(col, row, "+", color="cyan", ms=9, mew=2)
+            if "objects" in first:
+                mask = first["objects"][image]
+                axis.contour(
+                    mask,
+                    [0.5],
+                    colors="white",
+                    extent=(extent[0], extent[1], extent[3], extent[2]),
+                )
+    for axis, network in zip(axes[1:, 0], networks, strict=True):
+        axis.set_ylabel(wrapped(network.name))
+    fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
     return fig
 
 
 def wrapped(name):
-    return name.replace(" (", "\n(")
-
-
-def frame(axis, patch, side, colour="#56B4E9"):
-    """A square around a patch, (row, column)."""
-    corner = (patch[1] * side - 0.5, patch[0] * side - 0.5)
-    axis.add_patch(plt.Rectangle(corner, side, side, fill=False, ec=colour, lw=2.5))
+    return name.replace(", ", ",\n")
 
 
 FIGURES["maps"] = Figure(
-    number="2",
-    claim=4,
-    text="CL attends globally, MIM locally",
-    lesson=maps_lesson,
-    pictures=(picture_maps,),
-    draw=draw_maps,
-    keys=("maps",),
+    "2",
+    4,
+    "CL attends globally, MIM locally",
+    maps_lesson,
+    draw_maps,
+    picture=picture_maps,
 )
 
 
@@ -412,13 +325,13 @@ FIGURES["maps"] = Figure(
 
 distance_lesson = """\
 The map as one number: the mean distance between a token and what it looks at,
-d = mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that looks everywhere alike has
+d = mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that attends everywhere alike has
 the mean distance of all pairs of grid points, the dotted line. The paper saw CL far
 above MIM, most in later layers, and reads it as shape against texture.
 
-Read it against grey: an untrained network looks about as far as can be, so what
-training does is to shorten. What to look at: whether the gap widens with depth, and the
-band, which are the heads: one layer can hold near and far ones."""
+Read it against grey: an untrained network attends almost uniformly, so what training
+does is to shorten. What to look at: whether the gap widens with depth, and the band,
+which are the heads: one layer can hold near and far ones."""
 
 
 def attention_distance(attn, grid, patch_size):
@@ -426,7 +339,7 @@ def attention_distance(attn, grid, patch_size):
 
     attn (B, H, N, N), rows sum to 1; grid (rows, cols), or one number for a square ->
     (B, H) in px. 0: every token looks at itself. Uniform attention: the mean distance
-    between grid points.
+    between grid points. [P] figure 3.
     """
     x = grid_points(grid, attn) * patch_size
     distance = (x[:, None] - x).norm(dim=-1)  # (N, N)
@@ -446,41 +359,49 @@ def measure_distance(layer):
     return {"distance": attention_distance(layer.attn, layer.grid, layer.patch_size)}
 
 
-def draw_distance(models):
-    """With a line at the mean distance of all pairs of grid points."""
-    patch_size = models[0]["patch_size"]
-    side = models[0]["image_size"] // patch_size
-    uniform = torch.full((1, 1, side**2, side**2), 1 / side**2)
-    far = attention_distance(uniform, side, patch_size).item()
+def mean_distance(values):
+    return np.mean(values["distance"])
+
+
+def distance_gap(values):
+    return late(values["distance"]) - early(values["distance"])
+
+
+def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
-    line = (far, "uniform attention")
-    return draw_panels(models, [Panel("distance", label, line=line)])
+    curves(axis, networks, itemgetter("distance"), label, x="layer", start=1)
+    facts = networks[0].facts
+    side = facts["image_size"] // facts["patch_size"]
+    uniform = torch.full((1, 1, side**2, side**2), 1 / side**2)
+    far = attention_distance(uniform, side, facts["patch_size"]).item()
+    reference(axis, far, "uniform attention")
+
+
+def draw_distance(networks):
+    fig, [[axis]] = canvas(1)
+    plot_distance(axis, networks)
+    return fig
 
 
 FIGURES["distance"] = Figure(
-    number="3",
-    claim=4,
-    text="CL attends globally, MIM locally, most in later layers",
-    lesson=distance_lesson,
-    measure=(measure_distance,),
-    # the gap of late layers > that of early ones, written as a difference of roles
+    "3",
+    4,
+    "CL attends globally, MIM locally, most in later layers",
+    distance_lesson,
+    draw_distance,
     parts=(
-        Part("attention distance, px", ("distance",), np.mean, ("CL", "MIM")),
-        Part("the same, late - early", ("distance",), late_minus_early, ("CL", "MIM")),
+        Part("attention distance, px", "CL", "MIM", mean_distance),
+        Part("the same, late - early", "CL", "MIM", distance_gap),
     ),
-    finding="CL looks farther",
-    otherwise="CL does not look farther",
-    numbers="{CL:.1f} px against {MIM:.1f}",
-    draw=draw_distance,
-    keys=("distance",),
+    measure=(measure_distance,),
 )
 
 
-# ==== Figure 4. Does it matter who asks? ============================================
+# ==== Figure 4. Does it matter which token asks? ====================================
 
 nmi_lesson = """\
 If all queries get the same map, attention has collapsed: the layer adds the same vector
-to every token. Mutual information says how much the map tells about who asked,
+to every token. Mutual information says how much the map tells about the query,
 
     I = Σ p(q) A[q,k] log(A[q,k] / p(k)),   NMI = I / √(H(q)·H(k)),
 
@@ -496,11 +417,11 @@ def entropy(p):
 
 
 def attention_nmi(attn):
-    """Does it matter who asks?  Mutual information of query and key ([P] figure 4).
+    """Does it matter which token asks?  Mutual information of query and key.
 
     I = H(k) - mean_q H(A[q]), NMI = I / √(H(q)·H(k)). attn (B, H, N, N), rows sum to 1
     -> (B, H) in [0, 1]. 0: one map for all queries (collapse), and if all look at one
-    key, where H(k) = 0. 1: each query its own key.
+    key, where H(k) = 0. 1: each query its own key. [P] figure 4.
     """
     key_entropy = entropy(attn.mean(dim=-2))  # H(k): (B, H)
     row_entropy = entropy(attn).mean(dim=-1)
@@ -514,23 +435,40 @@ def measure_nmi(layer):
     return {"nmi": attention_nmi(layer.attn)}
 
 
-def below_half(mim, cl):
-    return mim / 2 - cl
+def late_nmi(values):
+    return late(values["nmi"])
 
 
-NMI = Panel("nmi", "NMI (band: heads)", line=(0, "one map for all queries"))
+def last_nmi(values):
+    return np.mean(values["nmi"][-1])
+
+
+def nmi_fall(values):
+    return early(values["nmi"]) - late(values["nmi"])
+
+
+def plot_nmi(axis, networks):
+    curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)", x="layer", start=1)
+    reference(axis, 0, "one map for all queries")
+
+
+def draw_nmi(networks):
+    fig, [[axis]] = canvas(1)
+    plot_nmi(axis, networks)
+    return fig
+
 
 FIGURES["nmi"] = Figure(
-    number="4",
-    claim=5,
-    text="CL's later attention collapses into one map for all queries",
-    lesson=nmi_lesson,
+    "4",
+    5,
+    "CL's later attention collapses into one map for all queries",
+    nmi_lesson,
+    draw_nmi,
+    parts=(
+        Part("NMI, late", "MIM", "CL", late_nmi),
+        Part("NMI of CL, early - late", "CL", "", nmi_fall),
+    ),
     measure=(measure_nmi,),
-    parts=(Part("NMI, late: MIM / 2 - CL", ("nmi",), late, ("MIM", "CL"), below_half),),
-    panels=(NMI,),
-    finding="CL's late attention hardly asks who looks",
-    otherwise="CL's late attention does ask who looks",
-    numbers="NMI {CL:.3f} against {MIM:.3f}",
 )
 
 
@@ -542,9 +480,9 @@ between heads at one token, between neighbouring layers at one token, between th
 of an image. 1: all alike, 0: orthogonal. The paper saw CL near 1 in late layers for all
 three, MIM lower. Tokens near 1 is where an untrained network starts (grey).
 
-A lesson on instruments is the dotted curve. The paper's A_h·V_h, which the verdict
-follows, compares coordinate 5 of one head with coordinate 5 of another, which mean
-different things; A_h·V_h·W_h, W_h the head's slice of the output matrix, does not."""
+Heads are compared as A_h·V_h·W_h, where W_h is the head's slice of the output matrix:
+what each adds to the token. A_h·V_h itself would compare coordinate 5 of one head with
+coordinate 5 of another, which mean different things."""
 
 
 def token_similarity(tokens):
@@ -561,28 +499,12 @@ def token_similarity(tokens):
 
 
 def head_similarity(heads):
-    """Do the heads read different things?  Mean cosine of A_h·V_h ([P] figure 5 left).
+    """Do the heads say different things?  Mean cosine at one token ([P] figure 5 left).
 
-    At the same token. heads (B, H, N, d) -> (B,) in [-1, 1]. 1: alike; one head: nan.
+    heads (B, H, N, d), in coordinates that all heads share -> (B,) in [-1/(H-1), 1].
+    1: alike; one head: nan.
     """
     return token_similarity(heads.transpose(1, 2)).mean(dim=-1)
-
-
-def shared_head_similarity(heads, weight):
-    """The same in coordinates that all heads share: A_h·V_h·W_h.
-
-    heads (B, H, N, d), weight (D, H·d) of the output layer -> (B,). The heads' outputs
-    (B, H, N, D) are never formed: a length is √(xᵀ W_hᵀ W_h x), and the sum of all unit
-    vectors is the output layer applied to x / length.
-    """
-    count, width = heads.shape[1], heads.shape[3]
-    slices = weight.unflatten(1, (count, width)).transpose(0, 1)  # (H, D, d)
-    gram = slices.mT @ slices  # (H, d, d)
-    square = ((heads @ gram) * heads).sum(dim=-1, keepdim=True)  # (B, H, N, 1)
-    unit = heads / square.clamp(min=1e-24).sqrt()
-    total = F.linear(unit.transpose(1, 2).flatten(2), weight)  # (B, N, D)
-    pairs = total.square().sum(dim=-1) - count
-    return pairs.mean(dim=-1) / (count * (count - 1) or math.nan)
 
 
 def depth_similarity(a, b):
@@ -594,39 +516,51 @@ def depth_similarity(a, b):
     return F.cosine_similarity(a, b, dim=-1).mean(dim=-1)
 
 
-SHARED = "heads, shared coordinates"
-
-
 def measure_similarity(layer):
-    found = {"heads": head_similarity(layer.heads)}
-    # costs as much as the output layer: a quarter of the tokens is enough for a mean
-    some = layer.heads[:, :, ::4]
-    found[SHARED] = shared_head_similarity(some, layer.output_weight)
-    found["tokens"] = token_similarity(layer.added)
+    heads = layer.heads[:, :, ::4]  # H times as large as tokens: a quarter is enough
+    count, width = heads.shape[1], heads.shape[3]
+    slices = layer.output_weight.unflatten(1, (count, width))  # (D, H, d)
+    heads = torch.einsum("bhnd,ehd->bhne", heads, slices)  # A_h·V_h·W_h: (B, H, N/4, D)
+    values = {"heads": head_similarity(heads), "tokens": token_similarity(layer.added)}
     if layer.above is not None:
-        found["depths"] = depth_similarity(layer.above, layer.added)
-    return found
+        values["depths"] = depth_similarity(layer.above, layer.added)
+    return values
+
+
+def late_heads(values):
+    return late(values["heads"])
+
+
+def late_depths(values):
+    return late(values["depths"])
+
+
+def late_tokens(values):
+    return late(values["tokens"])
+
+
+def draw_similarity(networks):
+    fig, [axes] = canvas(3)
+    names = {"heads": "heads", "depths": "neighbouring layers", "tokens": "tokens"}
+    for axis, (key, name) in zip(axes, names.items(), strict=True):
+        start = 2 if key == "depths" else 1  # a pair of layers stands at the second
+        label = f"cosine between {name}"
+        curves(axis, networks, itemgetter(key), label, x="layer", start=start)
+    return fig
 
 
 FIGURES["similarity"] = Figure(
-    number="5",
-    claim=6,
-    text="CL lacks diversity across heads, depths and tokens in later layers",
-    lesson=similarity_lesson,
-    measure=(measure_similarity,),
+    "5",
+    6,
+    "CL lacks diversity across heads, depths and tokens in later layers",
+    similarity_lesson,
+    draw_similarity,
     parts=(
-        Part("cosine between heads, late", ("heads",), late, ("CL", "MIM")),
-        Part("cosine between depths, late", ("depths",), late, ("CL", "MIM")),
-        Part("cosine between tokens, late", ("tokens",), late, ("CL", "MIM")),
+        Part("cosine between heads, late", "CL", "MIM", late_heads),
+        Part("cosine between depths, late", "CL", "MIM", late_depths),
+        Part("cosine between tokens, late", "CL", "MIM", late_tokens),
     ),
-    panels=(
-        Panel("heads", "cosine between heads", dotted=SHARED),
-        Panel("depths", "cosine between depths"),
-        Panel("tokens", "cosine between tokens"),
-    ),
-    finding="CL's late heads are more alike",
-    otherwise="CL's late heads are not more alike",
-    numbers="cosine {CL:.2f} against {MIM:.2f}",
+    measure=(measure_similarity,),
 )
 
 
@@ -638,50 +572,57 @@ after (full) the last attention. A network that works on whole images moves all 
 of one image together, in parallel lines; one that works on tokens moves each its own
 way. The paper saw the first in CL and the second in MIM.
 
-What to look at: whether a colour is an island, and whether its lines are parallel.
-Beware: two directions hide most of what there is. The next figure counts all."""
+What to look at: whether a colour is an island, and whether its lines are parallel. Each
+network has a scale of its own, and the axes say how much of the variance they show: two
+directions can hide most of it. The next figure counts all."""
 
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
 
-def picture_plane(vit, x):
-    """Tokens of three images before and after the last attention -> (3, 2N, 2)."""
-    _, records = vit(x[:3], record=True)
+def picture_plane(vit, batch):
+    """-> tokens of three images before and after the last attention (3, 2N, 2)."""
+    _, records = vit(batch["x"][:3], record=True)
     before = records[max(len(records) - 2, 0)].out[:, 1:]
     after = records[-1].mid[:, 1:]
-    groups = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
-    centred = groups - groups.mean(dim=(0, 1))
-    _, _, directions = torch.linalg.svd(centred.flatten(0, 1), full_matrices=False)
-    plane = (centred @ directions[:2].T).numpy()
-    return {"plane": plane, "photographs": [to_picture(image) for image in x[:3]]}
+    tokens = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
+    tokens = tokens - tokens.mean(dim=(0, 1))
+    _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
+    shares = sizes.square() / sizes.square().sum()
+    plane = (tokens @ directions[:2].T).numpy()
+    return {"plane": plane, "shares": shares[:2].numpy()} | to_pictures(batch)
 
 
-def draw_plane(models):
-    photographs = models[0]["pictures"]["photographs"]
-    fig, [[left, *right]] = canvas(1 + len(models), height=5.2, xticks=[], yticks=[])
+def draw_plane(networks):
+    networks = [n for n in longest(networks) if "plane" in n.pictures]
+    fig, [[left, *axes]] = canvas(1 + len(networks), height=4.2)
+    photographs = np.array(networks[0].pictures["photographs"])
     left.imshow(np.concatenate(photographs))  # one below the other
+    left.axis("off")
     for number, colour in enumerate(IMAGE_COLOURS):
-        frame(left, (number, 0), len(photographs[0]), colour)
-    for axis, model in zip(right, models, strict=True):
-        images = np.array(model["pictures"]["plane"])
-        for tokens, colour in zip(images, IMAGE_COLOURS, strict=True):
-            before, after = np.split(tokens, 2)
+        left.axvline(-2, 2 / 3 - number / 3, 1 - number / 3, color=colour, lw=8)
+    for axis, network in zip(axes, networks, strict=True):
+        for tokens, colour in zip(
+            network.pictures["plane"], IMAGE_COLOURS, strict=True
+        ):
+            before, after = np.split(np.array(tokens), 2)
             x, y = np.stack([before, after], axis=1).T  # (2, N) each
             axis.plot(x, y, color=colour, lw=0.5)  # N lines, from before to after
             axis.scatter(*before.T, s=12, ec=colour, fc="none")
             axis.scatter(*after.T, s=12, color=colour)
-        axis.set_title(wrapped(model["name"]), color=colour_of(model), fontsize=12)
+        first, second = network.pictures["shares"]
+        axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
+        axis.set_title(wrapped(network.name), color=style_of(network)["color"])
+        axis.axis("equal")
     return fig
 
 
 FIGURES["plane"] = Figure(
-    number="6",
-    claim=7,
-    text="CL moves the tokens of an image together",
-    lesson=plane_lesson,
-    pictures=(picture_plane,),
-    draw=draw_plane,
-    keys=("plane",),
+    "6",
+    7,
+    "Tokens of three images, before and after the last attention",
+    plane_lesson,
+    draw_plane,
+    picture=picture_plane,
 )
 
 
@@ -692,11 +633,14 @@ Singular values of a centred matrix say how far its rows spread in each directio
 mean of their logarithms is the log of the volume that they fill. Two matrices: the
 tokens of one image (N × D, averaged over images) and the mean tokens of all images
 (images × D). The paper saw that CL's layers spread images apart while the tokens of an
-image gain no volume, and that MIM does the reverse. The claim is about growth, from the
-tokens that enter the first layer to those that leave the last.
+image gain no volume, and that MIM does the reverse.
 
-What to look at: a network that only gets louder gains volume too. The dotted curves, of
-the matrix divided by its Frobenius norm, show how evenly directions are filled."""
+A network that only gets louder gains volume too. So the verdict divides each matrix by
+its Frobenius norm: what remains is how evenly directions are filled. What to look at:
+the last layer, and where the curves part. Patches of 48 pixel values span 48
+directions: the mean tokens of images begin with the others empty."""
+
+POINTS = 32  # of a spectrum, between its first and its last value
 
 
 def singular_spectrum(x):
@@ -716,124 +660,74 @@ def singular_spectrum(x):
     return torch.maximum(square, floor).log() / 2
 
 
-def free_spectrum(x):
-    """singular_spectrum(x) without the value that is 0 because rows were centred."""
-    rank = min(x.shape[-2] - 1, x.shape[-1])
-    return singular_spectrum(x)[..., :rank]
+def measure_volume(name, x):
+    """Mean log singular value of x (B, n, D), and of x / its Frobenius norm (B,).
 
-
-def log_volume(x):
-    """Mean log singular value of x (..., n, D), and of x / its Frobenius norm.
-
-    The means over free_spectrum(x), for less: log singular values sum to half the
-    log-determinant of the Gram matrix, which a Cholesky factor has on its diagonal.
+    Without the value that is 0 because rows were centred. Also the spectrum (B, 32).
     """
-    x = (x - x.mean(dim=-2, keepdim=True)).double()
-    n, width = x.shape[-2:]
-    rank = min(n - 1, width)
-    square_norm = x.square().sum(dim=(-2, -1))
-    if n > width:
-        gram = x.mT @ x
-        log_fill = torch.zeros(())
-    else:
-        # centred rows leave the direction (1, ..., 1) empty: it gets the value `fill`
-        fill = square_norm / n
-        gram = x @ x.mT + fill[..., None, None] / n
-        log_fill = fill.log()
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    volume = (pivots.log().sum(dim=-1) - log_fill / 2) / (rank or math.nan)
-    # singular_spectrum() has a floor for directions that hold nothing but rounding
-    empty = (failed > 0) | (pivots.amin(dim=-1).square() < 1e-13 * square_norm)
-    if empty.any():
-        volume[empty] = free_spectrum(x[empty]).mean(dim=-1)
-    return volume, volume - square_norm.log() / 2
-
-
-def scale_free(log):
-    """Log singular values of x -> those of x / its Frobenius norm, √Σ σ²."""
-    return log - torch.logsumexp(2 * log, dim=-1, keepdim=True) / 2
-
-
-def measure_tokens(layer):
-    """Mean patch token and CLS, after the layer's attention and MLP (B, 2, D)."""
-    return {"pooled": layer.states.mean(dim=2), "cls": layer.cls}
-
-
-def measure_spectra(layer):
-    volume, free = log_volume(layer.states)  # (B, 2)
-    found = {"token volume": volume, "token volume, scale-free": free}
-    if layer.number == 1:
-        found["token volume, entered"], _ = log_volume(layer.entered)
-        found["images, entered"] = layer.entered.mean(dim=1)
-    if layer.last:
-        found["token spectrum"] = free_spectrum(layer.states[:, 1])
-        found["images, left"] = layer.states[:, 1].mean(dim=1)
-    return found
-
-
-def image_spectra(rows):
-    """The same of each layer's matrix of mean tokens (n images, D)."""
-    layers = torch.from_numpy(rows["pooled"]).permute(1, 2, 0, 3)  # (L, 2, n, D)
-    log = torch.stack([free_spectrum(layer) for layer in layers])  # (L, 2, K)
+    rank = min(x.shape[1] - 1, x.shape[2])
+    log = singular_spectrum(x)[:, :rank]
+    free = log - torch.logsumexp(2 * log, dim=1, keepdim=True) / 2
+    curve = F.interpolate(log[:, None], POINTS, mode="linear", align_corners=True)
     return {
-        "image volume": log.mean(dim=-1).numpy(),
-        "image volume, scale-free": scale_free(log).mean(dim=-1).numpy(),
-        "image spectrum": log[-1, 1].numpy(),
+        f"{name} volume": free.mean(dim=1),
+        f"{name} volume, absolute": log.mean(dim=1),
+        f"{name} spectrum": curve[:, 0] - log[:, :1],
     }
 
 
-def token_growth(entered, volume):
-    """entered (1,), volume (L, 2): from before the first layer to after the last."""
-    return volume[-1, -1] - entered[0]
+def measure_spectra(state, grid):
+    return measure_volume("token", state[:, 1:])
 
 
-def image_growth(entered, left):
-    """Of matrices (n, 1, D) of mean tokens: those that enter and leave the network.
-
-    An embedding of 48 numbers fills 48 directions of its 96. What enters the others is
-    rounding: they are left out on both sides.
-    """
-    x = torch.from_numpy(np.concatenate([entered, left], axis=1)).float()
-    before, after = free_spectrum(x.transpose(0, 1))
-    is_filled = before > before[0] + math.log(ROUNDING)
-    return float((after - before)[is_filled].mean())
+def measure_features(state, grid):
+    """Mean patch token and CLS (B, D)."""
+    return {"pooled": state[:, 1:].mean(dim=1), "cls": state[:, 0]}
 
 
-def relative_to_first(log):
-    """Of the last layer alone (1, K), or (K,) -> (K,)."""
-    log = log.reshape(-1)
-    return log - log[0]
+def image_spectra(rows):
+    """The same of each state's matrix of mean tokens (n images, D)."""
+    states = torch.from_numpy(rows["pooled"]).transpose(0, 1)  # (1+2L, n, D)
+    return {key: x.numpy() for key, x in measure_volume("image", states).items()}
 
 
-def spectra_panels(what):
-    log = f"log singular value, {what}s"
-    even = f"{what} volume, scale-free"
-    volume = Panel(f"{what} volume", f"mean {log}", HALF, sub_layers, dotted=even)
-    spectrum = Panel(f"{what} spectrum", log, RANK, relative_to_first)
-    return volume, spectrum
+def token_volume(values):
+    return values["token volume"][-1]
 
 
-TOKENS = ("token volume, entered", "token volume")
-IMAGES = ("images, entered", "images, left")
-ROUNDING = torch.finfo(torch.float16).eps / 2  # samples.npz is in half precision
-image_part = partial(Part, roles=("CL", "MIM"), of_matrices=True)
+def image_volume(values):
+    return values["image volume"][-1]
+
+
+def last_of(key, values):
+    return values[key][-1]
+
+
+def draw_spectra(networks):
+    fig, axes = canvas(3, rows=2, height=4)
+    for line, name in zip(axes, ("token", "image"), strict=True):
+        label = f"mean log singular value, {name}s"
+        key = f"{name} volume"
+        curves(line[0], networks, itemgetter(key), f"{label},\nscale-free")
+        curves(line[1], networks, itemgetter(f"{key}, absolute"), f"{label},\nabsolute")
+        read = partial(last_of, f"{name} spectrum")
+        label = f"log singular value / largest,\n{name}s"
+        curves(line[2], networks, read, label, x="rank, as a share (last layer)", end=1)
+    return fig
+
 
 FIGURES["spectra"] = Figure(
-    number="7",
-    claim=7,
-    text="CL spreads images apart, MIM the tokens of an image",
-    lesson=spectra_lesson,
-    measure=(measure_tokens, measure_spectra),
-    summary=(image_spectra,),
+    "7",
+    7,
+    "CL spreads images apart, MIM the tokens of an image",
+    spectra_lesson,
+    draw_spectra,
     parts=(
-        Part("growth of log volume, tokens", TOKENS, token_growth, ("MIM", "CL")),
-        image_part("growth of log volume, images", IMAGES, image_growth),
+        Part("log volume, tokens of an image", "MIM", "CL", token_volume),
+        Part("log volume, images", "CL", "MIM", image_volume),
     ),
-    panels=spectra_panels("token") + spectra_panels("image"),
-    finding="MIM's tokens gain more volume than CL's",
-    otherwise="MIM's tokens gain no more volume than CL's",
-    numbers="{MIM:+.2f} against {CL:+.2f}",
+    measure_tokens=(measure_spectra, measure_features),
+    whole=(image_spectra,),
 )
 
 
@@ -842,14 +736,14 @@ FIGURES["spectra"] = Figure(
 fourier_lesson = """\
 A layer's tokens form a map, and a map has frequencies: low ones are blobs and outlines,
 high ones differ from patch to patch, which is texture. Shown is the log amplitude along
-the diagonal from 0 to π per patch, minus its value at 0; far below 0 at π means that
-only the mean of the map is left,
+the diagonal from 0 to π per patch, minus its value at 0,
 
     Δ(ω) = mean over channels of log|X(ω)| - log|X(0)|,   X(ω) = Σ x[r,c]·exp(-iω(r+c)).
 
 The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
-have opposite signs; the public code stops short of it. What to look at: attention is a
-low-pass filter and the MLP is not. Is the left curve a saw, low after attention?"""
+have opposite signs; the public code stops short of it. A large mean token lowers Δ
+everywhere, so the middle panel compares π with the lowest frequency above 0. What to
+look at: attention is a low-pass filter and the MLP is not. Is the curve a saw?"""
 
 
 def fourier_amplitude(tokens, grid):
@@ -871,40 +765,49 @@ def fourier_amplitude(tokens, grid):
     return log - log[..., :1]
 
 
-def measure_fourier(layer):
-    return {"fourier": fourier_amplitude(layer.states, layer.grid)}  # (B, 2, F)
+def measure_fourier(state, grid):
+    return {"fourier": fourier_amplitude(state[:, 1:], grid)}  # (B, F)
 
 
-def early_high(fourier):
-    return early(fourier[:, -1, -1])
+def high_frequencies(values):
+    return values["fourier"][:, -1]
 
 
-def late_high(fourier):
-    return late(fourier[:, -1, -1])
+def above_lowest(values):
+    return values["fourier"][:, -1] - values["fourier"][:, 1]
 
 
-def at_pi(fourier):
-    return sub_layers(fourier)[:, -1]
+def early_high(values):
+    return early(after_mlp(high_frequencies(values)))
 
 
-def last_layer(fourier):
-    return fourier[-1, 1]
+def late_high(values):
+    return late(after_mlp(high_frequencies(values)))
 
 
-AT_PI = Panel("fourier", "Δ log amplitude at π", HALF, at_pi)
-LAST_LAYER = Panel("fourier", "Δ log amplitude, last layer", FREQUENCY, last_layer)
+def plot_high_frequencies(axis, networks):
+    curves(axis, networks, high_frequencies, "Δ log amplitude at π")
+
+
+def draw_fourier(networks):
+    fig, [axes] = canvas(3)
+    plot_high_frequencies(axes[0], networks)
+    label = "log amplitude at π - at the lowest above 0"
+    curves(axes[1], networks, above_lowest, label)
+    label = "Δ log amplitude, last layer"
+    read = partial(last_of, "fourier")
+    curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
+    return fig
+
 
 FIGURES["fourier"] = Figure(
-    number="8",
-    claim=8,
-    text="CL keeps low frequencies, MIM high ones",
-    lesson=fourier_lesson,
-    measure=(measure_fourier,),
-    parts=(Part("Δ log amplitude at π, late", ("fourier",), late_high, ("MIM", "CL")),),
-    panels=(AT_PI, LAST_LAYER),
-    finding="MIM's late layers keep more high frequencies than CL's",
-    otherwise="MIM's late layers keep no more high frequencies than CL's",
-    numbers="Δ {MIM:.2f} against {CL:.2f}",
+    "8",
+    8,
+    "CL keeps low frequencies, MIM high ones",
+    fourier_lesson,
+    draw_fourier,
+    parts=(Part("Δ log amplitude at π, late", "MIM", "CL", late_high),),
+    measure_tokens=(measure_fourier,),
 )
 
 
@@ -913,293 +816,217 @@ FIGURES["fourier"] = Figure(
 accuracy_lesson = """\
 Two questions to a trained network. The linear probe freezes it and asks what a
 hyperplane can read: mean cross-entropy + strength/2·|W|², the strength chosen on
-validation images. Fine-tuning trains all weights on and asks what the network is a good
-start for; learning rate and layer decay are chosen on validation, in trainings of a
-third of the epochs, and seeds of a network share what its first one chose. The paper
-saw CL win the first and MIM the second.
+validation images. Fine-tuning trains all weights further and asks what the network is a
+good start for; learning rate and layer decay are chosen on validation images, in
+trainings of a third of the epochs, and seeds of a network share the first one's choice.
+The paper saw CL win the first and MIM the second.
 
-Grey is a new network: what fine-tuning reaches from scratch, and a probe from random
-weights. What to look at: is the gap larger than the scatter of seeds, and is anything
-above grey?"""
+Grey is a new network: what fine-tuning reaches from scratch, and a probe of random
+weights. What to look at: is the gap larger than the scatter of seeds, is anything above
+grey, and does shape say the same as texture?"""
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
-ROWS_AT_ONCE = 65536  # features that are on the device together
-SAMPLE = 65536  # features that mean and deviation are taken from
-FEW_SHOT = 20  # training images a class: below it, results carry a note
 
 
-def linear_probe(train, val, test, strengths=STRENGTHS, device="cpu"):
-    """Multinomial logistic regression on features ([P] figures 1, 10).
+def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
+    """What can a hyperplane read?  Regularised logistic regression ([P] figures 1, 10).
 
-    train, val, test: (features (n, D), labels (n,)); `val` chooses the strength, `test`
-    is only scored. Loss and gradient are those of the whole set, summed over pieces.
-    Returns accuracy and val in [0, 1], predicted (n,), val_predicted, weight, and
-    classify(features) -> (n,).
+    features (n, D) and labels (n,) to learn from, test (m, D) -> predicted classes
+    (m,), and the accuracy on a quarter of the n rows, which chooses the strength.
     """
-    features = torch.as_tensor(train[0])
-    labels = torch.as_tensor(train[1]).long().to(device)
-    # rows are in random order, so that of a large set the first are enough
-    sample = features[:SAMPLE].double()
-    mean = sample.mean(dim=0).float()
-    std = sample.std(dim=0).float().clamp(min=1e-6)
-    classes = 1 + max(int(np.asarray(known).max()) for _, known in (train, val, test))
-    weight = torch.zeros(features.shape[1] + 1, classes, device=device)
+    cut = 3 * len(labels) // 4
+    features = torch.as_tensor(features).float()
+    labels = torch.as_tensor(labels).long().to(device)
+    mean = features[:cut].mean(dim=0)
+    std = features[:cut].std(dim=0).clamp(min=1e-6)
+    sets = []
+    for rows in (features[:cut], features[cut:], torch.as_tensor(test).float()):
+        # a column of ones for the bias
+        sets.append(F.pad((rows - mean) / std, (0, 1), value=1.0).to(device))
+    x, val, test = sets
+    weight = torch.zeros(x.shape[1], 1 + int(labels.max()), device=device)
     weight.requires_grad_()
-
-    def pieces(rows):
-        """Standardised, and a 1 for the bias."""
-        for x in torch.as_tensor(rows).split(ROWS_AT_ONCE):
-            yield F.pad((x.float() - mean) / std, (0, 1), value=1.0).to(device)
-
-    @torch.no_grad()
-    def classify(rows):
-        decisions = [(x @ weight).argmax(dim=1) for x in pieces(rows)]
-        return torch.cat(decisions).cpu().numpy()
-
-    kept = []
-    if len(features) <= ROWS_AT_ONCE:  # standardised once for all steps
-        kept = list(pieces(features))
-
-    def batches():
-        return zip(kept or pieces(features), labels.split(ROWS_AT_ONCE), strict=True)
-
-    best = {"val": -1.0}
-    # from strong to weak, each from the last one's solution
-    for strength in strengths:
-        descend(weight, strength, batches, len(labels))
-        predicted = classify(val[0])
-        right = float((predicted == np.asarray(val[1])).mean())
-        if right > best["val"]:
-            best = {"val": right, "val_predicted": predicted}
-            best["weight"] = weight.detach().clone()
-    weight.data = best["weight"]
-    predicted = classify(test[0])
-    right = float((predicted == np.asarray(test[1])).mean())
-    return best | {"accuracy": right, "predicted": predicted, "classify": classify}
+    best = -1.0
+    for strength in strengths:  # from strong to weak, each from the last solution
+        minimise(weight, strength, x, labels[:cut])
+        decisions = (val @ weight).argmax(dim=1)
+        accuracy = float((decisions == labels[cut:]).float().mean())
+        if accuracy > best:
+            best = accuracy
+            predicted = (test @ weight).argmax(dim=1)
+    return predicted.cpu().numpy(), best
 
 
-def descend(weight, strength, batches, count):
-    """Minimises mean cross-entropy + strength/2·|W|² from this weight on, by L-BFGS."""
+def minimise(weight, strength, x, labels):
+    """Mean cross-entropy + strength/2·|W|² without the bias, by L-BFGS."""
     limits = {"max_iter": 100, "history_size": 10}
     solver = torch.optim.LBFGS([weight], line_search_fn="strong_wolfe", **limits)
 
-    def objective():
+    def loss():
         solver.zero_grad()
-        total = strength / 2 * weight[:-1].square().sum()
+        penalty = strength / 2 * weight[:-1].square().sum()
+        total = penalty + F.cross_entropy(x @ weight, labels)
         total.backward()
-        for x, labels in batches():
-            loss = F.cross_entropy(x @ weight, labels, reduction="sum") / count
-            loss.backward()
-            total = total + loss.detach()
-        return total.detach()
+        return total
 
-    solver.step(objective)
+    solver.step(loss)
 
 
-class Probe:
-    """A linear probe for each label set of a study's images."""
+def probe_labels(features, labels, test, device):
+    """A probe for each column of labels (n, label sets).
 
-    def __init__(self, study, seen, rows):
-        cut, device = study.cut, study.options.device
-        self.parts, right, val_right = [], [], []
-        for known, labels in zip(study.seen_labels.T, study.labels.T, strict=True):
-            train, val = (seen[:cut], known[:cut]), (seen[cut:], known[cut:])
-            part = linear_probe(train, val, (rows, labels), device=device)
-            self.parts.append(part)
-            right.append(part["predicted"] == labels)
-            val_right.append(part["val_predicted"] == known[cut:])
-        self.right = np.stack(right, axis=1)  # (n, label sets)
-        self.val_right = np.stack(val_right, axis=1)
-        self.val = self.val_right.mean()
+    -> predicted (m, label sets), mean accuracy on validation.
+    """
+    probes = [linear_probe(features, column, test, device) for column in labels.T]
+    predicted = np.stack([classes for classes, _ in probes], axis=1)
+    return predicted, np.mean([accuracy for _, accuracy in probes])
 
-    def classify(self, features):
-        return np.stack([part["classify"](features) for part in self.parts], axis=1)
+
+def probe_output(features, labels, test, device):
+    """The same of the last layer's pooled tokens or CLS, what is better on validation.
+
+    features (n, 2, D), test (m, 2, D) -> predicted (m, label sets).
+    """
+    pooled, accuracy = probe_labels(features[:, 0], labels, test[:, 0], device)
+    cls, cls_accuracy = probe_labels(features[:, 1], labels, test[:, 1], device)
+    if cls_accuracy > accuracy:
+        return cls
+    return pooled
 
 
 def learn_probe(study):
-    probe = study.probe
-    return {"linear probe": probe.right, "linear probe val": probe.val_right}
+    train, test = study.train_rows, study.rows
+    output = train["output"], train["labels"], test["output"]
+    return {"linear probe": probe_output(*output, study.device) == test["labels"]}
 
 
-RATES = [3e-4, 1e-3]
+RATES = (3e-4, 1e-3, 3e-3)
 FINE_TUNING = [{"lr": lr, "decay": decay} for lr in RATES for decay in (0.75, 1.0)]
 SMALLEST_CROP = 0.35  # of the area; 0.08 in the papers, whose images have more room
 BATCH = 64
 
 
+class Tuned(nn.Module):
+    """A copy of a network with a linear head: classes of images, or of pixels."""
+
+    def __init__(self, vit, classes, label_sets=1, target="labels", frozen=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = deepcopy(vit).requires_grad_(not frozen)
+        self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
+        outputs = classes * label_sets
+        if target == "mask":
+            outputs = classes * vit.patch_size**2
+        self.head = nn.Linear(vit.embed_dim, outputs).to(vit.cls_token.device)
+        self.classes = classes
+        self.target = target  # its key in a batch
+
+    def forward(self, x):
+        """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
+        tokens = self.vit(x)[:, 1:]
+        if self.target == "mask":  # one linear layer per token, for its p × p pixels
+            patches = self.head(self.norm(tokens.flatten(0, 1)))  # (B·N, classes·p²)
+            patches = patches.float().unflatten(0, tokens.shape[:2])
+            p = self.vit.patch_size
+            return F.fold(patches.mT, x.shape[2:], p, stride=p)
+        logits = self.head(self.norm(tokens.mean(dim=1)))
+        return logits.float().unflatten(1, (self.classes, -1))
+
+
 def parameter_groups(network, lr, decay):
     """AdamW's groups: what is early is general and moves less (BEiT, SimMIM).
 
-    Block l of L learns at lr·decay^(L - l), the patch embedding as block 0; the last
-    norm, the head and position-bias tables at the last block's rate. Biases, norms
-    and tokens carry no weight decay.
+    Block l of L learns at lr·decay^(L - l), the embedding as block 0; the last norm,
+    the head and position-bias tables as block L. Only matrices carry weight decay.
     """
     depth = len(network.vit.blocks)
     groups = []
     for name, p in network.named_parameters():
-        if not p.requires_grad:
-            continue
+        stage = name.split(".")[1:]
         layer = depth
-        block = re.match(r"vit\.blocks\.(\d+)\.", name)
-        if block:
-            layer = int(block[1]) + 1
-        elif re.match(r"vit\.(patch_embed|cls_token|pos_embed)", name):
+        if stage[0] == "blocks":
+            layer = int(stage[1]) + 1
+        elif stage[0] in ("patch_embed", "cls_token", "pos_embed"):
             layer = 0
-        weight_decay = 0.05
-        if p.squeeze().ndim < 2 or "pos_embed" in name or "bias_table" in name:
-            weight_decay = 0.0
-        rate = lr * decay ** (depth - layer)
-        groups.append({"params": [p], "lr": rate, "weight_decay": weight_decay})
+        weight_decay = 0.05 if p.ndim > 1 and name.endswith("weight") else 0.0
+        peak = lr * decay ** (depth - layer)
+        group = {"params": [p], "lr": peak, "peak": peak, "weight_decay": weight_decay}
+        groups.append(group)
     return groups
 
 
-class Tuned(nn.Module):
-    """A copy of a network with a linear head on its patch tokens, or on their mean."""
-
-    def __init__(self, vit, outputs, pooled, tune):
-        super().__init__()
-        torch.manual_seed(0)
-        self.vit = deepcopy(vit).requires_grad_(tune)
-        self.pooled = pooled
-        self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
-        self.head = nn.Linear(vit.embed_dim, outputs)
-        self.to(vit.cls_token.device)
-        if vit.pos_embed is not None and fixed_positions(vit):
-            self.vit.pos_embed.requires_grad_(False)
-
-    def forward(self, x):
-        """(B, 3, S, S) -> (B, outputs), or (B, N, outputs) if not pooled."""
-        tokens = self.vit(x)[:, 1:]
-        if self.pooled:
-            return self.head(self.norm(tokens.mean(dim=1)))
-        flat = self.head(self.norm(tokens.flatten(0, 1)))
-        return flat.unflatten(0, tokens.shape[:2])
-
-
-def fixed_positions(vit):
-    """Sines and cosines stay as they are: told by rows of one length, √(D/2)."""
-    length = vit.pos_embed[0, 1:].norm(dim=-1)
-    return bool((length - math.sqrt(vit.embed_dim / 2)).abs().max() < 1e-2)
-
-
-def fit(network, loss, train, epochs, lr, decay=1.0):
-    """Trains a Tuned by AdamW and half a cosine, on crops and flips of `train`."""
-    device = network.head.weight.device
+def fit(network, images, epochs, lr, decay=1.0):
+    """Trains on crops and flips, by AdamW, with a short rise and half a cosine."""
     solver = torch.optim.AdamW(parameter_groups(network, lr, decay))
-    peaks = [group["lr"] for group in solver.param_groups]
-    size = min(BATCH, len(train))
-    steps = epochs * (len(train) // size)
+    device = network.head.weight.device
     bf16 = sslvit.has_bf16(device.type)
-    batches = train.augmented(epochs, size)
+    batches = images.training_batches(epochs)
     for step, batch in enumerate(batches, start=1):
-        if len(batch["images"]) < 2:  # BatchNorm has nothing to say about one image
-            continue
-        for group, peak in zip(solver.param_groups, peaks, strict=True):
-            group["lr"] = sslvit.lr_at(step, steps + 1, steps / 10, peak)
+        progress = step / (len(batches) + 1)
+        factor = min(10 * progress, (1 + math.cos(math.pi * progress)) / 2)
+        for group in solver.param_groups:
+            group["lr"] = factor * group["peak"]
         solver.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            error = loss(network(normalise(batch["images"], device)), batch)
-        error.backward()
+            logits = network(normalise(batch["pixels"], network.vit))
+        F.cross_entropy(logits, batch[network.target].to(device)).backward()
         solver.step()
     return network.eval()
 
 
 @torch.no_grad()
-def score_images(network, source, score):
-    """score(logits, batch) of all images of a source, a row for each."""
-    device = network.head.weight.device
-    rows = []
-    for batch in source.batches(BATCH):
-        logits = network(normalise(batch["images"], device)).float().cpu()
-        rows.append(score(logits, batch))
-    return torch.cat(rows).numpy()
+def predict(network, images):
+    """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
+    predicted, true = [], []
+    for batch in images.batches(BATCH):
+        logits = network(normalise(batch["pixels"], network.vit))
+        predicted.append(logits.argmax(dim=1).cpu())
+        true.append(batch[network.target])
+    return torch.cat(predicted).numpy(), torch.cat(true).numpy()
 
 
-def choose(make, loss, score, total, sources, epochs, settings):
-    """Every setting for a third of the epochs, then the best for all of them.
+def tune(study, key, make, train, test, settings):
+    """Trains make() with the setting that is best on validation -> predict(test).
 
-    make() -> a Tuned; loss, score(logits, batch) -> scalar, a row for each image;
-    total(rows) on validation images chooses the setting, and the better of its two
-    trainings. -> rows of test, of validation, the setting.
+    The last quarter of `train` chooses, after trainings of a third of the epochs; the
+    seeds of a network share the choice.
     """
-    train, val, test = sources
-
-    def attempt(epochs, setting):
-        network = fit(make(), loss, train, epochs, **setting)
-        rows = score_images(network, val, score)
-        return {"total": total(rows), "network": network, "val": rows}
-
-    best, chosen = {"total": -1.0}, settings[0]
-    if len(settings) > 1:
+    cut = 3 * len(train) // 4
+    train, val = train.part(0, cut), train.part(cut, len(train))
+    if key not in study.choices:
+        scores = []
         for setting in settings:
-            short = attempt(max(1, epochs // 3), setting)
-            if short["total"] > best["total"]:
-                best, chosen = short, setting
-    long = attempt(epochs, chosen)
-    if long["total"] >= best["total"]:
-        best = long
-    return score_images(best["network"], test, score), best["val"], chosen
-
-
-def fine_tune(vit, sources, classes, epochs, settings):
-    """All weights of a copy trained on labels, mean patch token ([P] figure 1).
-
-    sources: to train, to choose and to test; classes: number per label set. Returns
-    whether it was right, of test and of validation (n, label sets), and the setting.
-    """
-
-    def loss(logits, batch):
-        labels = batch["labels"].to(logits.device)
-        parts = zip(logits.float().split(classes, dim=1), labels.T, strict=True)
-        return sum(F.cross_entropy(part, y) for part, y in parts)
-
-    def right(logits, batch):
-        parts = logits.split(classes, dim=1)
-        guess = torch.stack([part.argmax(dim=1) for part in parts], dim=1)
-        return guess == batch["labels"]
-
-    def make():
-        return Tuned(vit, sum(classes), pooled=True, tune=True)
-
-    return choose(make, loss, right, np.mean, sources, epochs, settings)
+            network = fit(make(), train, max(1, study.epochs // 3), **setting)
+            scores.append(np.mean(np.equal(*predict(network, val))))
+        study.choices[key] = settings[int(np.argmax(scores))]
+    return predict(fit(make(), train, study.epochs, **study.choices[key]), test)
 
 
 def learn_tuned(study):
-    settings = study.chosen.get("fine-tuning", FINE_TUNING)
-    train, val = study.learning.split(study.cut)
-    sources = (train, val, study.testing)
-    epochs = study.options.epochs
-    test, val, setting = fine_tune(study.vit, sources, study.classes, epochs, settings)
-    print(f"  fine-tuned with {setting}", flush=True)
-    study.chosen["fine-tuning"] = [setting]
-    return {"fine-tuned": test, "fine-tuned val": val}
+    make = partial(Tuned, study.vit, study.classes, len(study.label_names))
+    tuned = tune(study, "fine-tuned", make, study.train, study.test, FINE_TUNING)
+    return {"fine-tuned": np.equal(*tuned)}
 
 
-def draw_accuracy(models):
-    """Columns for each label set, which have as many classes on the stimuli."""
-    columns = {}
-    for place, name in enumerate(models[0]["label_names"]):
-        for key in FIGURES["accuracy"].keys:
-            columns[f"{key}, {name}"] = key, partial(np.take, indices=place)
-    chance = 1 / models[0]["classes"][0]
-    return draw_points(models, columns, "accuracy", (chance, f"chance {chance:.3g}"))
+def draw_accuracy(networks):
+    keys = ("linear probe", "fine-tuned")
+    fig, axes = canvas(2 * len(networks[0].facts["label_names"]))
+    for axis, read, label in label_axes(networks, keys, axes):
+        points(axis, networks, read, label)
+    return fig
 
 
 FIGURES["accuracy"] = Figure(
-    number="1 left",
-    claim=1,
-    text="CL wins linear probing, MIM wins fine-tuning",
-    lesson=accuracy_lesson,
-    needs=("labels",),
-    learn=(learn_probe, learn_tuned),
+    "1 left",
+    1,
+    "CL wins linear probing, MIM wins fine-tuning",
+    accuracy_lesson,
+    draw_accuracy,
     parts=(
-        Part("linear probe, last layer", ("linear probe",), np.mean, ("CL", "MIM")),
-        Part("fine-tune accuracy", ("fine-tuned",), np.mean, ("MIM", "CL")),
+        Part("linear probe, last layer", "CL", "MIM", itemgetter("linear probe")),
+        Part("fine-tune accuracy", "MIM", "CL", itemgetter("fine-tuned")),
     ),
-    finding="CL is ahead in the linear probe",
-    otherwise="CL is not ahead in the linear probe",
-    draw=draw_accuracy,
-    keys=("linear probe", "fine-tuned"),
+    learn=(learn_probe, learn_tuned),
 )
 
 
@@ -1208,175 +1035,146 @@ FIGURES["accuracy"] = Figure(
 scaling_lesson = """\
 Which objective to pretrain with may depend on how large the network is: the paper saw
 CL fine-tune better as ViT-Ti and MIM as ViT-L, and reads it as attention that does not
-collapse making use of more room. The comparison is fair only where pretraining helped
-at all: each network must be above a new one of its size (grey), else the verdict is
-'not testable'.
+collapse making use of more room. It trained every network on as many images, which is
+the first verdict; equal work of the encoder has a verdict of its own. The comparison is
+fair only where pretraining helped at all: each network must be above a new one of its
+size (grey), else the verdict is 'not testable'.
 
 What to look at: the slopes rather than the points, and grey's slope too."""
 
 
-def trained_enough(pretrained, new):
-    """Both networks above a new one of their size, if there is one."""
-    if new is None or min(pretrained) > new:
-        return ""
-    return f"not trained enough: a new network of this size has {new:.3f}"
+def mean_tuned(values):
+    return np.mean(values["fine-tuned"])
 
 
-def draw_scaling(models):
-    fig, [[axis]] = canvas(1)
-    for role in dict.fromkeys(m["role"] for m in models):
-        group = [m for m in models if m["role"] == role]
-        line = {"color": colour_of(group[0]), "lw": 2.2, "label": role}
-        against(axis, group, "embed_dim", "fine-tuned", **line)
-    widths = sorted({m["embed_dim"] for m in models})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(widths, widths)
-    axis.set_xlabel("width of the tokens")
+def scaling_parts(setting):
+    text = "fine-tune accuracy, {} size"
+    common = (mean_tuned, setting, True)
+    return (
+        Part(text.format("smallest"), "smallest CL", "smallest MIM", *common),
+        Part(text.format("largest"), "largest MIM", "largest CL", *common),
+    )
+
+
+def against(axis, networks, fact, read, name, **style):
+    """An accuracy against a fact of the networks: seeds as points, a line of means."""
+    means = {}
+    for network in sorted(networks, key=lambda network: network.facts[fact]):
+        x, y = network.facts[fact], read(network.row(0))
+        colour = style_of(network)["color"]
+        axis.plot(x, y, "o", color=colour, mfc="none", ms=8)
+        means.setdefault(x, []).append(y)
+    line = style_of(network) | {"lw": 2, "zorder": 0, "label": name} | style
+    axis.plot(list(means), [np.mean(y) for y in means.values()], **line)
+
+
+def draw_scaling(networks):
+    """A line for each role and number of training images."""
+    widths = sorted({network.facts["embed_dim"] for network in networks})
+    if len(widths) < 2:
+        raise KeyError("networks of two sizes")
+    fig, axes = canvas(len(networks[0].facts["label_names"]))
+    lines = defaultdict(list)
+    for network in networks:
+        name = f"{network.role}, {network.facts['images']:,} images"
+        lines[name.removesuffix(", 0 images")].append(network)
+    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
+        for name, group in lines.items():
+            against(axis, group, "embed_dim", read, name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(widths, widths)
+        axis.set_xlabel("width of the tokens")
+        say_range(axis, label)
     return fig
 
 
-SMALLEST = ("smallest CL", "smallest MIM")
-LARGEST = ("largest MIM", "largest CL")
-size_part = partial(Part, keys=("fine-tuned",), read=np.mean, unless=trained_enough)
-
 FIGURES["scaling"] = Figure(
-    number="1 middle",
-    claim=2,
-    text="CL wins small models, MIM wins large ones",
-    lesson=scaling_lesson,
-    needs=("sizes", "labels"),
+    "1 middle",
+    2,
+    "CL wins small models, MIM wins large ones",
+    scaling_lesson,
+    draw_scaling,
+    parts=scaling_parts("equal images") + scaling_parts("equal work"),
     learn=(learn_tuned,),
-    parts=(
-        size_part("fine-tuning, smallest size", roles=SMALLEST),
-        size_part("fine-tuning, largest size", roles=LARGEST),
-    ),
-    finding="CL fine-tunes better at the smallest size",
-    otherwise="CL does not fine-tune better at the smallest size",
-    draw=draw_scaling,
-    keys=("fine-tuned",),
-    enough=partial(several, "embed_dim"),
 )
 
 
 # ==== Figure 1 right. Do tokens know what is where? =================================
 
 dense_lesson = """\
-Segmentation asks every token for the classes of its own p × p pixels. One linear layer
-does it, on a frozen network or fine-tuned with it, chosen on validation as before; the
-paper used COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums
-over all test images, is the mean over classes of
+Segmentation asks every token for the classes of its own p × p pixels: one of eight
+shapes, or ground. One linear layer does it, on a frozen network or trained with it, its
+learning rate chosen on validation as before; the paper used COCO boxes and Mask R-CNN,
+which need a GPU for days. The score, with sums over all test images, is the mean over
+classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
 
 The paper saw MIM ahead, as its tokens stay themselves. What to look at: linear says
 what tokens hold, fine-tuned what they can become."""
 
-VOID = 255  # a pixel of no class, which neither the loss nor the score counts
-LINEAR_HEADS = [{"lr": 1e-2}, {"lr": 1e-3}]
-
-
-def overlap(pred, target, classes):
-    """Pixels of intersection and union; pred, target (B, h, w) of class numbers.
-
-    target is VOID where nobody knows -> (B, classes, 2).
-    """
-    known = (target != VOID).flatten(1)[..., None]
-    p = F.one_hot(pred.flatten(1).long(), classes).bool() & known  # (B, hw, classes)
-    true = target.masked_fill(target == VOID, 0).flatten(1).long()
-    t = F.one_hot(true, classes).bool() & known
-    return torch.stack([(p & t).sum(dim=1), (p | t).sum(dim=1)], dim=-1)
+LINEAR_HEADS = [{"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2}]
 
 
 def mean_iou(counts):
     """Intersection over union, mean over the classes that occur ([P] figure 1 right).
 
-    counts (classes, 2): overlap()'s pixels, summed (or averaged) over a set of images
-    -> scalar in [0, 1]. 1: every pixel right.
+    counts (classes, 2): pixels of intersection and union, summed (or averaged) over a
+    set of images -> scalar in [0, 1]. 1: every pixel correct.
     """
     intersection, union = np.asarray(counts, dtype=float).T
     occurs = union > 0
     return (intersection[occurs] / union[occurs]).mean()
 
 
-def dense_probe(vit, sources, classes, epochs, tune, settings):
-    """Segmentation: a linear layer per token predicts the classes of its p × p pixels.
-
-    tune: the network learns too ([P] figure 1 right). sources as in fine_tune(), with
-    masks. Returns overlaps (n, classes, 2) of test and of validation, and the setting.
-    """
-    p = vit.patch_size
-
-    def fold(logits, mask):  # (B, N, classes·p²) -> (B, classes, S, S)
-        return F.fold(logits.float().mT, mask.shape[1:], p, stride=p)
-
-    def loss(logits, batch):
-        mask = batch["masks"].to(logits.device)
-        return F.cross_entropy(fold(logits, mask), mask, ignore_index=VOID)
-
-    def counts(logits, batch):
-        mask = batch["masks"]
-        return overlap(fold(logits, mask).argmax(dim=1), mask, classes)
-
-    def total(counts):
-        return mean_iou(counts.mean(axis=0))
-
-    def make():
-        return Tuned(vit, classes * p * p, pooled=False, tune=tune)
-
-    return choose(make, loss, counts, total, sources, epochs, settings)
+def overlaps(predicted, true, classes):
+    """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
+    counts = []
+    for number in range(classes):
+        p, t = predicted == number, true == number
+        counts.append([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))])
+    return np.moveaxis(counts, 2, 0)
 
 
 def learn_dense(study):
-    if not (study.on_stimuli or study.options.masks):
-        return {}
-    vit, epochs = study.vit, study.options.epochs
-    testing = replace(study.testing, with_masks=True)
-    learning = study.learning.first(max(4, len(study.learning) // 4))
-    learning = replace(learning, with_masks=True)
-    classes = 1 + max(largest_class(learning), largest_class(testing))
-    train, val = learning.split(3 * len(learning) // 4)
-    sources = (train, val, testing)
-    found = {}
-    for head, settings in (("linear", LINEAR_HEADS), ("fine-tuned", FINE_TUNING)):
-        key = f"mIoU {head}"
-        tune = head == "fine-tuned"
-        settings = study.chosen.get(key, settings)
-        rows, _, setting = dense_probe(vit, sources, classes, epochs, tune, settings)
-        print(f"  {head} segmentation with {setting}", flush=True)
-        study.chosen[key] = [setting]
-        found[key] = rows
-    return found
+    require(study.on_stimuli, "needs the stimuli, whose masks say what is where")
+    train = replace(study.train.part(0, len(study.train) // 4), masks=True)
+    test = replace(study.test, masks=True)
+    classes = 1 + study.classes  # 0 is the ground
+    pixels = partial(Tuned, study.vit, classes, target="mask")
+    frozen = partial(pixels, frozen=True)
+    linear = tune(study, "linear head", frozen, train, test, LINEAR_HEADS)
+    tuned = tune(study, "fine-tuned head", pixels, train, test, FINE_TUNING)
+    values = {"overlap, linear": overlaps(*linear, classes)}
+    return values | {"overlap, fine-tuned": overlaps(*tuned, classes)}
 
 
-def largest_class(source):
-    largest = 0
-    for batch in source.batches(BATCH):
-        known = batch["masks"] * (batch["masks"] != VOID)
-        largest = max(largest, int(known.max()))
-    return largest
+def linear_iou(values):
+    return mean_iou(values["overlap, linear"])
 
 
-def draw_dense(models):
-    columns = {key: (key, mean_iou) for key in FIGURES["dense"].keys}
-    return draw_points(models, columns, "mean intersection over union")
+def tuned_iou(values):
+    return mean_iou(values["overlap, fine-tuned"])
+
+
+def draw_dense(networks):
+    fig, [axes] = canvas(2)
+    points(axes[0], networks, linear_iou, "mIoU, linear")
+    points(axes[1], networks, tuned_iou, "mIoU, fine-tuned")
+    return fig
 
 
 FIGURES["dense"] = Figure(
-    number="1 right",
-    claim=3,
-    text="MIM wins dense prediction",
-    lesson=dense_lesson,
-    needs=("masks", "labels"),
-    learn=(learn_dense,),
+    "1 right",
+    3,
+    "MIM wins dense prediction",
+    dense_lesson,
+    draw_dense,
     parts=(
-        Part("mIoU, linear", ("mIoU linear",), mean_iou, ("MIM", "CL")),
-        Part("mIoU, fine-tuned", ("mIoU fine-tuned",), mean_iou, ("MIM", "CL")),
+        Part("mIoU, linear", "MIM", "CL", linear_iou, trained=True),
+        Part("mIoU, fine-tuned", "MIM", "CL", tuned_iou, trained=True),
     ),
-    finding="MIM's tokens know better what is where",
-    otherwise="MIM's tokens do not know better what is where",
-    numbers="mIoU {MIM:.3f} against {CL:.3f}",
-    draw=draw_dense,
-    keys=("mIoU linear", "mIoU fine-tuned"),
+    learn=(learn_dense,),
 )
 
 
@@ -1408,64 +1206,45 @@ def shape_bias(cues):
 
 
 def learn_bias(study):
-    """-> cues (n, pairings, 2): did it match shape, texture; 0 where not asked."""
-    if study.on_stimuli:
-        pairings = [taught_pairing(study, offset) for offset in range(8)]
-        return {"cues": np.stack(pairings, axis=1)}
-    if study.cues is None:
-        return {}
-    cues = study.cues["labels"]
-    known = np.isin(study.seen_labels[:, 0], cues)
-    decisions = decide(study, known, study.seen_labels[:, 0], study.cues["output"])
-    return {"cues": (decisions[:, None] == cues)[:, None]}
+    """-> cues (n, pairings, 2): does a decision match shape, texture?"""
+    features, labels = study.train_rows["output"], study.train_rows["labels"]
+    if not study.on_stimuli:
+        rows, cues = study.cue_conflict()
+        decisions = probe_output(features, labels, rows, study.device)
+        return {"cues": (decisions == cues)[:, None]}
+    rows = study.rows["output"]
+    shapes, textures = labels.T
+    pairings = []
+    for offset in range(8):
+        # taught: class c is shape c with texture c + offset; tested: all other pairs
+        taught = (textures - shapes) % 8 == offset
+        lesson = features[taught], labels[taught, :1]
+        decisions = probe_output(*lesson, rows, study.device)
+        cues = (study.rows["labels"] - [0, offset]) % 8
+        conflict = cues[:, :1] != cues[:, 1:]
+        pairings.append((decisions == cues) & conflict)
+    return {"cues": np.stack(pairings, axis=1)}
 
 
-def taught_pairing(study, offset):
-    """Taught: class c is shape c with texture c + offset. Asked: all other pairs."""
-    seen_shapes, seen_textures = study.seen_labels.T
-    known = (seen_textures - seen_shapes) % 8 == offset
-    decisions = decide(study, known, seen_shapes, study.rows["output"])
-    # the class of each cue: that of a texture is the shape that it was taught with
-    cues = (study.labels - [0, offset]) % 8
-    conflict = cues[:, 0] != cues[:, 1]
-    return (decisions[:, None] == cues) & conflict[:, None]
+def read_bias(values):
+    return shape_bias(values["cues"])
 
 
-def decide(study, known, labels, rows):
-    """Classes of `rows` by a probe that learnt the `known` training images.
-
-    The better one, on validation, of mean patch token and CLS.
-    """
-    seen, labels = study.seen["output"][known], labels[known]
-    cut = 3 * len(seen) // 4
-    probes = []
-    for kind in range(2):
-        train = seen[:cut, kind], labels[:cut]
-        val = seen[cut:, kind], labels[cut:]
-        test = rows[:, kind], np.zeros(len(rows))
-        probes.append(linear_probe(train, val, test))
-    return max(probes, key=lambda probe: probe["val"])["predicted"]
-
-
-def draw_bias(models):
-    columns = {"cue conflict": ("cues", shape_bias)}
-    line = (0.5, "no preference")
-    return draw_points(models, columns, "share of shape decisions", line)
+def draw_bias(networks):
+    fig, [[axis]] = canvas(1)
+    reference(axis, 0.5, "no preference")
+    points(axis, networks, read_bias, "share of shape decisions")
+    return fig
 
 
 FIGURES["bias"] = Figure(
-    number="9 left",
-    claim=9,
-    text="CL is shape-biased, MIM texture-biased",
-    lesson=bias_lesson,
-    needs=("cues", "labels"),
+    "9 left",
+    9,
+    "CL is shape-biased, MIM texture-biased",
+    bias_lesson,
+    draw_bias,
+    parts=(Part("shape bias", "CL", "MIM", read_bias),),
     learn=(learn_bias,),
-    parts=(Part("shape bias", ("cues",), shape_bias, ("CL", "MIM")),),
-    finding="CL decides by shape more often",
-    otherwise="CL does not decide by shape more often",
-    numbers="{CL:.2f} against {MIM:.2f}",
-    draw=draw_bias,
-    keys=("cues",),
 )
 
 
@@ -1479,8 +1258,7 @@ noise. The paper saw it hurt MIM more; that must mean more than 'noise hurts MIM
 so the claim compares the drop in the upper third of the frequencies minus that in the
 lower third.
 
-What to look at: which ring hurts most. The upper axis is in pixels per wave: 2 is one
-dark, one bright pixel; a patch is as long as its side."""
+What to look at: which ring hurts most, and whether the curves cross."""
 
 BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]  # rad/px
 NOISE = 25.5  # root mean square: a tenth of full brightness
@@ -1490,12 +1268,17 @@ def band_noise(size, low, high, generator=None):
     """Gaussian noise of the frequencies low ≤ |ω| < high (rad/px), without the mean.
 
     (B, 3, h, w) like `size`: each image's root mean square is 1 ([P] figure 9 right).
+    Images so small that no frequency lies in the ring have those nearest to it.
     """
     noise = torch.fft.fft2(torch.randn(size, generator=generator))
     y = torch.fft.fftfreq(size[-2]) * 2 * math.pi
     x = torch.fft.fftfreq(size[-1]) * 2 * math.pi
     radius = (y[:, None].square() + x.square()).sqrt()  # (h, w)
-    ring = (radius >= low) & (radius < high) & (radius > 0)
+    radius[0, 0] = math.inf  # the mean
+    ring = (radius >= low) & (radius < high)
+    if not ring.any():
+        distance = (radius - (low + high) / 2).abs()
+        ring = distance < distance.min() + 1e-4
     noise = torch.fft.ifft2(noise * ring).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
@@ -1504,152 +1287,125 @@ def band_noise_drop(accuracies):
     """What does noise cost?  1 - noisy / clean accuracy ([P] figure 9 right).
 
     accuracies (1 + bands,), the clean one first -> (bands,), at most 1. 0: does not
-    matter, 1: all is lost; nan: never right.
+    matter, 1: all is lost; nan: never correct.
     """
     return 1 - np.asarray(accuracies[1:]) / (accuracies[0] or math.nan)
 
 
 @torch.no_grad()
 def learn_noise(study):
-    """-> noise (n / 2, 1 + bands): share of label sets that are right, clean first."""
-    half = study.testing.first(max(1, len(study.testing) // 2))
+    """-> noise (n / 2, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for batch in half.batches(BATCH, "band noise"):
-        images = batch["images"].float()
-        right = []
-        for low, high in [(0, 0), *BANDS]:
-            noisy = images
-            if high > 0:  # else the clean ones
-                noise = NOISE * band_noise(images.shape, low, high, generator)
-                noisy = (images + noise).clamp(0, 255)
-            tokens = study.vit(normalise(noisy, study.vit.cls_token.device))
-            seen = pooled_and_cls(tokens)[:, study.probe.kind].cpu()
-            decisions = study.probe.classify(seen)
-            right.append((decisions == batch["labels"].numpy()).mean(axis=1))
-        rows.append(np.stack(right, axis=1))
-    return {"noise": np.concatenate(rows)}
+    count = max(GROUPS, len(study.test) // 2)
+    outputs = []
+    for batch in study.test.part(0, count).batches(BATCH):
+        clean = batch["pixels"].float()
+        versions = [pooled_and_cls(study.vit(normalise(clean, study.vit)))]
+        for low, high in BANDS:
+            noise = NOISE * band_noise(clean.shape, low, high, generator)
+            noisy = normalise((clean + noise).clamp(0, 255), study.vit)
+            versions.append(pooled_and_cls(study.vit(noisy)))
+        outputs.append(torch.stack(versions, dim=1).cpu())
+    test = torch.cat(outputs)  # (n / 2, 1 + bands, 2, D)
+    train = study.train_rows["output"], study.train_rows["labels"]
+    with torch.enable_grad():
+        predicted = probe_output(*train, test.flatten(0, 1), study.device)
+    predicted = predicted.reshape(*test.shape[:2], -1)
+    return {"noise": predicted == study.rows["labels"][:count, None]}
 
 
-def high_minus_low(accuracies):
-    return late_minus_early(band_noise_drop(accuracies))
+def noise_drop(values):
+    return band_noise_drop(values["noise"].mean(axis=1))
 
 
-def pixels_per_wave(frequency):
-    """π per pixel -> pixels per wave, and back: both are 2 / x."""
-    return 2 / np.maximum(frequency, 1e-3)
+def noise_slope(values):
+    return late(noise_drop(values)) - early(noise_drop(values))
 
 
-def draw_noise(models):
-    drop = "relative accuracy drop"
-    panel = Panel("noise", drop, BAND, band_noise_drop, line=(0, "no loss"))
-    fig = draw_panels(models, [panel])
-    both_ways = (pixels_per_wave, pixels_per_wave)
-    above = fig.axes[0].secondary_xaxis("top", functions=both_ways)
-    above.set_xlabel("pixels per wave")
-    above.set_xticks([40, 13, 8, 5, 4, 3, 2.5, 2.1])
+def draw_noise(networks):
+    fig, [[axis]] = canvas(1)
+    x, label = "noise frequency (π per pixel)", "relative accuracy drop"
+    curves(axis, networks, noise_drop, label, x=x, start=0.05, end=0.95)
+    reference(axis, 0, "no loss")
     return fig
 
 
 FIGURES["noise"] = Figure(
-    number="9 right",
-    claim=9,
-    text="high-frequency noise hurts MIM more",
-    lesson=noise_lesson,
-    needs=("labels",),
+    "9 right",
+    9,
+    "high-frequency noise hurts MIM more",
+    noise_lesson,
+    draw_noise,
+    parts=(Part("noise: drop, high - low", "MIM", "CL", noise_slope),),
     learn=(learn_noise,),
-    parts=(Part("noise: drop, high - low", ("noise",), high_minus_low, ("MIM", "CL")),),
-    finding="High-frequency noise hurts MIM more than CL",
-    otherwise="High-frequency noise does not hurt MIM more than CL",
-    numbers="high - low {MIM:+.2f} against {CL:+.2f}",
-    draw=draw_noise,
-    keys=("noise",),
 )
 
 
-# ==== Figure 10. Which layer knows? =================================================
+# ==== Figure 10. What does each layer know? =========================================
 
 layers_lesson = """\
-A linear probe after every sub-layer: where in the network does a class become a
-direction? The paper saw MIM ahead in early layers and best in the middle, its last
-layers a decoder of pixels, while CL rises to the last. So a probe should say which
-layer and which pooling it reads: the verdict reads mean patch tokens after each MLP,
-CLS is drawn beside, and the best layer is chosen on validation images, lest chance
-choose it.
+A linear probe of every state: where in the network does a class become a direction? The
+paper saw MIM ahead in early layers and best in the middle, its last layers a decoder of
+pixels, while CL rises to the last. So a probe should say which layer and which token it
+reads: the verdict reads mean patch tokens after each MLP, and CLS is drawn below.
 
 What to look at: does MIM fall in its last third, and random layers (grey) not?"""
 
 
 def learn_layers(study):
-    """-> layers, layers val (n, L) for claims; curves (n, 2L, label sets)."""
-    depth = len(study.vit.blocks)
-    states = list(np.ndindex(depth, 2))  # (layer, 0 after attention or 1 after MLP)
-    found = {}
-    for kind in ("cls", "pooled"):
-        seen, rows = study.seen[kind], study.rows[kind]  # (n, L, 2, D)
-        probes = []
-        for state in progress(states, f"probes of every layer, {kind}", 2 * depth):
-            probes.append(Probe(study, seen[:, *state], rows[:, *state]))
-        right = np.stack([probe.right for probe in probes], axis=1)
-        val_right = np.stack([probe.val_right for probe in probes], axis=1)
-        found[f"layers {kind}"] = right
-    # claims read what came last, pooled tokens, after each MLP; mean over label sets
-    found["layers"] = right[:, 1::2].mean(axis=2)
-    found["layers val"] = val_right[:, 1::2].mean(axis=2)
-    return found
+    """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
+    train = one_pass(study.vit, study.train, [], [measure_features])
+    values = {}
+    for key in ("pooled", "cls"):
+        scores = []
+        for state in range(train[key].shape[1]):
+            features, test = train[key][:, state], study.rows[key][:, state]
+            predicted, _ = probe_labels(features, train["labels"], test, study.device)
+            scores.append(predicted == study.rows["labels"])
+        values[f"layers, {key}"] = np.stack(scores, axis=1)
+    return values
 
 
-BOTH = ("layers", "layers val")
+def pooled_layers(values):
+    """After each MLP, mean over label sets (L,)."""
+    return after_mlp(values["layers, pooled"]).mean(axis=1)
 
 
-def best_layer(validated):
-    return 1 + np.argmax(validated)
+def early_layers(values):
+    return early(pooled_layers(values))
 
 
-def best_minus_last(layers, validated):
-    return layers[np.argmax(validated)] - layers[-1]
+def last_layer(values):
+    return pooled_layers(values)[-1]
 
 
-def last_minus_best(layers, validated):
-    return -best_minus_last(layers, validated)
+def middle_minus_last(values):
+    return middle(pooled_layers(values)) - last_layer(values)
 
 
-def draw_layers(models):
-    """A row for each pooling, a column for each label set."""
-    panels = []
-    for kind in ("pooled", "cls"):
-        for column, name in enumerate(models[0]["label_names"]):
-            chance = 1 / models[0]["classes"][column]
-            pick = partial(np.take, indices=column, axis=1)
-            line = (chance, f"chance {chance:.3g}")
-            label = f"probe of {name}, {kind}"
-            panels.append(Panel(f"layers {kind}", label, HALF, pick, line=line))
-    fig = draw_panels(models, panels)
-    for axis in fig.axes:
-        axis.set_ylim(0, 1)
+def draw_layers(networks):
+    """A row for mean patch token and for CLS, a column for each label set."""
+    fig, axes = canvas(len(networks[0].facts["label_names"]), rows=2, height=4.2)
+    keys = ("layers, pooled", "layers, cls")
+    for axis, read, label in label_axes(networks, keys, axes):
+        curves(axis, networks, read, "")
+        say_range(axis, label.replace("layers", "probe"))
     return fig
 
 
 FIGURES["layers"] = Figure(
-    number="10",
-    claim=10,
-    text="MIM is better in early layers, CL in the last",
-    lesson=layers_lesson,
-    needs=("labels",),
-    measure=(measure_tokens,),
-    learn_from=(measure_tokens,),
-    learn=(learn_layers,),
+    "10",
+    10,
+    "MIM is better in early layers, CL in the last",
+    layers_lesson,
+    draw_layers,
     parts=(
-        Part("pooled probe, early", ("layers",), early, ("MIM", "CL")),
-        Part("best layer, on validation", ("layers val",), best_layer, ("CL", "MIM")),
-        Part("MIM: best layer - last", BOTH, best_minus_last, ("MIM",)),
-        Part("CL: late - early", ("layers",), late_minus_early, ("CL",)),
+        Part("pooled probe, early", "MIM", "CL", early_layers),
+        Part("pooled probe, last layer", "CL", "MIM", last_layer),
+        Part("pooled probe of MIM, middle - last", "MIM", "", middle_minus_last),
     ),
-    finding="MIM's early layers know more",
-    otherwise="MIM's early layers do not know more",
-    numbers="probe {MIM:.3f} against {CL:.3f}",
-    draw=draw_layers,
-    keys=("layers pooled", "layers cls"),
+    measure_tokens=(measure_features,),
+    learn=(learn_layers,),
 )
 
 
@@ -1662,39 +1418,41 @@ more up to its end: that is how the paper explains MIM's falling curve. A decode
 makes the network larger, so the control is a network without decoder that is as deep as
 encoder and decoder together.
 
-What to look at: the drop from the best layer to the last, with decoder, without, and in
-the control."""
+What to look at: the drop from the middle to the last layer, with decoder, without, and
+in the control."""
 
 DECODED = "MIM with decoder"
 
 
-def draw_decoder(models):
-    models = [m for m in models if m["role"] in ("MIM", "untrained")]
-    probe = Panel("layers", "probe of mean patch token")
-    return draw_panels(models, (probe, NMI, AT_PI))
+def last_minus_middle(values):
+    return -middle_minus_last(values)
+
+
+def draw_decoder(networks):
+    shown = [n for n in networks if n.role in ("MIM", "untrained", DECODED)]
+    if DECODED not in {network.role for network in shown}:
+        raise KeyError(DECODED)
+    fig, [axes] = canvas(3)
+    curves(axes[0], shown, pooled_layers, "probe of pooled tokens", x="layer", start=1)
+    plot_nmi(axes[1], shown)
+    plot_high_frequencies(axes[2], shown)
+    return fig
 
 
 FIGURES["decoder"] = Figure(
-    number="11",
-    claim=11,
-    text="an explicit decoder keeps the last layers useful",
-    lesson=decoder_lesson,
-    roles=("MIM",),
-    needs=("decoder", "labels"),
-    measure=(measure_tokens, measure_nmi, measure_fourier),
-    learn_from=(measure_tokens,),
-    learn=(learn_layers,),
+    "11",
+    11,
+    "an explicit decoder keeps the last layers useful",
+    decoder_lesson,
+    draw_decoder,
     parts=(
-        Part("last layer - best", BOTH, last_minus_best, (DECODED, "MIM")),
-        Part("last - best, as deep", BOTH, last_minus_best, (DECODED, "MIM as deep")),
-        Part("NMI, last layer", ("nmi",), last, (DECODED, "MIM")),
+        Part("last layer - middle", DECODED, "MIM", last_minus_middle),
+        Part("the same, as deep", DECODED, "MIM as deep", last_minus_middle),
+        Part("NMI, last layer", DECODED, "MIM", last_nmi),
     ),
-    finding="With a decoder the last layer stays closer to the best",
-    otherwise="With a decoder the last layer stays no closer to the best",
-    numbers="{difference:+.3f}",
-    draw=draw_decoder,
-    keys=("layers", "nmi", "fourier"),
-    enough=partial(several, "decoder_depth"),
+    measure=(measure_nmi,),
+    measure_tokens=(measure_features, measure_fourier),
+    learn=(learn_layers,),
 )
 
 
@@ -1703,310 +1461,168 @@ FIGURES["decoder"] = Figure(
 sweep_lesson = """\
 L = (1 - λ)·L_MIM + λ·L_CL on one shared encoder. The two objectives ask for different
 layers, so the paper expected no quarrel, and saw the sum beat both at λ = 0.2: masked
-early, contrastive late. The λ that is compared is chosen on validation images, then
-tested on others: the best of many by its test score always wins.
+early, contrastive late. An image costs the hybrid 11 encoder passes, CL 8 and MIM 3. So
+there are two fair comparisons, each with a verdict: equal images, as in the paper, and
+equal work.
 
-What to look at: whether the middle of the upper curves is above both ends by more than
-the seeds scatter, and whether the NMI of λ = 0.2 follows blue at first and orange at
-the end."""
-
-THREE = ("best hybrid", "CL", "MIM")
+What to look at: whether λ = 0.2 is above both ends by more than the seeds scatter, and
+whether its NMI follows blue at first and orange at the end."""
 
 
-def beats_both(hybrid, cl, mim):
-    """Against the better of the two, so that the difference can be read off the row."""
-    better = mim
-    if np.mean(cl[0]) > np.mean(mim[0]):
-        better = cl
-    return hybrid - better
+def mean_probe(values):
+    return np.mean(values["linear probe"])
 
 
-def middle_minus_last(nmi):
-    return middle(nmi) - last(nmi)
+def nmi_end(values):
+    return middle(values["nmi"]) - last_nmi(values)
 
 
-def draw_sweep(models):
-    fig, axes = canvas(2, rows=2, height=4.2)
-    trained = [m for m in models if m["lam"] is not None and not m["decoder_depth"]]
-    untrained = [m for m in models if m["role"] == "untrained"]
-    for axis, key in zip(axes[0], ("linear probe", "fine-tuned"), strict=True):
-        against(axis, trained, "lam", key, color="black", lw=1)
-        if untrained:
-            grey = np.mean([m["values"][key] for m in untrained])
-            reference(axis, grey, "new network")
+def hybrid_parts(setting):
+    return (
+        Part("linear probe", "hybrid", "CL", mean_probe, setting),
+        Part("linear probe", "hybrid", "MIM", mean_probe, setting),
+        Part("fine-tune accuracy", "hybrid", "CL", mean_tuned, setting),
+        Part("fine-tune accuracy", "hybrid", "MIM", mean_tuned, setting),
+        Part("NMI of hybrid, middle - last", "hybrid", "", nmi_end, setting),
+        Part("Δ at π, early", "hybrid", "CL", early_high, setting),
+        Part("Δ at π, late", "MIM", "hybrid", late_high, setting),
+    )
+
+
+def draw_sweep(networks):
+    """Above, accuracy against λ; below, NMI and high frequencies."""
+    if "hybrid" not in {network.role for network in networks}:
+        raise KeyError("a hybrid of λ = 0.2")
+    fig = plt.figure(figsize=(32 / 3, 8.8))
+    above, below = fig.subfigures(2)
+    axes = above.subplots(1, 2 * len(networks[0].facts["label_names"]))
+    for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
+        for setting, dashes in (("equal work", ":"), ("equal images", "-")):
+            groups = groups_of(networks, setting)
+            swept = [
+                n
+                for role in groups
+                for n in groups[role]
+                if n.role == role and "one-view" not in role and role != "untrained"
+            ]
+            if swept:
+                against(axis, swept, "lam", read, setting, color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
-    curves(axes[1, 0], models, NMI)
-    curves(axes[1, 1], models, AT_PI)
-    fig.colorbar(ScalarMappable(cmap=LAMBDAS), ax=axes, shrink=0.6, label="λ")
+        say_range(axis, label)
+    left, right = below.subplots(1, 2)
+    plot_nmi(left, networks)
+    plot_high_frequencies(right, networks)
     return fig
 
 
 FIGURES["sweep"] = Figure(
-    number="12",
-    claim=12,
-    text="a hybrid beats both",
-    lesson=sweep_lesson,
-    roles=("CL", "MIM", "hybrid"),
-    needs=("lambdas", "labels"),
-    measure=(measure_nmi, measure_fourier),
+    "12",
+    12,
+    "a hybrid beats both",
+    sweep_lesson,
+    draw_sweep,
+    parts=hybrid_parts("equal images") + hybrid_parts("equal work"),
+    measure=(measure_nmi,),
+    measure_tokens=(measure_fourier,),
     learn=(learn_probe, learn_tuned),
-    parts=(
-        Part("probe: best λ - better", ("linear probe",), np.mean, THREE, beats_both),
-        Part("fine-tune: best λ - better", ("fine-tuned",), np.mean, THREE, beats_both),
-        Part("λ = 0.2: NMI, middle - last", ("nmi",), middle_minus_last, ("hybrid",)),
-        Part("Δ at π, early: λ = 0.2 - CL", ("fourier",), early_high, ("hybrid", "CL")),
-        Part("Δ at π, late: MIM - λ = 0.2", ("fourier",), late_high, ("MIM", "hybrid")),
-    ),
-    finding="A hybrid probes better than both",
-    otherwise="No hybrid probes better than both",
-    numbers="{hybrid:.3f} against CL {CL:.3f}, MIM {MIM:.3f}",
-    draw=draw_sweep,
-    keys=("linear probe", "fine-tuned", "nmi", "fourier"),
-    enough=partial(several, "lam", count=3),
 )
 
 
-# ==== Not in the paper. Which layers see the same differences? ======================
+# ==== The engine: images and one pass ===============================================
+# Images are read by DataLoader's workers and are never all in memory; what grows with
+# their number are the values and features of each.
 
-cka_lesson = """\
-Do two layers, of one network or of two, tell the same images apart? Centred kernel
-alignment is the cosine of their centred matrices of similarities between images
-(Kornblith et al. 2019). The usual estimator is biased upwards when there are fewer
-images than dimensions; this one (Song et al. 2012) has unrelated layers at 0.
-
-What to look at: blocks on the diagonal are layers that change little; off it, whether
-CL's layers resemble MIM's at any depth, or both only the untrained ones."""
-
-CKA_IMAGES = 1000  # an unbiased estimator does not need more, and matrices are n × n
-
-
-def cka(matrices):
-    """Do two layers see the same differences between images?  Linear CKA, unbiased.
-
-    Cosines of U-centred similarity matrices. matrices: K of (n, D), D may differ ->
-    (K, K), at most 1. 1: the same up to rotation and scale. 0: unrelated, in the mean.
-    """
-    units = []
-    for x in matrices:
-        n = len(x)
-        gram = (x @ x.T).double().fill_diagonal_(0)
-        rows = gram.sum(dim=1, keepdim=True) / (n - 2)
-        total = gram.sum() / ((n - 1) * (n - 2))
-        centred = (gram - rows - rows.T + total).fill_diagonal_(0)
-        units.append((centred / centred.norm()).flatten().float())
-    units = torch.stack(units)
-    return units @ units.T
-
-
-def compare_layers(models, rows):
-    """CKA of every layer's mean patch token with every other, of the first seeds."""
-    matrices, ends, names = [], [0], []
-    for model, found in zip(models, rows, strict=True):
-        if model["run"] == 0:
-            pooled = torch.from_numpy(found["pooled"][:CKA_IMAGES, :, 1])  # (n, L, D)
-            matrices += pooled.unbind(dim=1)
-            ends.append(len(matrices))
-            names.append(model["name"])
-    return {"cka": cka(matrices).numpy(), "ends": ends, "names": names}
-
-
-def draw_cka(models):
-    together = models[0]["together"]
-    fig, [[axis]] = canvas(1, height=7)
-    ends = np.array(together["ends"])
-    shown = axis.imshow(together["cka"], vmin=0, vmax=1, origin="lower")
-    for end in ends[1:-1]:
-        axis.axhline(end - 0.5, color="white")
-        axis.axvline(end - 0.5, color="white")
-    middles = (ends[1:] + ends[:-1] - 1) / 2
-    names = [wrapped(name) for name in together["names"]]
-    axis.set_xticks(middles, names)
-    axis.set_yticks(middles, names)
-    axis.set_xlabel("layers, in order")
-    fig.colorbar(shown, label="CKA of mean patch tokens (unbiased)")
-    return fig
-
-
-FIGURES["cka"] = Figure(
-    number="-",
-    text="Which layers see the same differences between images",
-    lesson=cka_lesson,
-    measure=(measure_tokens,),
-    across=(compare_layers,),
-    draw=draw_cka,
-    keys=("cka",),
-)
-
-
-# ==== The engine: images ============================================================
-# Images are read anew by every pass, by DataLoader's workers, and are never all in
-# memory; what grows with their number are the rows and features that were asked for.
+FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
 
 
 @dataclass
-class Source:
+class Images:
     """Some images of a set (Stimuli, ImageFolder), in an order."""
 
-    images: object
+    source: object
     indices: list
     size: int
-    workers: int = 0
-    masks: str = ""  # folder of PNGs named as the images are
-    root: str = ""  # of the images
-    with_masks: bool = False
+    workers: int
+    masks: bool = False
 
     def __len__(self):
         return len(self.indices)
 
-    def only(self, indices):
-        return replace(self, indices=list(indices))
+    def part(self, start, end):
+        return replace(self, indices=self.indices[start:end])
 
-    def first(self, count):
-        return self.only(self.indices[:count])
+    def batches(self, size):
+        """Centre squares in order: dicts of pixels, labels and perhaps mask."""
+        keys = [(None, place) for place in range(len(self))]
+        return self.load([keys[i : i + size] for i in range(0, len(keys), size)])
 
-    def split(self, cut):
-        return self.first(cut), self.only(self.indices[cut:])
-
-    def batches(self, size, label="images"):
-        """Centre squares: dicts of images, labels, index and perhaps masks."""
-        keys = [(None, index) for index in self.indices]
-        return self.load(keys, size, label)
-
-    def augmented(self, epochs, size):
+    def training_batches(self, epochs):
         """Every epoch in another order, cropped and flipped; whole batches only."""
-        keys = []
+        size = min(BATCH, len(self))
+        batches = []
         for epoch in range(epochs):
             order = np.random.default_rng([0, epoch]).permutation(len(self))
-            whole = order[: len(order) // size * size]
-            keys += [(epoch, self.indices[place]) for place in whole]
-        return self.load(keys, size, "training")
+            keys = [(epoch, place) for place in order]
+            ends = range(size, len(self) + 1, size)
+            batches += [keys[end - size : end] for end in ends]
+        return self.load(batches)
 
-    def load(self, keys, size, label):
-        batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-        loader = DataLoader(
+    def load(self, batches):
+        return DataLoader(
             self,
             batch_sampler=batches,
             num_workers=self.workers,
-            collate_fn=collate,
             generator=torch.Generator(),
+            worker_init_fn=ignore_interrupts,
         )
-        for faults, batch in progress(loader, label, len(batches)):
-            for fault in faults:
-                if isinstance(fault, UserError):
-                    raise fault
-                print(f"  left out: {fault}")
-            if batch:
-                yield batch
 
     def __getitem__(self, key):
-        """What the loader asks for, with key = (epoch, index)."""
-        epoch, index = key
-        try:
-            return self.read(epoch, index)
-        except UserError as error:
-            return {"fault": error}
-        except Exception as error:  # Pillow raises almost anything on a broken file
-            name = self.images[index][0]
-            return {"fault": f"{name!r} ({type(error).__name__}: {error})"}
+        """Epoch, place in the order -> the image there, or the next one readable."""
+        epoch, place = key
 
-    def read(self, epoch, index):
-        """One image; epoch None: its centre square. Masks are flipped, not cropped."""
-        image, labels = self.images.load(index)
-        found = {"labels": torch.tensor(labels), "index": torch.tensor(index)}
-        if self.with_masks:
-            found["masks"] = self.read_mask(index, sslvit.upright_size(image))
-        rng = np.random.default_rng([1, epoch or 0, index])
-        if epoch is None or self.with_masks:
-            pixels = sslvit.center_crop(image, self.size)
-        else:
-            pixels = sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
-        found["images"] = torch.from_numpy(pixels)
+        def crop(image, index):
+            if epoch is None or self.masks:
+                return sslvit.center_crop(image, self.size)
+            rng = np.random.default_rng([1, epoch, index])
+            return sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
+
+        wanted = self.indices[place]
+        pixels, labels, index = sslvit.first_readable(self.source, wanted, crop)
+        item = {"pixels": torch.from_numpy(pixels)}
+        if self.masks:  # of each pixel: 0 for the ground, else 1 + the shape
+            _, shape, _, inside = self.source[index]
+            item["mask"] = torch.from_numpy(inside) * (1 + shape)
+        rng = np.random.default_rng([2, epoch or 0, index])
         if epoch is not None and rng.random() < 0.5:
-            found["images"] = found["images"].flip(-1)
-            if self.with_masks:
-                found["masks"] = found["masks"].flip(-1)
-        return found
-
-    def read_mask(self, index, image_size):
-        if isinstance(self.images, Stimuli):
-            return torch.from_numpy(self.images[index][-1]).long()
-        path = Path(self.images[index][0]).relative_to(self.root)
-        path = Path(self.masks) / path.with_suffix(".png")
-        png = Image.open(path)
-        sizes = f"{png.size}, its image {image_size}"
-        require(png.size == image_size, f"--masks: {path} has size {sizes}")
-        mask = np.asarray(ImageOps.fit(png, (self.size, self.size), Image.NEAREST))
-        fault = f"--masks: {path}: class numbers need grey or palette PNGs"
-        require(mask.ndim == 2, fault)
-        return torch.from_numpy(mask.astype(np.int64))
+            item = {name: x.flip(-1) for name, x in item.items()}
+        return item | {"labels": torch.as_tensor(labels)}
 
 
-def collate(items):
-    """-> what could not be read, and the rest as a batch."""
-    batch = defaultdict(list)
-    for item in items:
-        for key, value in item.items():
-            batch[key].append(value)
-    faults = batch.pop("fault", [])
-    return faults, {key: torch.stack(values) for key, values in batch.items()}
+def ignore_interrupts(worker):
+    """Ctrl-C reaches every process; the main one says what is on disk."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def normalise(images, device):
-    """Brightness 0 .. 255 -> what the networks were trained on."""
-    return (images.to(device) / 255 - MEAN.to(device)) / STD.to(device)
-
-
-def progress(items, label, total):
-    """Yields the items; a line every 5 s with the time left."""
-    began = said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now > said + 5:
-            left = (now - began) * (total / done - 1)
-            print(f"  {label}: {done}/{total}, {left:.0f} s left", flush=True)
-            said = now
-
-
-# ==== The engine: one pass ==========================================================
+def normalise(pixels, vit):
+    """Brightness 0 .. 255 -> what the network was trained on, on its device."""
+    mean, std = MEAN, STD
+    if vit.facts["pixels"] == "half":
+        mean = std = torch.tensor(0.5)
+    device = vit.cls_token.device
+    return (pixels.to(device) / 255 - mean.to(device)) / std.to(device)
 
 
 @dataclass
 class Layer:
-    """One layer on one batch: what measurements ask for, computed once; no CLS."""
+    """One layer on one batch, without CLS."""
 
-    number: int  # 1 .. L
-    last: bool
+    attn: torch.Tensor  # among patches, rows renormalised to sum 1 (B, H, N, N)
+    heads: torch.Tensor  # A_h·V_h (B, H, N, d)
+    added: torch.Tensor  # what attention adds to the tokens (B, N, D)
+    above: torch.Tensor | None  # what it added in the layer before
+    output_weight: torch.Tensor  # W of attention's output (D, H·d)
     grid: tuple  # rows, columns
     patch_size: int
-    output_weight: torch.Tensor  # of its attention (D, D)
-    record: sslvit.Record
-    entered: torch.Tensor  # tokens before it (B, N, D)
-    above: torch.Tensor | None  # what attention added in the layer before
-
-    @property
-    def heads(self):
-        return self.record.heads[:, :, 1:]  # (B, H, N, d)
-
-    @cached_property
-    def attn(self):
-        """Attention among patches, rows renormalised to sum 1 (B, H, N, N)."""
-        among = self.record.attn[:, :, 1:, 1:]
-        return among / among.sum(dim=-1, keepdim=True).clamp(min=1e-37)
-
-    @cached_property
-    def added(self):
-        """What attention adds to the residual stream, LayerScale included (B, N, D)."""
-        return self.record.mid[:, 1:] - self.entered
-
-    @cached_property
-    def states(self):
-        """Tokens after attention and after the MLP (B, 2, N, D)."""
-        return torch.stack([self.record.mid[:, 1:], self.record.out[:, 1:]], dim=1)
-
-    @cached_property
-    def cls(self):
-        return torch.stack([self.record.mid[:, 0], self.record.out[:, 0]], dim=1)
 
 
 def pooled_and_cls(tokens):
@@ -2014,923 +1630,720 @@ def pooled_and_cls(tokens):
     return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
 
 
-def measure_batch(vit, x, measures):
-    """All measurements of one batch -> {key: (B, L, ...)}; output is (B, 2, D)."""
-    if not measures:
-        return {"output": pooled_and_cls(vit(x))}
+def measure_batch(vit, x, measures, token_measures):
+    """All measurements of a batch -> {key: (B, layers or states, ...)}."""
     tokens, records = vit(x, record=True)
     p = vit.patch_size
     grid = (x.shape[2] // p, x.shape[3] // p)
-    entered, above = vit.embed(x, None, None, *grid)[:, 1:], None
-    found = defaultdict(list)
-    for number, record in enumerate(records, start=1):
-        last = number == len(records)
-        weight = vit.blocks[number - 1].attn.proj.weight
-        layer = Layer(number, last, grid, p, weight, record, entered, above)
-        for measure in measures:
-            for key, value in measure(layer).items():
-                found[key].append(value)
-        entered, above = record.out[:, 1:], layer.added
-    rows = {key: torch.stack(values, dim=1) for key, values in found.items()}
-    return rows | {"output": pooled_and_cls(tokens)}
+    states = [vit.embed(x, None, None, *grid)]
+    layers, above = [], None
+    for block, record in zip(vit.blocks, records, strict=True):
+        attn = record.attn[:, :, 1:, 1:]
+        attn = attn / attn.sum(dim=-1, keepdim=True).clamp(min=1e-37)
+        added = (record.mid - states[-1])[:, 1:]
+        heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
+        layers.append((Layer(attn, heads, added, above, weight, grid, p),))
+        states += [record.mid, record.out]
+        above = added
+    values = {"output": pooled_and_cls(tokens)}
+    for measure in measures:
+        values |= attempt(stack, measure, layers)
+    for measure in token_measures:
+        values |= attempt(stack, measure, [(state, grid) for state in states])
+    return values
 
 
-FEATURES = ("output", "pooled", "cls")  # large: not kept with the samples
+def stack(measure, arguments):
+    """measure(*arguments) of every layer or state -> {key: (B, layers, ...)}."""
+    values = defaultdict(list)
+    for layer in arguments:
+        for key, value in measure(*layer).items():
+            values[key].append(value)
+    return {key: torch.stack(value, dim=1) for key, value in values.items()}
+
+
+def attempt(function, *arguments):
+    """function(*arguments), or {}: a fault costs the figures that need its values."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        say_once(f"  left out: {type(error).__name__}: {error}")
+        return {}
+
+
+@cache
+def say_once(text):
+    print(text, flush=True)
 
 
 @torch.no_grad()
-def collect(vit, batches, measures, total, half=False):
-    """One pass over batches serves every measurement -> arrays, a row per image.
-
-    half: features in half precision. Their size is known after the first batch.
-    """
-    rows, done = {}, 0
-    for batch in batches:
-        x = normalise(batch["images"], vit.cls_token.device)
-        new = measure_batch(vit, x, measures)
-        new |= {"labels": batch["labels"], "index": batch["index"]}
-        for key, value in new.items():
-            value = value.cpu()
-            if half and key in FEATURES:
-                value = value.half()
-            if done == 0:
-                rows[key] = np.empty((total, *value.shape[1:]), value.numpy().dtype)
-            rows[key][done : done + len(x)] = value
-        if done == 0:
-            size = sum(array.nbytes for array in rows.values()) / 1e9
-            print(f"  {total} images: {size:.3f} GB of numbers to keep", flush=True)
-        done += len(x)
-    require(done > 0, "not one image could be read")
-    return {key: array[:done] for key, array in rows.items()}
+def one_pass(vit, images, measures, token_measures):
+    """One pass over images serves every measurement -> {key: (n, ...)}."""
+    # at most 200 MB of attention weights
+    tokens = 1 + (images.size // vit.patch_size) ** 2
+    weights = len(vit.blocks) * vit.facts["num_heads"] * tokens**2
+    size = max(1, min(BATCH, 5 * 10**7 // weights))
+    rows = defaultdict(list)
+    for batch in images.batches(size):
+        x = normalise(batch["pixels"], vit)
+        values = measure_batch(vit, x, measures, token_measures)
+        for key, value in (values | {"labels": batch["labels"]}).items():
+            rows[key].append(value.cpu().numpy())
+    batches = len(rows["labels"])
+    return {key: np.concatenate(x) for key, x in rows.items() if len(x) == batches}
 
 
-def unique(figures, field):
-    """The functions of several figures, each once, in order."""
-    found = []
-    for figure in figures:
-        found += [f for f in getattr(figure, field) if f not in found]
-    return found
+@cache
+def find_data(data, size):
+    """-> training and test set, and whether something can be learnt from labels."""
+    train, test = sslvit.find_data(Config(data=data, image_size=size))
+    is_labelled = test is not None and train.classes == test.classes != ()
+    if test is None or len(test) < GROUPS:
+        train, test, is_labelled = train, train, False
+    fault = f"--data {data}: {len(test)} images, at least {GROUPS} are needed"
+    require(len(test) >= GROUPS, fault)
+    return train, test, is_labelled and len(train) >= GROUPS
 
 
 class Study:
-    """One network and what its figures need.
+    """One network, the images it is tested on and learns from, and its values."""
 
-    testing, learning: Sources, to test on and to learn from; rows, labels: measured on
-    the first; seen, seen_labels: on the second, where something is learnt.
-    """
-
-    def __init__(self, vit, options, chosen):
+    def __init__(self, vit, options, choices):
         self.vit = vit
-        self.options = options
-        # what the first seed of a network chose, for the others
-        self.chosen = chosen
-        self.size = vit.facts["image_size"]
-        config = Config(data=options.data, image_size=self.size)
-        train, test = sslvit.find_data(config)
-        self.on_stimuli = isinstance(train, Stimuli)
-        self.is_labelled = test is not None and train.classes == test.classes != ()
-        if test is None:
-            test = train
+        self.epochs = options.epochs
+        self.device = options.device
+        self.cues = options.cue_conflict
+        self.choices = choices  # of learning rates, shared by the seeds of a network
+        size = vit.facts["image_size"]
+        train, test, self.is_labelled = find_data(options.data, size)
+        self.on_stimuli = isinstance(test, Stimuli)
         self.label_names = list(test.label_names)
-        self.class_names = test.classes
-        self.classes = [len(names) for names in test.classes]
+        self.class_names = list(test.classes[0]) if test.classes else []
+        self.classes = len(self.class_names)
         rng = np.random.default_rng(0)
-        self.testing = self.source(test, rng, options.images)
-        self.learning = self.source(train, rng, 4 * options.images)
-        self.seen, self.cues = {}, None
+        test_order = rng.permutation(len(test))[: options.images or None]
+        learning = options.labels or 4 * options.images or None
+        train_order = rng.permutation(len(train))[:learning]
+        self.test = Images(test, test_order.tolist(), size, options.workers)
+        self.train = Images(train, train_order.tolist(), size, options.workers)
 
-    def source(self, images, rng, count):
-        order = rng.permutation(len(images)).tolist()
-        if count > 0:
-            order = order[:count]
-        given = self.options
-        return Source(images, order, self.size, given.workers, given.masks, given.data)
-
-    def run(self, figures):
-        """Everything that the figures ask for; -> rows, one per test image."""
-        can_do = self.is_labelled or any("labels" not in f.needs for f in figures)
-        fault = "one class or none, or not the same classes in train and val"
-        require(can_do, f"--data {self.options.data}: {fault}")
-        self.rows = self.look(self.testing, unique(figures, "measure"), "test images")
-        self.testing = self.testing.only(self.rows["index"].tolist())
-        self.labels = self.rows["labels"]
-        learners = unique(figures, "learn")
-        if not self.is_labelled or not learners:
-            return self.rows
-        measures = unique(figures, "learn_from")
-        self.seen = self.look(self.learning, measures, "training images", half=True)
-        self.learning = self.learning.only(self.seen["index"].tolist())
-        self.seen_labels = self.seen["labels"]
-        if self.options.cue_conflict and learn_bias in learners:
-            self.cues = self.look(self.cue_source(), [], "cue-conflict images")
-        for learner in learners:
-            self.rows |= learner(self)
-        return self.rows
-
-    def look(self, source, measures, label, half=False):
-        """One pass over a source -> {key: rows}."""
-        size = BATCH
-        if measures:  # at most 400 MB of attention weights
-            heads = self.vit.blocks[0].attn.num_heads
-            tokens = 1 + (source.size // self.vit.patch_size) ** 2
-            weights = len(self.vit.blocks) * heads * tokens**2
-            size = max(1, min(BATCH, 10**8 // weights))
-        batches = source.batches(size, label)
-        return collect(self.vit, batches, measures, len(source), half)
-
-    def cue_source(self):
-        """Geirhos' names, cat1-elephant2.png: a cat's shape; congruent ones dropped."""
-        names = list(self.class_names[0])
-        images = sslvit.ImageFolder(self.options.cue_conflict)
-        keep = []
-        for place, (path, _) in enumerate(images):
-            match = re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(path).name)
-            known = match and names.count(match[1]) and names.count(match[2])
-            fault = "is no <shape><n>-<texture><n>.png of classes in --data"
-            require(known, f"--cue-conflict: {path} {fault}")
-            images[place] = path, [names.index(cue) for cue in match.groups()]
-            if match[1] != match[2]:
-                keep.append(place)
-        return replace(self.testing, images=images, indices=keep)
-
-    @property
-    def cut(self):
-        """Three quarters of the training images to learn from, the rest to choose."""
-        return 3 * len(self.seen_labels) // 4
+    def description(self):
+        """What analyses must share to be joined: which test images, how many to learn."""
+        names = []
+        for index in self.test.indices:
+            name = f"stimulus {index}"
+            if not self.on_stimuli:
+                name = "/".join(Path(self.test.source[index][0]).parts[-2:])
+            names.append(name)
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return {
+            "images": "photographs" if not self.on_stimuli else "stimuli",
+            "test": len(self.test),
+            "train": len(self.train) if self.is_labelled else 0,
+            "label_names": self.label_names,
+            "fingerprint": digest[:16],
+        }
 
     @cached_property
-    def probe(self):
-        """The better probe, on validation, of mean patch token and CLS."""
-        seen, rows = self.seen["output"], self.rows["output"]
-        probes = [Probe(self, seen[:, kind], rows[:, kind]) for kind in range(2)]
-        best = max(probes, key=lambda probe: probe.val)
-        best.kind = probes.index(best)
-        return best
+    def train_rows(self):
+        return one_pass(self.vit, self.train, [], [])
+
+    def measure(self, figures):
+        """-> {key: (21, ...)}, everything that the figures need."""
+        functions = {}
+        for slot in ("measure", "measure_tokens", "learn", "whole"):
+            every = [f for figure in figures for f in getattr(figure, slot)]
+            functions[slot] = list(dict.fromkeys(every))  # each once, in order
+        measures = functions["measure"], functions["measure_tokens"]
+        self.rows = one_pass(self.vit, self.test, *measures)
+        if self.is_labelled:
+            for learn in functions["learn"]:
+                print(f"  {learn.__name__.replace('_', ' ')}", flush=True)
+                self.rows |= attempt(learn, self)
+        values = leave_out(self.rows, functions["whole"])
+        return {key: x for key, x in values.items() if key not in FEATURES}
 
     @torch.no_grad()
     def pictures(self, figures):
-        """Numbers for pictures, from the first test images."""
-        batch = next(self.testing.first(10).batches(10))
-        x = normalise(batch["images"], self.vit.cls_token.device)
-        found = {}
-        for picture in unique(figures, "pictures"):
-            found |= picture(self.vit, x)
-        return found
+        images = replace(self.test.part(0, 3), masks=self.on_stimuli)
+        batch = next(iter(images.batches(3)))
+        batch["x"] = normalise(batch["pixels"], self.vit)
+        pictures = {}
+        for figure in figures:
+            if figure.picture is not None:
+                pictures |= attempt(figure.picture, self.vit, batch)
+        return pictures
 
-    def values(self, figures):
-        """Means over images, and what is no mean."""
-        found = {}
-        for key, rows in self.rows.items():
-            if key not in (*FEATURES, "labels", "index"):
-                found[key] = rows.mean(axis=0, dtype=np.float64)
-        for summarise in unique(figures, "summary"):
-            found |= summarise(self.rows)
-        return found
-
-    def note(self):
-        """What a reader must know of the probes."""
-        if not self.seen:
-            return ""
-        per_class = self.cut / max(self.classes)
-        if per_class >= FEW_SHOT:
-            return ""
-        return f"few-shot: {per_class:.0f} training images a class"
+    def cue_conflict(self):
+        """Geirhos' images, cat1-elephant2.png: a cat's shape -> output, cues (n, 2)."""
+        require(self.cues, "shape bias needs the stimuli or --cue-conflict")
+        images = sslvit.ImageFolder(self.cues)
+        indices, cues = [], []
+        for index, (path, _) in enumerate(images):
+            match = re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(path).name)
+            names = match.groups() if match else ()
+            fault = (
+                f"--cue-conflict: {path} is no <shape><n>-<texture><n>.png of --data"
+            )
+            require(names and set(names) <= set(self.class_names), fault)
+            if names[0] != names[1]:  # congruent images say nothing
+                indices.append(index)
+                cues.append([self.class_names.index(name) for name in names])
+        source = replace(self.test, source=images, indices=indices)
+        return one_pass(self.vit, source, [], [])["output"], np.array(cues)
 
 
 # ==== The engine: verdicts ==========================================================
-# A part holds when its difference has the claim's sign and its 95 % interval excludes
-# 0; it is opposed when the interval lies on the other side.
+# Every value is stored 21 times: row 0 is of all test images, row g of those without
+# the g-th twentieth. Verdicts compare numbers that are read from all rows.
 
-ROLES = ("untrained", "CL", "MIM", "hybrid")
-SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
-DRAWS = 400  # resampled sets of test images, the same for all networks
-HALVES = 100
-T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+GROUPS = 20
+T_19 = 2.09  # Student's t with 19 degrees of freedom, 95 % two-sided
+COSTS = {"": "images", "equal images": "images", "equal work": "work"}
+COUNTS = {1: "one network", 2: "two networks"}
+
+
+def leave_out(rows, whole=()):
+    """{key: (n, ...)} -> {key: (21, ...)}: means over images, and what `whole` adds."""
+    values = defaultdict(list)
+    for group in range(-1, GROUPS):  # -1 leaves none out
+        subset = {}
+        for key, x in rows.items():
+            subset[key] = x[np.arange(len(x)) % GROUPS != group]
+            values[key].append(subset[key].mean(axis=0, dtype=np.float64))
+        for summarise in whole:
+            for key, value in attempt(summarise, subset).items():
+                values[key].append(value)
+    return {key: np.stack(value) for key, value in values.items()}
 
 
 def t_quantile(freedom):
-    """Student's 97.5 % quantile."""
-    if freedom <= len(T_975):
-        return T_975[freedom - 1]
-    return 1.96 + 2.372 / freedom + 2.82 / freedom**2
+    """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    area = np.cumsum(np.cos(angle) ** (freedom - 1))
+    place = np.searchsorted(area, 0.95 * area[-1])
+    return math.sqrt(freedom) * math.tan(angle[place])
 
 
-@cache
-def resampled(n):
-    """Weights (1 + DRAWS, n). Row 0: all n images; others: how often each is drawn."""
-    counts = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=DRAWS)
-    return np.concatenate([np.ones((1, n)), counts]) / n
+def welch(more, less):
+    """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
+    a = more.var(ddof=1) / len(more)
+    b = less.var(ddof=1) / len(less)
+    if a + b == 0:
+        return 0.0
+    freedom = (a + b) ** 2 / (a**2 / (len(more) - 1) + b**2 / (len(less) - 1))
+    return t_quantile(freedom) * math.sqrt(a + b)
 
 
-@cache
-def halves(n):
-    """Row 0: all n images; the others: half of them, without replacement.
+def interval(more, less):
+    """Numbers of two groups (21, networks) -> their difference, reach of its interval.
 
-    Copies of rows would lower a matrix's rank; and a half's spread around the whole is
-    that of n new images.
+    The interval is difference ± reach. Images: jackknife over the twentieths, which all
+    networks share. Networks, where both groups have three or more: Welch's t.
     """
-    rng = np.random.default_rng(0)
-    drawn = [rng.permutation(n)[: n // 2] for _ in range(HALVES)]
-    return [np.arange(n), *drawn]
+    difference = more.mean(axis=1) - less.mean(axis=1)
+    deviation = difference[1:] - difference[1:].mean()
+    images = T_19 * math.sqrt((GROUPS - 1) / GROUPS * np.sum(deviation**2))
+    networks = 0.0
+    if min(more.shape[1], less.shape[1]) >= 3:
+        networks = welch(more[0], less[0])
+    return float(difference[0]), math.hypot(images, networks)
 
 
-def numbers_of(part, rows):
-    """A part's number of one network: of all test images, then of every draw."""
-    if part.of_matrices:
-        matrices = [rows[key] for key in part.keys]
-        draws = halves(len(matrices[0]))
-        return np.array([part.read(*[x[take] for x in matrices]) for take in draws])
-    means = []
-    for key in part.keys:
-        x = rows[key].astype(np.float64)
-        means.append(np.tensordot(resampled(len(x)), x, axes=1))
-    return np.array([part.read(*drawn) for drawn in zip(*means, strict=True)])
+def near(a, b):
+    """Equal within 2 %, and not 0."""
+    return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def paired(groups):
-    """Groups of networks -> of equal length, seed by seed where seeds are known."""
-    by_seed = [{m["seed"]: m for m in group} for group in groups]
-    common = set.intersection(*map(set, by_seed)) - {None}
-    no_seed_twice = [len(seeds) for seeds in by_seed] == [len(g) for g in groups]
-    if common and no_seed_twice:
-        return [[seeds[seed] for seed in sorted(common)] for seeds in by_seed]
-    length = min(map(len, groups))
-    return [group[:length] for group in groups]
+def of_shape(networks, shape, setting):
+    """-> {role: seeds of one network}, all of one shape.
 
-
-def interval_of(differences):
-    """(1 + draws, seeds) -> [low, high], and what it is over.
-
-    Three seeds or more: ± t·√(s²/n + v), s of the seeds' differences, v the variance
-    over images. Fewer: images alone.
+    Of several networks of a role the one that was trained on the most images; in a
+    setting, the one of the largest cost (images, or work) that CL and MIM share.
     """
-    seeds = differences.shape[1]
-    mean = differences[0].mean()
-    variance = np.nanvar(differences[1:].mean(axis=1), ddof=1)
-    quantile = 1.96
-    kind = f"images only, {count_seeds(seeds)}"
-    if seeds >= 3:
-        variance += differences[0].var(ddof=1) / seeds
-        quantile = t_quantile(seeds - 1)
-        kind = "seeds and images"
-    reach = quantile * math.sqrt(variance)
-    return [mean - reach, mean + reach], kind
+    fact = COSTS[setting]
+    same = [network for network in networks if network.shape == shape]
+    cl = [network.facts[fact] for network in same if network.role == "CL"]
+    mim = [network.facts[fact] for network in same if network.role == "MIM"]
+    shared = max([a for a in cl if any(near(a, b) for b in mim)], default=0)
+    names = defaultdict(list)
+    for network in same:
+        cost = network.facts[fact]
+        if not setting or near(cost, shared) or network.role == "untrained":
+            names[cost, network.name].append(network)
+    # the largest comes last
+    return {names[key][0].role: names[key] for key in sorted(names)}
 
 
-def count_seeds(seeds):
-    if seeds == 1:
-        return "one seed"
-    return f"{seeds} seeds"
-
-
-def shape_of(model):
-    return tuple(model[key] for key in SHAPE)
-
-
-def group_of(models, role, shape):
-    """Of a role and a shape: the networks of the first name, which are its seeds."""
-    found = [m for m in models if m["role"] == role and shape_of(m) == shape]
-    return [m for m in found if m["name"] == found[0]["name"]]
-
-
-def groups_of(models):
-    """-> {role: networks that may be compared}.
-
-    Plain roles have the shape that most encoders have, and no decoder. 'hybrid' is the
-    λ nearest 0.2, 'best hybrid' the one best on validation.
-    """
-    plain = [m for m in models if not m["decoder_depth"] and m["role"] in ROLES]
-    decoded = [m for m in models if m["decoder_depth"]]
-    trained = [m for m in plain if m["role"] != "untrained"] + decoded
-    shapes = [shape_of(m) for m in trained]
-    if not shapes:
-        return {}
-    # of shapes that are as frequent the largest
+def groups_of(networks, setting=""):
+    """-> {role: networks that may be compared}. Plain roles have the commonest shape."""
+    shapes = [n.shape for n in networks if n.role != "untrained"]
     common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
-    groups = {role: group_of(plain, role, common) for role in ROLES}
-    hybrids = [m for m in plain if m["role"] == "hybrid" and shape_of(m) == common]
-    if hybrids:
-        lams = by_name(hybrids).values()
-        groups["hybrid"] = min(lams, key=lambda group: abs(group[0]["lam"] - 0.2))
-        groups["best hybrid"] = max(lams, key=validation_score)
-    with_decoder = group_of(decoded, "MIM", common)
-    if with_decoder:
-        groups[DECODED] = with_decoder
-        *others, depth = common
-        as_deep = (*others, depth + with_decoder[0]["decoder_depth"])
-        groups["MIM as deep"] = group_of(plain, "MIM", as_deep)
-    # sizes that both have, for the same images and patches, as parameters grow
-    both = {shape_of(m) for m in plain if m["role"] == "CL"}
-    both &= {shape_of(m) for m in plain if m["role"] == "MIM"}
-    sizes = [shape for shape in both if shape[:2] == common[:2]]
-    by_size = sorted(sizes, key=lambda shape: (shape[2] ** 2 * shape[3], shape))
-    if len(by_size) > 1:
-        for role in ROLES:
-            groups[f"smallest {role}"] = group_of(plain, role, by_size[0])
-            groups[f"largest {role}"] = group_of(plain, role, by_size[-1])
-    groups = {role: group for role, group in groups.items() if group}
+    groups = of_shape(networks, common, setting)
+    if DECODED in groups:
+        decoder = groups[DECODED][0].facts["decoder_depth"]
+        deeper = of_shape(networks, (*common[:3], common[3] + decoder), setting)
+        if "MIM" in deeper:
+            groups["MIM as deep"] = deeper["MIM"]
+    # sizes that CL and MIM share, for the same images and patches, as parameters grow
+    sizes = []
+    for shape in sorted(set(shapes), key=lambda shape: shape[2] ** 2 * shape[3]):
+        group = of_shape(networks, shape, setting)
+        if shape[:2] == common[:2] and group.keys() >= {"CL", "MIM"}:
+            sizes.append(group)
+    if len(sizes) > 1:
+        for role in ("CL", "MIM"):
+            groups[f"smallest {role}"] = sizes[0][role]
+            groups[f"largest {role}"] = sizes[-1][role]
     return groups
 
 
-def validation_score(group):
-    """Mean accuracy of a λ's seeds on validation images, 0 if nothing was trained."""
-    keys = ("linear probe val", "fine-tuned val")
-    scores = [m["rows"][key].mean() for m in group for key in keys if key in m["rows"]]
-    return np.mean(scores or [0.0])
+def numbers(read, networks):
+    """What a part reads -> (21, networks), or (21, networks, label sets)."""
+    rows = range(GROUPS + 1)
+    values = [[read(network.row(row)) for network in networks] for row in rows]
+    return np.array(values, dtype=float)
 
 
-def note_on_left_out(models, groups, roles):
-    """Which trained networks a claim about `roles` does not compare."""
-    compared = {m["name"] for role in roles for m in groups.get(role, [])}
-    # 'smallest CL', 'MIM with decoder'; of hybrids there are as many as λs
-    asked = {word for role in roles for word in role.split()} & {"CL", "MIM"}
-    left_out = [m for m in models if m["role"] in asked and m["name"] not in compared]
-    if not left_out or not compared:  # then the rows say what is missing
-        return ""
-    names = "; ".join(by_name(left_out))
-    return f"not compared, of another shape or not the first of it: {names}"
+def judge_part(part, groups, networks, labels):
+    """-> rows of the table: one, or one for each label set."""
+    values = {}
+    try:
+        for role in filter(None, (part.more, part.less)):
+            values[role] = numbers(part.read, groups[role])
+    except (KeyError, IndexError) as error:
+        needs = ", ".join(filter(None, [f"needs {error.args[0]}", part.setting]))
+        return [{"part": part.text, "outcome": needs}]
+    shape = groups[part.more][0].shape
+    twins = [n for n in networks if n.role == "untrained" and n.shape == shape]
+    if twins:
+        values["untrained"] = numbers(part.read, twins)
+    if values[part.more].ndim == 2:
+        return [judge_numbers(part, part.text, values)]
+    rows = []
+    for place, label in enumerate(labels):
+        of_one = {role: x[:, :, place] for role, x in values.items()}
+        rows.append(judge_numbers(part, f"{part.text}, {label}", of_one))
+    return rows
 
 
-def judge_part(part, groups, needs):
-    """A row of the table: the roles' values, their difference, its interval."""
-    row = {"part": part.name}
-    absent = [role for role in part.roles if role not in groups]
-    if absent:
-        return row | {"why": f"needs a checkpoint: {' and '.join(absent)}"}
-    compared = paired([groups[role] for role in part.roles])
-    if not all(was_measured(part, group) for group in compared):
-        return row | {"why": f"needs {needs}"}
-    numbers = []  # of each role (1 + draws, seeds)
-    for group in compared:
-        numbers.append(np.stack([numbers_of(part, m["rows"]) for m in group], axis=1))
-    difference = part.test(*numbers)
-    if np.isnan(difference[0]).any():
-        return row | {"why": "gives no number here (needs two heads and two layers)"}
-    # columns of the table: every role, of the size that is asked about
-    size = re.match("(smallest |largest )?", part.roles[0])[0]
-    for role in ROLES:
-        row[role] = None
-        group = groups.get(size + role, [])
-        if group and was_measured(part, group):
-            row[role] = np.mean([numbers_of(part, m["rows"])[0] for m in group])
-    # those compared: means of the paired seeds only; 'best hybrid' stands as hybrid
-    means = [drawn[0].mean() for drawn in numbers]
-    for role, mean in zip(part.roles, means, strict=True):
-        row[role.removeprefix(size).removeprefix("best ")] = mean
-    if part.unless is not None:
-        reason = part.unless(means, row["untrained"])
-        if reason:
-            return {"part": part.name, "why": reason}
-    (low, high), kind = interval_of(difference)
-    row |= {"difference": difference[0].mean(), "interval": [low, high]}
-    row |= {"interval_kind": kind, "seeds": difference.shape[1]}
-    return row | {"holds": bool(low > 0), "opposed": bool(high < 0)}
+def judge_numbers(part, text, values):
+    """{role: (21, networks)} -> a row of the table."""
+    more = values[part.more]
+    less = values.get(part.less, np.zeros_like(more))
+    difference, reach = interval(more, less)
+    row = {"part": text, "difference": difference, "reach": reach, "new": {}}
+    row["networks"] = min(more.shape[1], less.shape[1])
+    row["values"] = {role: x[0].mean() for role, x in values.items()}
+    row["outcome"] = "undecided"
+    if difference - reach > 0:
+        row["outcome"] = "holds"
+    elif difference + reach < 0:
+        row["outcome"] = "opposed"
+    elif math.isnan(reach):
+        row["outcome"] = "needs more heads, layers or images: no number"
+    for role in values.keys() - {"untrained"}:
+        if "untrained" in values:
+            row["new"][role] = interval(values[role], values["untrained"])
+        if part.trained and (role not in row["new"] or lower(row["new"][role]) <= 0):
+            row["outcome"] = "needs training: not above a new network"
+    return row
 
 
-def was_measured(part, models):
-    return all(key in m["rows"] for m in models for key in part.keys)
+def lower(pair):
+    difference, reach = pair
+    return difference - reach
 
 
 def verdict_of(rows):
-    """agrees, opposed, mixed, weak, open or not testable."""
-    if any("why" in row for row in rows):
+    """What the outcomes of a claim's parts amount to, and of how many networks."""
+    outcomes = {row["outcome"] for row in rows}
+    verdict = "undecided"
+    if not outcomes <= {"holds", "opposed", "undecided"}:
         return "not testable"
-    holds = [row["holds"] for row in rows]
-    opposed = [row["opposed"] for row in rows]
-    right = [row["difference"] > 0 for row in rows]
-    if all(holds):
-        return "agrees"
-    if any(holds) and any(opposed):
-        return "mixed"
-    if any(opposed):
-        return "opposed"
-    if all(right) or 2 * sum(holds) >= len(rows):
-        return "weak"
-    return "open"
+    if outcomes == {"holds"}:
+        verdict = "agrees"
+    elif outcomes >= {"holds", "opposed"}:
+        verdict = "mixed"
+    elif "holds" in outcomes:
+        verdict = "partly"
+    elif "opposed" in outcomes:
+        verdict = "opposed"
+    fewest = min(row["networks"] for row in rows)
+    return f"{verdict} ({COUNTS.get(fewest, f'{fewest} networks')})"
 
 
-def judge(models, names=None, note=""):
-    """models: facts with "rows" -> the claims' table, of the figures in `names`."""
-    groups = groups_of(models)
-    asked = {FIGURES[name].claim for name in names or FIGURES} - {None}
-    table = []
-    for number in sorted(asked):
-        figures = {n: f for n, f in FIGURES.items() if f.claim == number and f.parts}
-        roles = {role for f in figures.values() for p in f.parts for role in p.roles}
-        rows, notes = [], [note_on_left_out(models, groups, roles)]
-        for name, figure in figures.items():
-            needs = ", ".join([f"--only {name}", *(NEEDS[n] for n in figure.needs)])
-            rows += [judge_part(part, groups, needs) for part in figure.parts]
-            if "labels" in figure.needs and note not in notes:
-                notes.append(note)
-        seeds = min((row["seeds"] for row in rows if "seeds" in row), default=0)
-        verdict = verdict_of(rows)
-        if verdict == "agrees" and seeds < 3:
-            verdict = f"agrees ({count_seeds(seeds)})"
-        claim = {"claim": number, "verdict": verdict, "seeds": seeds, "parts": rows}
-        claim["figure"] = ", ".join(figure.number for figure in figures.values())
-        claim["text"] = "; ".join(figure.text for figure in figures.values())
-        claim["note"] = "; ".join(filter(None, notes))
-        table.append(claim)
-    return table
+def judge(networks, names, labels):
+    """-> the table: an entry for each claim, of claims 2 and 12 for each setting."""
+    table = {}
+    for name in names:
+        figure = FIGURES[name]
+        for part in figure.parts:
+            entry = table.setdefault((figure.claim, part.setting), defaultdict(list))
+            for row in judge_part(
+                part, groups_of(networks, part.setting), networks, labels
+            ):
+                entry["parts"].append(row | {"figure": name})
+            if figure.text not in entry["texts"]:
+                entry["texts"].append(figure.text)
+    claims = []
+    for (claim, setting), entry in sorted(table.items()):
+        text = ", ".join(filter(None, ["; ".join(entry["texts"]), setting]))
+        verdict = verdict_of(entry["parts"])
+        claims.append(
+            {"claim": claim, "text": text, "verdict": verdict, "parts": entry["parts"]}
+        )
+    return claims
 
 
-def claims_table(table):
-    """The table of claims as text."""
-    heads = " ".join(f"{role:>9}" for role in ROLES)
-    lines = [f"{'':34} {heads}   difference [95 % interval]"]
-    for claim in table:
-        line = "{claim:2} {text} (figure {figure}): ".format(**claim)
-        line += claim["verdict"].upper()
-        if claim["seeds"] >= 3:
-            line += f", {claim['seeds']} seeds"
-        lines.append(line)
+def table_of(claims):
+    """The claims as lines of text."""
+    lines, outcomes = [], []
+    for claim in claims:
+        lines.append("{claim:2} {text}: ".format(**claim) + claim["verdict"].upper())
         for row in claim["parts"]:
-            lines.append(f"   {row['part']:31} {row_text(row)}")
-        if claim["note"]:
-            lines.append(f"   note: {claim['note']}")
+            lines.append(f"   {row['part']:34} {text_of(row)}")
+            outcomes.append(row["outcome"])
+    tested = [outcome for outcome in outcomes if not outcome.startswith("needs")]
+    lines.append(
+        f"{len(tested)} parts were tested, {tested.count('holds')} hold. If nothing were "
+        f"true, {len(tested) / 40:.1f} would hold by chance (one in forty)."
+    )
     return "\n".join(lines)
 
 
-def row_text(row):
-    if "why" in row:
-        return row["why"]
-    cells = " ".join(f"{number_text(row[role]):>9}" for role in ROLES)
-    difference = number_text(row["difference"], sign="+")
-    low, high = [number_text(end, sign="+") for end in row["interval"]]
-    text = f"{cells}   {difference} [{low}, {high}]  {outcome_of(row)}"
-    for role, value in row.items():
-        if role.startswith("MIM "):  # with decoder, as deep: they have no column
-            text += f"; {role} {number_text(value)}"
-    return text
+def text_of(row):
+    """One part: values, difference [its interval] and outcome; how far from untrained."""
+    if "values" not in row:
+        return row["outcome"]
+    values = [f"{role} {value:.3f}" for role, value in row["values"].items()]
+    text = f"{', '.join(values)}: {in_words(row['difference'], row['reach'])}"
+    text += f" {row['outcome']}"
+    for role, pair in row["new"].items():
+        text += f"; {role} - untrained {in_words(*pair)}"
+    return text.replace("-", "−")
 
 
-def number_text(value, sign=""):
-    """Three decimals and a typographic minus; a dash for nothing."""
-    if value is None:
-        return "–"
-    return f"{value:{sign}.3f}".replace("-", "−")
+def in_words(difference, reach):
+    low, high = difference - reach, difference + reach
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def outcome_of(row):
-    if row["holds"]:
-        return "holds"
-    if row["opposed"]:
-        return "opposed"
-    return "undecided"
-
-
-# ==== The engine: which networks ====================================================
+# ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
-ROLE_OF = {None: "other", 0: "MIM", 1: "CL"}  # of λ; between 0 and 1: hybrid
-GIVEN_ROLES = {"cl": ("CL", 1.0), "mim": ("MIM", 0.0), "hybrid": ("hybrid", 0.2)}
-METHODS = {"CL": "MoCo v3", "MIM": "SimMIM"}
+GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
+# encoder passes of a training image
+PASSES = {"MIM": 3, "CL": 8, "one-view hybrid": 4, "hybrid": 11}
+ALIKE = ("data", "model", "image_size", "patch_size", "decoder_depth")
+SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
+WORDS = ("{} px", "patches of {}", "{} wide", "{} deep")
+# settings in which seeds of one network may differ
+FREE = {
+    "seed",
+    "device",
+    "dtype",
+    "accum",
+    "workers",
+    "compile",
+    "checkpointing",
+    "out",
+}
+FREE |= {"resume", "overwrite", "dry_run", "save_every", "log_every", "knn_images"}
 
 
-def split_name(text):
-    """NAME=FILE or FILE -> name or "", file."""
-    if os.path.exists(text):
-        return "", text
-    name, _, path = text.rpartition("=")
-    return name, path
+@dataclass
+class Network:
+    """One trained or untrained network as it stands in results.json."""
+
+    facts: dict
+    values: dict = field(default_factory=dict)  # {key: (21, ...)}
+    pictures: dict = field(default_factory=dict)
+    label: str = ""  # as named, or role and what differs
+    name: str = ""  # the same, and the number of images if that differs
+    nth: int = 0  # of the names of its role
+
+    @property
+    def role(self):
+        return self.facts["role"]
+
+    @property
+    def shape(self):
+        return tuple(self.facts[key] for key in SHAPE)
+
+    def row(self, number):
+        return {key: value[number] for key, value in self.values.items()}
 
 
-def load_given(text, options):
-    """FILE or NAME=FILE -> network."""
-    name, path = split_name(text)
-    vit = load_encoder(path, options.heads).requires_grad_(False)
-    if name.lower() in GIVEN_ROLES:
-        role, lam = GIVEN_ROLES[name.lower()]
-        if role != vit.facts["role"]:
-            vit.facts |= {"role": role, "lam": lam}
-        name = ""
-    vit.facts["given"] = name
+def role_of(lam, one_view, decoder_depth):
+    """A hybrid of λ = 0.2, which the paper analyses, is simply the hybrid."""
+    role = {None: "other", 0: "MIM", 1: "CL"}.get(lam, "hybrid")
+    if one_view:
+        role = "one-view hybrid"
+    if "hybrid" in role and lam != 0.2:
+        role += f", λ = {lam:g}"
+    if decoder_depth:
+        role += " with decoder"
+    return role
+
+
+def load(text, heads, grid, pixels):
+    """FILE or NAME=FILE -> ViT with all the facts of a Network."""
+    name, path = "", text
+    if not os.path.exists(text) and "=" in text:
+        name, path = text.split("=", maxsplit=1)
+    vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
+    facts, config = vit.facts, vit.facts["config"]
+    facts["lam"] = GIVEN.get(name.lower(), facts["lam"])
+    facts["one_view"] = config.get("one_view", False)
+    facts["role"] = role_of(facts["lam"], facts["one_view"], facts["decoder_depth"])
+    facts["is_named"] = bool(name)
+    facts["label"] = "" if name.lower() in GIVEN else name
+    facts["images"] = 0
+    if config:
+        step = sslvit.load_checkpoint(path).get("step", config["steps"])
+        facts["images"] = step * config["batch_size"]
+    passes = [count for role, count in PASSES.items() if facts["role"].startswith(role)]
+    facts["work"] = facts["images"] * sum(passes)
     return vit
 
 
-def load_companions(loaded, options):
-    """The shipped networks of the roles that are missing, of the same size and data."""
-    roles = {vit.facts["role"] for vit in loaded}
-    companions, used = [], []
+def load_companions(facts, roles):
+    """Shipped networks of other roles, of the same size and training images."""
+    companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = sslvit.load_checkpoint(path)["config"]
-        role = ROLE_OF.get(config["lam"], "hybrid")
-        shape = shape_of(config | SIZES[config["model"]])
-        fits = shape == shape_of(loaded[0].facts) and not config["decoder_depth"]
-        same_data = bool(config["data"]) == bool(options.data)
-        if fits and same_data and role not in roles:
-            companions.append(load_given(str(path), options))
-            used.append(path.name)
-            roles.add(role)
-    if used:
-        print(f"beside it the shipped {', '.join(used)}; --alone leaves them out")
+        same = [config[key] == facts["config"].get(key) for key in ALIKE]
+        if all(same) and role_of(config["lam"], False, 0) not in roles:
+            companions.append(load(str(path), None, None, None))
+            print("  is shipped, and stands beside yours; --alone leaves it out")
     return companions
 
 
 def untrained_like(vit):
     """A network of the same shape and seed that was never trained."""
-    facts = vit.facts
-    seed = facts["seed"] or 0
-    torch.manual_seed(seed)
-    if facts["config"]:
-        known = {field.name for field in fields(Config)}
-        given = {key: v for key, v in facts["config"].items() if key in known}
-        new = sslvit.make_encoder(Config(**given))
-    else:
-        sizes = [facts[key] for key in (*SHAPE, "num_heads")]
-        options = dict(vit.options)
-        if vit.pos_embed is not None and fixed_positions(vit):
-            options["positions"] = "sincos"
-        new = ViT(*sizes, **options)
-    new.facts = facts | {"role": "untrained", "lam": None, "path": "", "given": ""}
-    new.facts |= {"decoder_depth": 0, "config": {}, "family": "untrained", "seed": seed}
+    torch.manual_seed(vit.facts["seed"] or 0)
+    new = ViT(
+        *[vit.facts[key] for key in (*SHAPE, "num_heads")],
+        positions="none" if vit.pos_embed is None else "sincos",
+        rel_pos_bias=vit.rel_pos_bias is not None,
+        layer_scale=0.1 if hasattr(vit.blocks[0].ls1, "gamma") else None,
+    )
+    new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
+    new.facts |= {"label": "", "is_named": True, "decoder_depth": 0}
+    new.facts |= {"images": 0, "work": 0, "one_view": False}
     return new.eval().requires_grad_(False)
 
 
-# what legends say of a network where several differ in it
-SHAPE_IN_WORDS = {
-    "image_size": "{} px",
-    "patch_size": "patches of {}",
-    "embed_dim": "{} wide",
-    "depth": "{} deep",
-    "decoder_depth": "decoder of {}",
-}
-# of those whose shape is the same; others as 'clip 3.0'
-SETTING_IN_WORDS = {
-    "crop_min": "crops from {}",
-    "blur": "blur to {} px",
-    "steps": "{} steps",
-    "epochs": "{} epochs",
-    "batch_size": "batches of {}",
-}
-# settings that names tell already, and those that do not change what is learned
-IN_NAMES = {"objective", "lam", "model", "preset", *SHAPE_IN_WORDS}
-SYSTEM = {"device", "dtype", "accum", "workers", "compile", "checkpointing"}
-RUN = {"seed", "out", "resume", "overwrite", "dry_run"}
-RUN |= {"save_every", "log_every", "knn_images"}
+def load_networks(options):
+    """-> the ViTs given, shipped ones beside them, and an untrained one for each seed."""
+    vits = []
+    for place, text in enumerate(options.checkpoints):
+        settings = []
+        for values in (options.heads, options.grid, options.pixels):
+            settings.append(values[min(place, len(values) - 1)])
+        vits.append(load(text, *settings))
+    if not options.alone:
+        vits += load_companions(vits[0].facts, [vit.facts["role"] for vit in vits])
+    twins = {}
+    for vit in vits:
+        shape = [vit.facts[key] for key in SHAPE]
+        twins.setdefault((*shape, vit.facts["seed"]), vit)
+    return vits + [untrained_like(vit) for vit in twins.values()]
 
 
-def name_networks(all_facts):
-    """Names for legends: 'CL (MoCo v3)', 'hybrid, λ = 0.2', and what differs else.
+def name_networks(networks):
+    """Role, λ, and what differs of sizes, decoder and number of images; or as given.
 
-    Files of one name are seeds of one network: whatever else differs is in the name.
+    Files of one name are seeds of one network.
     """
-    shape_varies = [k for k in SHAPE_IN_WORDS if len({f[k] for f in all_facts}) > 1]
-    alike = defaultdict(list)
-    for facts in all_facts:
-        told = [
-            SHAPE_IN_WORDS[key].format(facts[key]) for key in shape_varies if facts[key]
-        ]
-        alike[", ".join([base_name(facts), *told])].append(facts)
-    for name, several in alike.items():
-        unnamed = [facts for facts in several if not facts["given"]]
-        for facts, differs in zip(unnamed, what_differs(unnamed), strict=True):
-            facts["name"] = ", ".join([name, *differs])
-    names = defaultdict(list)
-    for facts in all_facts:
-        name = facts["name"] = facts["given"] or facts["name"]
-        seeds = names[name]
-        seeds.append(facts)
-        for key in ("role", "lam", *SHAPE):
-            fault = f"{name} has another {key} already: one NAME= is for seeds"
-            require(seeds[0][key] == facts[key], f"{fault} of one network")
-        # the nth name of its role, which chooses a marker and a kind of line
-        kin = [n for n, s in names.items() if s[0]["role"] == facts["role"]]
-        facts |= {"run": len(seeds) - 1, "nth": kin.index(name)}
+    varies = [
+        len({n.shape[place] for n in networks}) > 1 for place in range(len(SHAPE))
+    ]
+    decoders = {n.facts["decoder_depth"] for n in networks} - {0}
+    groups = defaultdict(list)
+    for network in networks:
+        facts = network.facts
+        words = [network.role]
+        if network.role == "other":
+            words = [Path(facts["path"]).stem]
+        if network.role.endswith("hybrid"):
+            words.append("λ = 0.2")
+        for differs, word, value in zip(varies, WORDS, network.shape, strict=True):
+            if differs:
+                words.append(word.format(value))
+        if facts["decoder_depth"] and len(decoders) > 1:
+            words.append(f"of {facts['decoder_depth']} blocks")
+        network.label = facts["label"] or ", ".join(words)
+        groups[network.label].append(network)
+    for label, group in groups.items():
+        several_lengths = len({network.facts["images"] for network in group}) > 1
+        for network in group:
+            network.name = label
+            if several_lengths:
+                network.name += f", {network.facts['images']:,} images"
+    names = defaultdict(dict)
+    for network in networks:
+        names[network.role].setdefault(network.name, len(names[network.role]))
+        network.nth = names[network.role][network.name]
 
 
-def what_differs(networks):
-    """Networks of one role and shape -> for each, words for what else it differs in.
-
-    Those are the settings that not all were trained with. Files of others do not tell
-    theirs: each is a network of its own, with its own file's name.
-    """
-    configs = [facts["config"] for facts in networks if facts["config"]]
-    varies = []
-    for key in sorted(set().union(*configs) - IN_NAMES - SYSTEM - RUN):
-        if len({str(config[key]) for config in configs if key in config}) > 1:
-            varies.append(key)
-    words = []
-    for facts in networks:
-        config = facts["config"]
-        differs = [in_words(key, config[key]) for key in varies if key in config]
-        from_others = facts["path"] and not config
-        if from_others and len(networks) > 1:
-            differs = ["/".join(Path(facts["path"]).with_suffix("").parts[-2:])]
-        words.append(differs)
-    return words
+def require_seeds(networks):
+    """Networks of one name differ in the seed alone, and no run counts twice."""
+    names, runs = {}, set()
+    for network in networks:
+        facts = network.facts
+        first = names.setdefault(network.name, network)
+        files = f"{first.facts['path']} and {facts['path']}"
+        run = (network.name, facts["path"] if facts["seed"] is None else facts["seed"])
+        require(run not in runs, f"{files} are one run, or of one seed")
+        runs.add(run)
+        fault = f"{files} are both {network.name}, but not seeds of one network"
+        require(network is first or are_seeds(first, network), f"{fault}: NAME=FILE")
 
 
-def in_words(key, value):
-    if key == "data":
-        value = Path(value).name or "stimuli"
-    return SETTING_IN_WORDS.get(key, key.replace("_", " ") + " {}").format(value)
+def are_seeds(a, b):
+    """Equal settings but for the seed. Foreign files do not tell: their name must."""
+    config, other = a.facts["config"], b.facts["config"]
+    keys = (config.keys() & other.keys()) - FREE
+    differ = [key for key in keys if config[key] != other[key]]
+    tells = bool(other) or b.facts["is_named"]
+    return (a.role, a.shape) == (b.role, b.shape) and tells and not differ
 
 
-def require_each_run_once(all_facts):
-    """One run that counts twice would make intervals too narrow."""
-    seen = {}
-    for facts in all_facts:
-        name, seed, path = facts["name"], facts["seed"], facts["path"]
-        if not path:
-            continue  # untrained networks, one for each shape
-        run = (name, path if seed is None else seed)
-        require(run not in seen, f"{seen.get(run)} and {path} are one run of {name}")
-        seen[run] = path
+def longest(networks):
+    """Without runs of which there is one on more images; figures 1 and 12 have them."""
+    most = defaultdict(int)
+    for network in networks:
+        most[network.label] = max(most[network.label], network.facts["images"])
+    return [n for n in networks if n.facts["images"] == most[n.label]]
 
 
-def base_name(facts):
-    role = facts["role"]
-    if role == "untrained":
-        return "untrained"
-    if role == "hybrid":
-        return f"hybrid, λ = {facts['lam']:g}"
-    if role == "other":
-        return f"{facts['family']}: {Path(facts['path']).stem}"
-    method = facts["family"]
-    if facts["config"]:
-        method = METHODS[role]
-    return f"{role} ({method})"
+# ==== The engine: results ===========================================================
 
-
-# ==== The engine: results and drawing ===============================================
+EDITION = 3
 
 
 def analyse(options):
-    """Checkpoints -> (what results.json holds, every network's rows)."""
-    # every file is read before anything long begins
-    loaded = [load_given(text, options) for text in options.checkpoints]
-    if not options.alone:
-        loaded += load_companions(loaded, options)
-    shapes = {}
-    for vit in loaded:  # the first of each shape has an untrained twin
-        shapes.setdefault(shape_of(vit.facts), vit)
-    loaded += [untrained_like(vit) for vit in shapes.values()]
-    name_networks([vit.facts for vit in loaded])
-    require_each_run_once([vit.facts for vit in loaded])
+    """Measures every network; results.json is whole after each."""
+    vits = load_networks(options)
+    networks = [Network(vit.facts) for vit in vits]
+    name_networks(networks)
+    require_seeds(networks)
+    for vit in vits:
+        _, _, is_labelled = find_data(options.data, vit.facts["image_size"])
+    if not is_labelled:
+        print("no classes, not the same in train and val, or few images: no accuracies")
     figures = [FIGURES[name] for name in options.only]
-    models, rows, chosen, note = [], [], defaultdict(dict), ""
-    for vit in loaded:
-        name = vit.facts["name"]
-        print(name, flush=True)
-        vit.to(options.device)
-        study = Study(vit, options, chosen[name])
-        rows.append(study.run(figures))
-        model = vit.facts | {"values": study.values(figures), "pictures": {}}
-        model |= {"label_names": study.label_names, "classes": study.classes}
-        if model["run"] == 0:
-            model["pictures"] = study.pictures(figures)
-        models.append(model)
-        note = note or study.note()
+    results = {"edition": EDITION, "settings": vars(options), "networks": []}
+    choices = defaultdict(dict)
+    for vit, network in zip(vits, networks, strict=True):
+        print(network.name, flush=True)
+        is_first = network.name not in choices
+        study = Study(vit.to(options.device), options, choices[network.name])
+        network.values = study.measure(figures)
+        if is_first:
+            network.pictures = study.pictures(figures)
+        network.facts |= {"label_names": study.label_names, "choices": study.choices}
+        results["data"] = study.description()
+        results["networks"].append(vars(network))
+        write_results(results, options.out)
         vit.cpu()
-    together = {}
-    for compare in unique(figures, "across"):
-        together |= compare(models, rows)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["numpy"] = np.__version__
-    results = {"edition": 2, "settings": vars(options), "versions": versions}
-    results |= {"note": note, "models": models, "together": together}
-    return plain(results), [lean(found, options.only) for found in rows]
 
 
-SAME_FOR_ALL = {"labels", "index"}  # networks see the same test images
-
-
-def read_by_claims(rows, names):
-    """Of a network's numbers by image those that these figures' verdicts read."""
-    parts = [part for name in names for part in FIGURES[name].parts]
-    read = {key for part in parts for key in part.keys} | SAME_FOR_ALL
-    chosen_by = " val"  # the best layer, token and λ are chosen on validation images
-    return {key: rows[key] for key in rows if key in read or key.endswith(chosen_by)}
-
-
-def lean(rows, names):
-    """What samples.npz keeps of an image's numbers, and verdicts are computed from.
-
-    Three digits, as means over images ask for no more; what no claim reads is left out.
-    """
-    kept = {}
-    for key, x in read_by_claims(rows, names).items():
-        if key in IMAGES:
-            x = on_principal_axes(x[:500])
-        if key == "images, entered":
-            size = np.linalg.norm(x, axis=0)
-            x = x * (size > ROUNDING * size.max())  # the rest is rounding: image_growth
-        if key in ("distance", "nmi"):
-            x = x.mean(axis=-1)  # over heads
-        if key == "fourier":
-            x = x[:, :, -1:, -1:]  # after each MLP, at π
-        if key == "token volume":
-            x = x[:, -1:]  # leaves the last layer
-        if x.dtype.kind == "f":
-            x = x.astype(np.float16)
-        kept[key] = x
-    return kept
-
-
-def on_principal_axes(x):
-    """Mean tokens (n, 1, D), centred and turned so that each direction is a column.
-
-    Spectra stay the same, and half precision rounds each direction by itself.
-    """
-    x = x[:, 0].astype(np.float64)
-    u, values, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
-    return (u * values)[:, None]
-
-
-def plain(results):
-    """Arrays as lists, 5 significant digits, nan as None: what JSON can hold."""
+def write_results(results, out):
+    """As JSON with 7 digits; under another name first: whole or not at all."""
     text = json.dumps(results, default=np.ndarray.tolist)
-    return json.loads(text, parse_float=five_digits, parse_constant=none_of)
+    plain = json.loads(text, parse_float=seven_digits, parse_constant=none_of)
+    new = Path(out, "results.new")
+    new.write_text(json.dumps(plain), encoding="utf-8")
+    os.replace(new, Path(out, "results.json"))
 
 
-def five_digits(text):
-    return float(f"{float(text):.5g}")
+def seven_digits(text):
+    return float(f"{float(text):.7g}")
 
 
 def none_of(constant):
-    """For NaN and the infinities."""
+    """For NaN and the infinities, which JSON has not."""
 
 
-def write_results(results, samples, out):
-    """results.json, and samples.npz with a row per image, to be judged otherwise."""
-    arrays = {}
-    for number, rows in enumerate(samples):
-        for key, array in rows.items():
-            if number == 0 or key not in SAME_FOR_ALL:
-                arrays[f"{number}/{key}"] = array
-    # under other names first: whole or not at all
-    (out / "new.json").write_text(json.dumps(results))
-    np.savez_compressed(out / "new.npz", **arrays)
-    os.replace(out / "new.json", out / "results.json")
-    os.replace(out / "new.npz", out / "samples.npz")
+def read_results(paths):
+    """results.json of one analysis or several -> results, networks."""
+    runs = {}
+    for path in paths:
+        try:
+            results = json.loads(Path(path).read_text(encoding="utf-8"))
+            require(results["edition"] == EDITION, "of another edition: analyse again")
+            for entry in results["networks"]:
+                network = Network(**entry)
+                for key, value in network.values.items():
+                    network.values[key] = np.array(value, dtype=float)
+                    require(len(value) == GROUPS + 1, f"{key} has not 21 rows")
+                facts = network.facts
+                run = (facts["path"], facts["seed"], network.shape)
+                runs.setdefault(run, network).values |= network.values
+            same = (results["data"], results["settings"]["epochs"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"--from {path}: not results of analyze.py ({reason})"
+            ) from error
+        if path == paths[0]:
+            first = same
+        require(
+            same == first, f"--from {path}: other images or settings than {paths[0]}"
+        )
+    networks = list(runs.values())
+    name_networks(networks)
+    require_seeds(networks)
+    return results | {"networks": networks}
 
 
-def read_results(path):
-    """results.json and the samples.npz beside it."""
-    try:
-        results = json.loads(Path(path).read_text())
-        models, edition = results["models"], results.get("edition", 1)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = type(error).__name__
-        raise UserError(f"--from {path}: not results ({reason})") from error
-    fault = "the first edition's numbers mean other things: analyse again"
-    require(edition == 2, f"--from {path}: {fault}")
-    samples = [{} for _ in models]
-    with np.load(Path(path).parent / "samples.npz") as arrays:
-        for name in arrays.files:
-            number, key = name.split("/", maxsplit=1)
-            samples[int(number)][key] = arrays[name]
-    for rows in samples:
-        for key in SAME_FOR_ALL & samples[0].keys():
-            rows[key] = samples[0][key]
-    return results, samples
+def title_of(name, claims):
+    """What the claim says; the first part's numbers and outcome; the verdict."""
+    lines = [FIGURES[name].text]
+    for claim in claims:
+        for row in claim["parts"]:
+            if row["figure"] == name and "values" in row and len(lines) == 1:
+                values = [f"{role} {x:.3f}" for role, x in row["values"].items()]
+                line = f"{row['part']}: {', '.join(values)}: {row['outcome']}"
+                lines.append(f"{line}. Claim {claim['claim']}: {claim['verdict']}")
+    return "\n".join(textwrap.fill(line, 100) for line in lines)
 
 
-def join_results(paths):
-    """Several analyses of the same images as one: seeds and sizes may come later."""
-    results, samples = read_results(paths[0])
-    if len(paths) == 1:
-        return results, samples
-    models = results["models"]
-    for path in paths[1:]:
-        more, found = read_results(path)
-        for key in ("data", "images", "epochs"):
-            same = more["settings"][key] == results["settings"][key]
-            require(same, f"--from {path}: another --{key} than {paths[0]}")
-        for rows in found:
-            same = np.array_equal(rows["index"], samples[0]["index"])
-            require(same, f"--from {path}: other test images than {paths[0]}")
-        models += more["models"]
-        samples += found
-    name_networks(models)
-    # who is in several analyses, as untrained networks often are, counts once
-    once = {}
-    for model, rows in zip(models, samples, strict=True):
-        path = model["path"] if model["seed"] is None else ""
-        once.setdefault((model["name"], model["seed"], path), (model, rows))
-    models, samples = map(list, zip(*once.values(), strict=True))
-    name_networks(models)
-    for model in models:
-        if model["run"] > 0:
-            model["pictures"] = {}
-    return results | {"models": models}, samples
-
-
-def reduce_to(options, results, samples):
-    """Leaves out what --only does not name, in results and -> samples."""
-    was = results["settings"]["only"]
-    names = [name for name in was if name in options.only]
-    require(names, f"--only: these results have {', '.join(was)}")
-    if len(names) == len(was):
-        return samples
-    sources = {Path(path).parent.resolve() for path in options.results}
-    fault = "--only leaves numbers out: give another --out"
-    require(Path(options.out).resolve() not in sources, fault)
-    results["settings"]["only"] = names
-    figures = [FIGURES[name] for name in names]
-    drawn = {key for figure in figures for key in keys_of(figure)}
-    for model in results["models"]:
-        for kind in ("values", "pictures"):
-            found = model[kind]
-            model[kind] = {key: found[key] for key in found if key in drawn}
-    return [read_by_claims(rows, names) for rows in samples]
-
-
-def title_of(figure, claims):
-    """The finding, with its numbers, verdict and seeds."""
-    title = figure.text
-    claims = [claim for claim in claims if claim["claim"] == figure.claim]
-    if not claims:
-        return title
-    claim = claims[0]
-    own = {part.name for part in figure.parts}
-    rows = [row for row in claim["parts"] if row["part"] in own]
-    if rows and "difference" in rows[0]:
-        title = f"{figure.finding}? Undecided"
-        if rows[0]["holds"]:
-            title = figure.finding
-        if rows[0]["opposed"]:
-            title = figure.otherwise
-        title += ": " + figure.numbers.format(**rows[0])
-    verdict = verdict_of(rows or claim["parts"])
-    if claim["seeds"] > 0:
-        verdict += ", " + count_seeds(claim["seeds"])
-    return f"{title} ({verdict})"
-
-
-def keys_of(figure):
-    return figure.keys + tuple(panel.key for panel in figure.panels)
-
-
-def drawable(figure, results):
-    """The models that have the figure's numbers."""
-    keys = keys_of(figure)
-    found = []
-    for model in results["models"]:
-        here = model["values"] | model["pictures"] | results["together"]
-        if all(key in here for key in keys):
-            found.append(model | {"together": results["together"]})
-    return found
-
-
-def draw_figures(results, names, out):
-    """Every figure that the results support -> list for the report."""
-    drawn = []
+def draw_figures(networks, names, claims, out):
+    """Every figure that the networks allow -> {name: (title, file)}."""
+    drawn = {}
     for name in names:
-        figure = FIGURES[name]
-        models = drawable(figure, results)
-        if not models or not figure.enough(models):
-            needs = " and ".join(NEEDS[need] for need in figure.needs)
-            print(f"skipped {name}: needs {needs or 'more numbers: --only ' + name}")
-            continue
-        title = title_of(figure, results["claims"])
-        with plt.rc_context(STYLE):
-            if figure.panels:
-                fig = draw_panels(models, figure.panels)
-            else:
-                fig = figure.draw(models)
-            legend(fig)
-            fig.suptitle(textwrap.fill(title, 95))
-            file = out / file_name(name, figure)
-            save(fig, file)
-        entry = {"name": name, "title": title, "file": file, "claim": figure.claim}
-        drawn.append(entry | {"number": figure.number, "lesson": figure.lesson})
+        figure, title = FIGURES[name], title_of(name, claims)
+        number, *side = figure.number.split()
+        file = Path(out, "_".join([f"fig{number:0>2}", *side, name]) + ".png")
+        try:
+            with plt.rc_context(STYLE):
+                fig = figure.draw(networks)
+                legend(fig)
+                fig.suptitle(title)
+                fig.savefig(file, dpi=150)
+            drawn[name] = (title, file)
+        except KeyError as error:
+            print(f"skipped {name}: needs {error.args[0]}")
+        except Exception as error:  # costs this figure, not the others
+            print(f"skipped {name}: {type(error).__name__}: {error}")
+        plt.close("all")
     return drawn
-
-
-def file_name(name, figure):
-    if figure.number == "-":
-        return f"{name}.png"
-    number, *side = figure.number.split()
-    return "_".join([f"fig{number:0>2}", *side, name]) + ".png"
-
-
-def save(fig, file):
-    """1,600 px wide, in 256 colours, rare ones among them: a third of the bytes."""
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
-    image = Image.open(file).convert("RGB")
-    image.quantize(256, Image.Quantize.MAXCOVERAGE, 1).save(file, optimize=True)
 
 
 # ==== Command line ==================================================================
 
 
-def figure_table():
-    """The help text's list of figures, from FIGURES."""
-    lines = ["figures (for --only), their claims, and where they stand in [P]:"]
-    for name, figure in FIGURES.items():
-        claim = figure.claim or "-"
-        lines.append(f"  {name:11} {claim:>3}  {figure.text} ({figure.number})")
-    return "\n".join(lines)
-
-
 def parse(argv):
+    table = ["figures (for --only), their claims, and where they stand in [P]:"]
+    for name, figure in FIGURES.items():
+        table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
     parser = sslvit.Parser(
         "analyze.py",
-        description=f"{__doc__}\n{figure_table()}",
+        description="\n".join([__doc__, *table]),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -2942,18 +2355,22 @@ def parse(argv):
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
     add("checkpoints", nargs="*", help=text)
     add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
-    add("--masks", default="", help="folder with <same path>.png, a class per pixel")
     add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     add("--out", default="", help="for everything [figures/ beside the first file]")
     text = "results.json of one analysis or several, to judge and draw again (--only)"
     add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    text = "test images, four times as many to learn from; 0: all [%(default)s]"
-    add("--images", type=int, default=1000, help=text)
+    add("--images", type=int, default=1000, help="test images; 0: all [%(default)s]")
+    text = "training images to learn from; 0: four times --images [%(default)s]"
+    add("--labels", type=int, default=0, help=text)
     text = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
     add("--epochs", type=int, default=10, help=text)
-    add("--heads", type=int, help="attention heads, where shapes do not tell")
+    text = "attention heads, one number or one for each file, where files do not tell"
+    add("--heads", type=int, nargs="+", default=[None], help=text)
+    add("--grid", nargs="+", default=[None], metavar="ROWSxCOLS", help="of patches")
+    text = "pixels normalised by ImageNet's mean, or (x - 0.5) / 0.5"
+    add("--pixels", nargs="+", default=[None], choices=("imagenet", "half"), help=text)
     text = "one; several GPUs run several analyses [%(default)s]"
     add("--device", default=device, help=text)
     add("--workers", type=int, default=workers, help="read images [%(default)s]")
@@ -2963,211 +2380,128 @@ def parse(argv):
 
 
 def check(options):
+    """Whatever would fail late fails here."""
     try:
         torch.zeros(1, device=options.device)
     except Exception as error:  # torch has many kinds
         raise UserError(f"--device {options.device}: there is none here") from error
+    files = options.checkpoints or options.results
     one = bool(options.checkpoints) != bool(options.results)
     require(one, "give checkpoints, or --from results")
-    require(options.images == 0 or options.images >= 20, "--images is 0, or 20 or more")
+    for name in ("heads", "grid", "pixels"):
+        count = len(getattr(options, name))
+        fits = count in (1, len(files))
+        require(fits, f"--{name}: {count} values for {len(files)} files")
+    enough = options.images == 0 or options.images >= GROUPS
+    require(enough, f"--images is 0, or {GROUPS} or more")
+    require(
+        options.labels == 0 or options.labels >= GROUPS, f"--labels: {GROUPS} or more"
+    )
     require(options.epochs >= 1, "--epochs is 1 or more")
     require(0 <= options.workers <= 256, "--workers is 0 to 256")
-    for folder in (options.masks, options.cue_conflict):
-        require(not folder or os.path.isdir(folder), f"{folder}: no such folder")
-    if not options.out and options.results:
-        options.out = str(Path(options.results[0]).parent)
-    elif not options.out:
-        _, first = split_name(options.checkpoints[0])
-        options.out = str(Path(first).parent / "figures")
+    folder = options.cue_conflict
+    require(not folder or os.path.isdir(folder), f"{folder}: no such folder")
+    if not options.out:
+        path = files[0]
+        if not os.path.exists(path):
+            path = path.split("=", maxsplit=1)[-1]
+        options.out = str(Path(path).parent)
+        if options.checkpoints:
+            options.out = str(Path(options.out, "figures"))
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    new = Path(options.out, "results.new")
+    new.write_text("")
+    new.unlink()
 
 
 def main(argv=None):
-    """Runs the command line -> exit status: 0, or 2 with one line on what to mend."""
+    """Runs the command line -> exit status: 0; 2 with one line on what is wrong; 130
+    after Ctrl-C."""
+    out = "the output folder"
     try:
         options = parse(argv)
-        if options.results:
-            results, samples = join_results(options.results)
-            samples = reduce_to(options, results, samples)
-        else:
-            results, samples = analyse(options)
-        models = []
-        for model, rows in zip(results["models"], samples, strict=True):
-            models.append(model | {"rows": rows})
-        claims = judge(models, results["settings"]["only"], results["note"])
-        results["claims"] = plain(claims)
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        # numbers first: a full disk takes the pictures only
-        write_results(results, samples, out)
-        print(claims_table(results["claims"]))
-        figures = draw_figures(results, results["settings"]["only"], out)
-        write_report(out / "report.html", results, figures)
+        out = options.out
+        paths = options.results
+        if options.checkpoints:
+            analyse(options)
+            paths = [Path(out, "results.json")]
+        results = read_results(paths)
+        networks = results["networks"]
+        labels = results["data"]["label_names"]
+        results["claims"] = judge(networks, options.only, labels)
+        results["networks"] = [vars(network) for network in networks]
+        write_results(results, out)
+        print(table_of(results["claims"]))
+        drawn = draw_figures(networks, options.only, results["claims"], out)
+        write_report(Path(out, "report.html"), results, drawn)
         print(f"what was computed and drawn is in {out}")
         return 0
+    except KeyboardInterrupt:
+        text = f"interrupted; {out}/results.json has the networks that were measured"
+        print(f"analyze.py: {text}: --from draws them", file=sys.stderr)
+        return 130
     except (UserError, OSError) as error:
-        print(f"analyze.py: {' '.join(str(error).split())}", file=sys.stderr)
+        # a loading process sends its traceback, whose last line is the message
+        print(f"analyze.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
 
 
 # ==== The report: one page with the claims, their figures and their lessons =========
-# report.html needs no network, library or script: pictures stand in it as base64. It
-# opens from a mail and prints. The comments <!-- like this --> of PAGE are filled in.
-
-VERDICT_MARKS = {"agrees": "✓", "weak": "≈", "mixed": "±", "opposed": "✗", "open": "?"}
-MODEL_FACTS = ("path", "role", "lam", "seed", *SHAPE, "num_heads")
+# It needs no network, library or script: pictures stand in it as base64.
 
 
-def write_report(path, results, figures):
-    """results: as in results.json; figures: dicts of draw_figures."""
-    rows, chapters = "", ""
-    for claim in results["claims"]:
-        number, text = claim["claim"], escape(claim["text"])
-        own = [figure for figure in figures if figure["claim"] == number]
-        heading = f"{number} · {text}"
-        if own:
-            heading = f'<a href="#claim-{number}">{heading}</a>'
-        verdict = report_verdict(claim)
-        rows += report_rows(f"{heading} {verdict}", claim["parts"])
-        heading = f'<h2 id="claim-{number}">Claim {number}: {text}</h2>'
-        chapters += report_chapter(f"{heading}<p>{verdict}</p>", own)
-    judged = [claim["claim"] for claim in results["claims"]]
-    others = [figure for figure in figures if figure["claim"] not in judged]
-    chapters += report_chapter("<h2>Beyond the paper</h2>", others)
-    slots = {
-        "data": escape(results["settings"]["data"] or "the built-in stimuli"),
-        "rows": rows,
-        "chapters": chapters,
-        "facts": escape(report_facts(results)),
-    }
-    page = PAGE
-    for name, content in slots.items():
-        page = page.replace(f"<!-- {name} -->", content)
+def write_report(path, results, drawn):
+    """drawn: {name: (title, file)} of draw_figures()."""
+    chapters = ""
+    for name, (title, file) in drawn.items():
+        figure = FIGURES[name]
+        picture = base64.b64encode(file.read_bytes()).decode()
+        paragraphs = escape(figure.lesson).replace("\n\n", "</p><p>")
+        chapters += (
+            f"<h2>Figure {figure.number}, claim {figure.claim}</h2>"
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">'
+            f"<p>{paragraphs}</p><p><small>--only {name}</small></p>\n"
+        )
+    facts = []
+    for network in results["networks"]:
+        facts.append(f"{network['name']}: {network['facts']}")
+    facts += [f"{key}: {value}" for key, value in results["settings"].items()]
+    page = PAGE.format(
+        style=STYLE_SHEET,
+        data=escape(str(results["data"])),
+        table=escape(table_of(results["claims"])),
+        chapters=chapters,
+        facts=escape("\n".join(facts)),
+    )
     Path(path).write_text(page, encoding="utf-8")
 
 
-def report_verdict(claim):
-    """The verdict as a coloured label, and what stands behind it."""
-    kind = claim["verdict"].partition(" (")[0]
-    label = f"{VERDICT_MARKS.get(kind, '–')} {claim['verdict']}"
-    kinds = {part["interval_kind"] for part in claim["parts"] if "why" not in part}
-    evidence = sorted(kinds)
-    if claim["seeds"] > 1:
-        evidence.append(f"{claim['seeds']} seeds")
-    if claim["note"]:
-        evidence.append(claim["note"])
-    behind = escape(", ".join(evidence))
-    return f'<b class="verdict {kind}">{label}</b> <small>{behind}</small>'
-
-
-def report_rows(heading, parts):
-    """A claim in the table: its heading, then a row for each part."""
-    rows = f'<tr><th colspan="7">{heading}</th></tr>\n'
-    for part in parts:
-        rows += f"<tr><td>{escape(part['part'])}</td>{report_cells(part)}</tr>\n"
-    return f"<tbody>{rows}</tbody>\n"
-
-
-def report_cells(part):
-    if "why" in part:
-        return f'<td colspan="6" class="why">{escape(part["why"])}</td>'
-    cells = ""
-    for role in ROLES:
-        cells += f'<td class="number {role}">{number_text(part[role])}</td>'
-    difference = number_text(part["difference"], sign="+")
-    low, high = [number_text(end, sign="+") for end in part["interval"]]
-    cells += f'<td class="number"><b>{difference}</b> [{low}, {high}]</td>'
-    outcome = outcome_of(part)
-    return cells + f'<td class="{outcome}">{outcome}</td>'
-
-
-def report_chapter(heading, figures):
-    """Figures, each with its lesson below; nothing if there are none."""
-    if not figures:
-        return ""
-    body = "\n".join(report_figure(figure) for figure in figures)
-    return f"<section>{heading}{body}</section>\n"
-
-
-def report_figure(figure):
-    title = escape(figure["title"])
-    picture = base64.b64encode(Path(figure["file"]).read_bytes()).decode()
-    lesson = ""
-    for paragraph in figure["lesson"].split("\n\n"):
-        kind = "text"
-        if paragraph.startswith(" "):  # an equation keeps its lines
-            kind = "equation"
-        lesson += f'<p class="{kind}">{escape(paragraph.strip())}</p>'
-    origin = figure["name"]
-    if figure["number"] != "-":
-        origin += f", the paper's figure {figure['number']}"
-    return (
-        f'<figure><img src="data:image/png;base64,{picture}" alt="{title}">'
-        f"<figcaption><h3>{title}</h3>{lesson}<small>{origin}</small></figcaption>"
-        "</figure>"
-    )
-
-
-def report_facts(results):
-    """Networks, settings and versions, a line each."""
-    lines = []
-    for model in results["models"]:
-        facts = [f"{key} {model[key]}" for key in MODEL_FACTS]
-        lines.append(f"{model['name']}: {', '.join(facts)}")
-    for name, value in (results["settings"] | results["versions"]).items():
-        lines.append(f"{name}: {value}")
-    return "\n".join(lines)
-
-
+STYLE_SHEET = """
+body { margin: auto; padding: 1.5em; max-width: 62em; font: 17px/1.55 sans-serif; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }
+img { max-width: 100%; }
+p { max-width: 42em; white-space: pre-line; }
+@media print { body { font-size: 10pt; } img, p { break-inside: avoid; } }
+"""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What did they learn?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { margin: 0 auto; padding: 1.5em; max-width: 62em; color: #1a1a1a;
-  font: 17px/1.55 system-ui, "DejaVu Sans", sans-serif; }
-h2 { margin-top: 2.2em; padding-top: 0.6em; border-top: 3px solid; }
-p { max-width: 42em; }
-small { font-weight: normal; color: #555; }
-a { color: inherit; }
-table { border-collapse: collapse; font-size: 0.88em; line-height: 1.35; }
-td, th { padding: 0.3em 0.6em; text-align: left; vertical-align: top; }
-tbody th { padding-top: 1em; border-top: 1px solid #bbb; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.CL { color: #b34e00; } .MIM { color: #0072b2; } .hybrid { color: #7a3aa2; }
-.untrained, .why, .undecided { color: #666; }
-.verdict { padding: 0 0.5em; border-radius: 1em; background: #eee; }
-.agrees { color: #00573f; } .opposed { color: #a0001c; } .holds { font-weight: bold; }
-figure { margin: 1.2em 0 2.5em; }
-figure img { display: block; max-width: 100%; }
-.equation { white-space: pre-wrap; padding-left: 1.5em; font-family: Georgia, serif; }
-.wide { overflow-x: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }
-@media print {
-  body { font-size: 10pt; padding: 0; }
-  figure, tr { break-inside: avoid; }
-  table { font-size: 7.5pt; }
-}
-</style></head><body>
+<style>{style}</style></head><body>
 <h1>What did they learn?</h1>
-<p>Vision Transformers that were taught without labels, taken apart on <!-- data -->.
-<b class="CL">CL</b> learnt to recognise two views of one image (MoCo v3),
-<b class="MIM">MIM</b> to fill in what was hidden (SimMIM), the
-<b class="hybrid">hybrid</b> both; the <b class="untrained">untrained</b> network learnt
-nothing. The claims are those of Park et al., <i>What Do Self-Supervised Vision
-Transformers Learn?</i> (ICLR 2023, arXiv 2305.00729).</p>
-<div class="wide"><table><thead><tr><th>The paper's claim, and what is measured</th>
-<th class="number untrained">untrained</th><th class="number CL">CL</th>
-<th class="number MIM">MIM</th><th class="number hybrid">hybrid</th>
-<th class="number">difference [95 % interval]</th><th></th></tr></thead>
-<!-- rows --></table></div>
-<p><small>A part <b>holds</b> when its difference, counted in the claim's direction, is
-above 0 with its whole interval, and is <b>opposed</b> when the interval lies below 0. A
-claim <b>agrees</b> when every part holds; <b>opposed</b>: none holds and some are
-opposed; <b>mixed</b>: some hold, some are opposed; <b>weak</b>: none is opposed, and
-every sign is right or half of the parts hold; <b>open</b>: anything else. One seed says
-how sure the images are, not whether another training would end alike.</small></p>
-<!-- chapters -->
-<section><h2>Models, settings, versions</h2>
-<pre><!-- facts --></pre></section>
+<p>Vision Transformers that were taught without labels, taken apart on {data}. CL learnt
+to recognise two views of one image (MoCo v3), MIM to fill in what was hidden (SimMIM),
+the hybrid both; the untrained network learnt nothing. The claims are those of Park et
+al., What Do Self-Supervised Vision Transformers Learn? (ICLR 2023, arXiv 2305.00729).</p>
+<pre>{table}</pre>
+<p><small>A part holds when its difference is above 0 with its whole 95 % interval, and
+is opposed when the interval lies below 0. A claim agrees when every part holds; partly:
+some hold, none is opposed; mixed: some hold, some are opposed; opposed: none holds,
+some are opposed; undecided: the rest. The interval is over test images and, with three
+networks or more on both sides, over networks. One or two networks say how sure the
+images are, not whether another training would end alike.</small></p>
+{chapters}
+<h2>Networks and settings</h2>
+<pre>{facts}</pre>
 </body></html>
 """
 
@@ -3526,14 +2860,15 @@ def build(weights, sizes):
 def find_facts(path, sizes, family, config):
     """What the rest of this file wants to know of a network."""
     lam = config.get("lam", family.lam)
-    facts = {"path": str(path), "family": family.name, "config": config}
-    facts |= {"role": ROLE_OF.get(lam, "hybrid"), "lam": lam}
+    facts = {"path": str(path), "format": family.name, "config": config}
+    facts["pixels"] = "imagenet"
+    facts["lam"] = lam
     facts |= dict(zip((*SHAPE, "num_heads"), sizes, strict=True))
     facts |= {"seed": config.get("seed")}
     return facts | {"decoder_depth": config.get("decoder_depth", 0)}
 
 
-def load_encoder(path, heads=None):
+def load_encoder(path, heads=None, grid=None, pixels=None):
     """File -> ViT in eval mode, with a dict `facts`. Prints what became of each key.
 
     heads: how many, for files whose shapes do not tell.
@@ -3555,7 +2890,7 @@ def load_encoder(path, heads=None):
         message = f"no Vision Transformer that can be taken apart here: {reason}"
         raise UserError(f"{path}: {message}") from error
     vit.facts = find_facts(path, sizes, family, config)
-    facts = "{path}: {family}, {role}, patches of {patch_size} px, {embed_dim} wide, "
+    facts = "{path}: {format}, patches of {patch_size} px, {embed_dim} wide, "
     facts += "{depth} deep, {num_heads} heads"
     guess = ""
     if not (heads or config or vit.options["rel_pos_bias"]):
