@@ -19,6 +19,7 @@ attention and after each MLP, 1+2L in all.
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ import re
 import signal
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -101,9 +102,11 @@ def late(x):
 
 def middle(x):
     third = math.ceil(len(x) / 3)
-    if len(x) <= 2 * third:
-        return np.mean(x)
-    return np.mean(x[third:-third])
+    return np.mean(x[third:-third] if len(x) > 2 * third else x)
+
+
+def last(x):
+    return np.mean(x[-1])
 
 
 def after_mlp(states):
@@ -125,20 +128,17 @@ STYLE = {
 COLOURS = [(0, "#0072B2"), (0.25, "#8A45B5"), (0.6, "#C8438A"), (1, "#D55E00")]
 LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
 LINES = ("-", "--", "-.", ":")
-STATE = "layer (0: embedding, half: after attention)"
 
 
 def style_of(network):
     """Colour for λ, dashes for hybrids; a further name of one role has other dashes."""
     lam = network.facts["lam"]
     dashes = network.nth
-    colour = "#333333"
-    if network.role == "untrained":
-        colour = "#8C8C8C"
-    elif lam is not None:
+    colour = "#8C8C8C" if network.role == "untrained" else "#333333"
+    if lam is not None:
         colour = LAMBDAS(float(lam))
-        dashes += int(0 < lam < 1) + int(network.facts["one_view"])
-    return {"color": colour, "ls": LINES[dashes % len(LINES)]}
+        dashes += (0 < lam < 1) + network.facts["one_view"]
+    return {"color": colour, "ls": LINES[dashes % 4]}
 
 
 def canvas(columns, rows=1, height=4.6, **axis):
@@ -150,23 +150,20 @@ def canvas(columns, rows=1, height=4.6, **axis):
 def readings(networks, read):
     """-> for each name (its first network, what is read of its seeds (seeds, ...)).
 
-    KeyError where no network has what is read.
+    Of runs that differ in their length alone, the longest.
     """
     values = defaultdict(list)
-    missing = KeyError("another network")
-    for network in longest(networks):
-        try:
-            values[network.name].append((network, read(network.row(0))))
-        except KeyError as error:
-            missing = error
-    if not values:
-        raise missing
+    for network in networks:
+        with contextlib.suppress(KeyError):
+            if network.is_longest:
+                values[network.name].append((network, read(network.row(0))))
+    require(values, "no network has its values")
     for pairs in values.values():
-        seeds, numbers = zip(*pairs, strict=True)
-        yield seeds[0], np.stack(numbers)
+        seeds, y = zip(*pairs, strict=True)
+        yield seeds[0], np.stack(y)
 
 
-def curves(axis, networks, read, label, x=STATE, start=0, end=None):
+def curves(axis, networks, read, label, x="layer", start=1, end=None):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
     read(values) -> (points,) or (points, heads), from x = start to end, the last layer.
@@ -185,14 +182,19 @@ def curves(axis, networks, read, label, x=STATE, start=0, end=None):
     axis.set(xlabel=x, ylabel=label)
 
 
+def state_curves(axis, networks, read, label):
+    x = "layer (0: embedding, half: after attention)"
+    curves(axis, networks, read, label, x=x, start=0)
+
+
 def points(axis, networks, read, label):
     """A column per name: a circle for each seed, a bar at their mean."""
     for place, (network, y) in enumerate(readings(networks, read)):
         colour = style_of(network)["color"]
-        axis.plot([place] * len(y), y, "o", color=colour, mfc="none", ms=9, mew=1.8)
+        axis.plot([place] * len(y), y, "o", color=colour, mfc="none", ms=9)
         ends = (place - 0.3, place + 0.3)
         axis.hlines(y.mean(), *ends, color=colour, lw=3, label=network.name)
-    axis.set(xticks=[], xlim=(-0.6, place + 0.6))
+    axis.set_xticks([])
     say_range(axis, label)
 
 
@@ -208,11 +210,15 @@ def of_label(key, place, values):
 
 
 def label_axes(networks, keys, axes):
-    """-> (axis, read, label) for each of the keys and each label set (shape, ...)."""
+    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
     labels = networks[0].facts["label_names"]
-    places = np.ndindex(len(keys), len(labels))
-    for axis, (key, place) in zip(np.ravel(axes), places, strict=True):
-        yield axis, partial(of_label, keys[key], place), f"{keys[key]}, {labels[place]}"
+    pairs = [(key, place) for key in keys for place in range(len(labels))]
+    for axis, (key, place) in zip(np.ravel(axes), pairs, strict=True):
+        yield axis, partial(of_label, key, place), f"{key}, {labels[place]}"
+
+
+def label_count(networks):
+    return len(networks[0].facts["label_names"])
 
 
 def reference(axis, y, text):
@@ -227,9 +233,9 @@ def legend(fig):
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
     if lines:
-        columns = min(len(lines), 105 // (7 + max(map(len, lines))) or 1)
-        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-        fig.legend(lines.values(), lines.keys(), **place)
+        columns = max(1, min(len(lines), 105 // (7 + max(map(len, lines)))))
+        place = "outside lower center"
+        fig.legend(lines.values(), lines, loc=place, ncols=columns, frameon=False)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -244,63 +250,53 @@ What to look at: are the maps of two queries (crosses) of one network equal? Do 
 follow the white outline? And how much of that does the untrained network have?"""
 
 
-def picture_maps(vit, batch):
-    """Attention of two queries in the first and the last layer, for two images.
-
-    -> maps (8, rows, cols), relative to uniform attention.
-    """
-    x = batch["x"][:2]
-    _, records = vit(x, record=True)
-    grid = (x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size)
-    attn = torch.stack([records[0].attn, records[-1].attn], dim=1)
-    attn = attn[..., 1:, 1:].mean(dim=2)  # (2 images, 2 layers, N, N)
-    attn = attn / attn.mean(dim=-1, keepdim=True)
-    queries = [row * grid[1] + col for row, col in queries_of(*grid)]
-    maps = attn[:, :, queries].transpose(1, 2).reshape(8, *grid)
-    return {"maps": maps.cpu().numpy()} | to_pictures(batch)
-
-
 def queries_of(rows, cols):
     """Patches (row, column): in the middle, and near a corner."""
     return [(rows // 2, cols // 2), (rows // 8, cols // 8)]
+
+
+def picture_maps(vit, batch):
+    """-> maps (8, rows, cols): attention relative to uniform, of two images, two
+    queries, the first and the last layer."""
+    x = batch["x"][:2]
+    _, records = vit(x, record=True)
+    grid = (x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size)
+    queries = [row * grid[1] + col for row, col in queries_of(*grid)]
+    attn = torch.stack([records[0].attn, records[-1].attn], dim=2)
+    attn = attn[..., 1:, 1:].mean(dim=1)[:, :, queries]  # (images, layers, queries, N)
+    maps = attn / attn.mean(dim=-1, keepdim=True)
+    return to_pictures(batch) | {"maps": maps.transpose(1, 2).reshape(8, *grid)}
 
 
 def to_pictures(batch):
     """Three images of at most 64 px, and where the objects of stimuli are."""
     pixels = batch["pixels"][:3].float()
     small = F.adaptive_avg_pool2d(pixels, min(64, pixels.shape[-1]))
-    pictures = {"photographs": small.byte().permute(0, 2, 3, 1).numpy()}
+    pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
     if "mask" in batch:
-        pictures["objects"] = (batch["mask"][:3] > 0).byte().numpy()
+        pictures["objects"] = (batch["mask"][:3] > 0).byte()
     return pictures
 
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
-    networks = [network for network in longest(networks) if network.pictures]
-    first = networks[0].pictures
-    maps = np.stack([network.pictures["maps"] for network in networks])
+    networks = [n for n in networks if n.is_longest and "maps" in n.pictures]
+    maps = np.array([network.pictures["maps"] for network in networks])
     rows, cols = maps.shape[2:]
     # pixels, patches and outlines in the same coordinates: patches
     extent = (-0.5, cols - 0.5, rows - 0.5, -0.5)
     scale = {"cmap": "magma", "vmin": 0, "vmax": np.percentile(maps, 99)}
     fig, axes = canvas(8, 1 + len(networks), height=1.5, xticks=[], yticks=[])
+    first = networks[0].pictures
     for column, (image, query, layer) in enumerate(np.ndindex(2, 2, 2)):
-        axes[0, column].imshow(first["photographs"][image], extent=extent)
-        axes[0, column].set_title(("first layer", "last layer")[layer], fontsize=12)
-        for axis, picture in zip(axes[1:, column], maps[:, column], strict=True):
+        row, col = queries_of(rows, cols)[query]
+        pictures = [first["photographs"][image], *maps[:, column]]
+        for axis, picture in zip(axes[:, column], pictures, strict=True):
             shown = axis.imshow(picture, extent=extent, **scale)
-        for axis in axes[:, column]:
-            row, col = queries_of(rows, cols)[query]
             axis.plot(col, row, "+", color="cyan", ms=9, mew=2)
             if "objects" in first:
-                mask = first["objects"][image]
-                axis.contour(
-                    mask,
-                    [0.5],
-                    colors="white",
-                    extent=(extent[0], extent[1], extent[3], extent[2]),
-                )
+                axis.contour(first["objects"][image], [0.5], colors="w", extent=extent)
+        axes[0, column].set_title(("first layer", "last layer")[layer], fontsize=12)
     for axis, network in zip(axes[1:, 0], networks, strict=True):
         axis.set_ylabel(wrapped(network.name))
     fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
@@ -369,10 +365,10 @@ def distance_gap(values):
 
 def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
-    curves(axis, networks, itemgetter("distance"), label, x="layer", start=1)
+    curves(axis, networks, itemgetter("distance"), label)
     facts = networks[0].facts
     side = facts["image_size"] // facts["patch_size"]
-    uniform = torch.full((1, 1, side**2, side**2), 1 / side**2)
+    uniform = torch.ones(1, 1, side**2, side**2) / side**2
     far = attention_distance(uniform, side, facts["patch_size"]).item()
     reference(axis, far, "uniform attention")
 
@@ -440,7 +436,7 @@ def late_nmi(values):
 
 
 def last_nmi(values):
-    return np.mean(values["nmi"][-1])
+    return last(values["nmi"])
 
 
 def nmi_fall(values):
@@ -448,7 +444,7 @@ def nmi_fall(values):
 
 
 def plot_nmi(axis, networks):
-    curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)", x="layer", start=1)
+    curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)")
     reference(axis, 0, "one map for all queries")
 
 
@@ -541,11 +537,10 @@ def late_tokens(values):
 
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    names = {"heads": "heads", "depths": "neighbouring layers", "tokens": "tokens"}
-    for axis, (key, name) in zip(axes, names.items(), strict=True):
-        start = 2 if key == "depths" else 1  # a pair of layers stands at the second
-        label = f"cosine between {name}"
-        curves(axis, networks, itemgetter(key), label, x="layer", start=start)
+    curves(axes[0], networks, itemgetter("heads"), "cosine between heads")
+    label = "cosine between neighbouring layers"
+    curves(axes[1], networks, itemgetter("depths"), label, start=2)
+    curves(axes[2], networks, itemgetter("tokens"), "cosine between tokens")
     return fig
 
 
@@ -583,33 +578,30 @@ def picture_plane(vit, batch):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
     _, records = vit(batch["x"][:3], record=True)
     before = records[max(len(records) - 2, 0)].out[:, 1:]
-    after = records[-1].mid[:, 1:]
-    tokens = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
+    tokens = torch.cat([before, records[-1].mid[:, 1:]], dim=1).cpu()  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = sizes.square() / sizes.square().sum()
-    plane = (tokens @ directions[:2].T).numpy()
-    return {"plane": plane, "shares": shares[:2].numpy()} | to_pictures(batch)
+    plane = {"plane": tokens @ directions[:2].T, "shares": shares[:2]}
+    return to_pictures(batch) | plane
 
 
 def draw_plane(networks):
-    networks = [n for n in longest(networks) if "plane" in n.pictures]
+    networks = [n for n in networks if n.is_longest and "plane" in n.pictures]
     fig, [[left, *axes]] = canvas(1 + len(networks), height=4.2)
-    photographs = np.array(networks[0].pictures["photographs"])
-    left.imshow(np.concatenate(photographs))  # one below the other
+    left.imshow(np.concatenate(networks[0].pictures["photographs"]))
     left.axis("off")
-    for number, colour in enumerate(IMAGE_COLOURS):
-        left.axvline(-2, 2 / 3 - number / 3, 1 - number / 3, color=colour, lw=8)
     for axis, network in zip(axes, networks, strict=True):
-        for tokens, colour in zip(
-            network.pictures["plane"], IMAGE_COLOURS, strict=True
-        ):
-            before, after = np.split(np.array(tokens), 2)
+        pictures = network.pictures
+        for place, colour in enumerate(IMAGE_COLOURS):
+            before, after = np.split(np.array(pictures["plane"][place]), 2)
             x, y = np.stack([before, after], axis=1).T  # (2, N) each
             axis.plot(x, y, color=colour, lw=0.5)  # N lines, from before to after
             axis.scatter(*before.T, s=12, ec=colour, fc="none")
             axis.scatter(*after.T, s=12, color=colour)
-        first, second = network.pictures["shares"]
+            # beside its image: the three stand one below the other
+            left.axvline(-2, 2 / 3 - place / 3, 1 - place / 3, color=colour, lw=8)
+        first, second = pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
         axis.set_title(wrapped(network.name), color=style_of(network)["color"])
         axis.axis("equal")
@@ -692,11 +684,11 @@ def image_spectra(rows):
 
 
 def token_volume(values):
-    return values["token volume"][-1]
+    return last(values["token volume"])
 
 
 def image_volume(values):
-    return values["image volume"][-1]
+    return last(values["image volume"])
 
 
 def last_of(key, values):
@@ -706,13 +698,13 @@ def last_of(key, values):
 def draw_spectra(networks):
     fig, axes = canvas(3, rows=2, height=4)
     for line, name in zip(axes, ("token", "image"), strict=True):
-        label = f"mean log singular value, {name}s"
-        key = f"{name} volume"
-        curves(line[0], networks, itemgetter(key), f"{label},\nscale-free")
-        curves(line[1], networks, itemgetter(f"{key}, absolute"), f"{label},\nabsolute")
+        key, label = f"{name} volume", f"mean log singular value,\n{name}s"
+        state_curves(line[0], networks, itemgetter(key), f"{label}, scale-free")
+        absolute = itemgetter(f"{key}, absolute")
+        state_curves(line[1], networks, absolute, f"{label}, absolute")
         read = partial(last_of, f"{name} spectrum")
-        label = f"log singular value / largest,\n{name}s"
-        curves(line[2], networks, read, label, x="rank, as a share (last layer)", end=1)
+        label = f"log singular value / largest,\n{name}s, last layer"
+        curves(line[2], networks, read, label, x="rank, as a share", start=0, end=1)
     return fig
 
 
@@ -786,17 +778,17 @@ def late_high(values):
 
 
 def plot_high_frequencies(axis, networks):
-    curves(axis, networks, high_frequencies, "Δ log amplitude at π")
+    state_curves(axis, networks, high_frequencies, "Δ log amplitude at π")
 
 
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
     label = "log amplitude at π - at the lowest above 0"
-    curves(axes[1], networks, above_lowest, label)
-    label = "Δ log amplitude, last layer"
+    state_curves(axes[1], networks, above_lowest, label)
+    x, label = "frequency (π per patch)", "Δ log amplitude, last layer"
     read = partial(last_of, "fourier")
-    curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
+    curves(axes[2], networks, read, label, x=x, start=0, end=1)
     return fig
 
 
@@ -835,37 +827,33 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     (m,), and the accuracy on a quarter of the n rows, which chooses the strength.
     """
     cut = 3 * len(labels) // 4
-    features = torch.as_tensor(features).float()
+    x, test = [torch.as_tensor(rows).float().to(device) for rows in (features, test)]
     labels = torch.as_tensor(labels).long().to(device)
-    mean = features[:cut].mean(dim=0)
-    std = features[:cut].std(dim=0).clamp(min=1e-6)
-    sets = []
-    for rows in (features[:cut], features[cut:], torch.as_tensor(test).float()):
-        # a column of ones for the bias
-        sets.append(F.pad((rows - mean) / std, (0, 1), value=1.0).to(device))
-    x, val, test = sets
-    weight = torch.zeros(x.shape[1], 1 + int(labels.max()), device=device)
-    weight.requires_grad_()
+    mean, std = x[:cut].mean(dim=0), x[:cut].std(dim=0).clamp(min=1e-6)
+    x, test = (x - mean) / std, (test - mean) / std
+    head = nn.Linear(x.shape[1], 1 + int(labels.max())).to(device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     best = -1.0
     for strength in strengths:  # from strong to weak, each from the last solution
-        minimise(weight, strength, x, labels[:cut])
-        decisions = (val @ weight).argmax(dim=1)
-        accuracy = float((decisions == labels[cut:]).float().mean())
+        minimise(head, strength, x[:cut], labels[:cut])
+        decisions = head(x[cut:]).argmax(dim=1)
+        accuracy = (decisions == labels[cut:]).float().mean().item()
         if accuracy > best:
-            best = accuracy
-            predicted = (test @ weight).argmax(dim=1)
-    return predicted.cpu().numpy(), best
+            best, predicted = accuracy, head(test).argmax(dim=1).cpu().numpy()
+    return predicted, best
 
 
-def minimise(weight, strength, x, labels):
-    """Mean cross-entropy + strength/2·|W|² without the bias, by L-BFGS."""
+def minimise(head, strength, x, labels):
+    """Mean cross-entropy + strength/2·|W|², by L-BFGS."""
     limits = {"max_iter": 100, "history_size": 10}
-    solver = torch.optim.LBFGS([weight], line_search_fn="strong_wolfe", **limits)
+    search = "strong_wolfe"
+    solver = torch.optim.LBFGS(head.parameters(), line_search_fn=search, **limits)
 
     def loss():
         solver.zero_grad()
-        penalty = strength / 2 * weight[:-1].square().sum()
-        total = penalty + F.cross_entropy(x @ weight, labels)
+        penalty = strength / 2 * head.weight.square().sum()
+        total = penalty + F.cross_entropy(head(x), labels)
         total.backward()
         return total
 
@@ -878,8 +866,8 @@ def probe_labels(features, labels, test, device):
     -> predicted (m, label sets), mean accuracy on validation.
     """
     probes = [linear_probe(features, column, test, device) for column in labels.T]
-    predicted = np.stack([classes for classes, _ in probes], axis=1)
-    return predicted, np.mean([accuracy for _, accuracy in probes])
+    predicted, accuracies = zip(*probes, strict=True)
+    return np.stack(predicted, axis=1), np.mean(accuracies)
 
 
 def probe_output(features, labels, test, device):
@@ -887,17 +875,16 @@ def probe_output(features, labels, test, device):
 
     features (n, 2, D), test (m, 2, D) -> predicted (m, label sets).
     """
-    pooled, accuracy = probe_labels(features[:, 0], labels, test[:, 0], device)
-    cls, cls_accuracy = probe_labels(features[:, 1], labels, test[:, 1], device)
-    if cls_accuracy > accuracy:
-        return cls
-    return pooled
+    probes = []
+    for token in (0, 1):
+        pair = features[:, token], labels, test[:, token]
+        probes.append(probe_labels(*pair, device))
+    return max(probes, key=itemgetter(1))[0]
 
 
 def learn_probe(study):
-    train, test = study.train_rows, study.rows
-    output = train["output"], train["labels"], test["output"]
-    return {"linear probe": probe_output(*output, study.device) == test["labels"]}
+    predicted = probe_output(*study.learnt(), study.rows["output"], study.device)
+    return {"linear probe": predicted == study.rows["labels"]}
 
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -909,35 +896,34 @@ BATCH = 64
 class Tuned(nn.Module):
     """A copy of a network with a linear head: classes of images, or of pixels."""
 
-    def __init__(self, vit, classes, label_sets=1, target="labels", frozen=False):
+    def __init__(self, vit, classes, target="labels", label_sets=1, frozen=False):
         super().__init__()
         torch.manual_seed(0)
         self.vit = deepcopy(vit).requires_grad_(not frozen)
         self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
-        outputs = classes * label_sets
-        if target == "mask":
-            outputs = classes * vit.patch_size**2
-        self.head = nn.Linear(vit.embed_dim, outputs).to(vit.cls_token.device)
-        self.classes = classes
-        self.target = target  # its key in a batch
+        self.classes, self.target = classes, target  # target: its key in a batch
+        answers = vit.patch_size**2 if target == "mask" else label_sets
+        self.head = nn.Linear(vit.embed_dim, classes * answers)
+        self.to(vit.cls_token.device)
 
     def forward(self, x):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
         tokens = self.vit(x)[:, 1:]
-        if self.target == "mask":  # one linear layer per token, for its p × p pixels
-            patches = self.head(self.norm(tokens.flatten(0, 1)))  # (B·N, classes·p²)
-            patches = patches.float().unflatten(0, tokens.shape[:2])
-            p = self.vit.patch_size
-            return F.fold(patches.mT, x.shape[2:], p, stride=p)
-        logits = self.head(self.norm(tokens.mean(dim=1)))
-        return logits.float().unflatten(1, (self.classes, -1))
+        if self.target == "labels":
+            tokens = tokens.mean(dim=1, keepdim=True)
+        logits = self.head(self.norm(tokens.flatten(0, 1))).float()
+        logits = logits.unflatten(0, tokens.shape[:2]).mT  # (B, outputs, N or 1)
+        if self.target == "labels":
+            return logits[..., 0].unflatten(1, (self.classes, -1))
+        p = self.vit.patch_size
+        return F.fold(logits, x.shape[2:], p, stride=p)
 
 
 def parameter_groups(network, lr, decay):
-    """AdamW's groups: what is early is general and moves less (BEiT, SimMIM).
+    """What is early is general and moves less (BEiT, SimMIM).
 
     Block l of L learns at lr·decay^(L - l), the embedding as block 0; the last norm,
-    the head and position-bias tables as block L. Only matrices carry weight decay.
+    the head and position-bias tables as block L.
     """
     depth = len(network.vit.blocks)
     groups = []
@@ -948,41 +934,43 @@ def parameter_groups(network, lr, decay):
             layer = int(stage[1]) + 1
         elif stage[0] in ("patch_embed", "cls_token", "pos_embed"):
             layer = 0
-        weight_decay = 0.05 if p.ndim > 1 and name.endswith("weight") else 0.0
-        peak = lr * decay ** (depth - layer)
-        group = {"params": [p], "lr": peak, "peak": peak, "weight_decay": weight_decay}
-        groups.append(group)
+        groups.append({"params": [p], "lr": lr * decay ** (depth - layer)})
     return groups
 
 
+def rate_at(steps, step):
+    """A rise over a tenth of the steps, and half a cosine; a share of the peak."""
+    progress = (step + 1) / (steps + 1)
+    return min(10 * progress, (1 + math.cos(math.pi * progress)) / 2)
+
+
 def fit(network, images, epochs, lr, decay=1.0):
-    """Trains on crops and flips, by AdamW, with a short rise and half a cosine."""
-    solver = torch.optim.AdamW(parameter_groups(network, lr, decay))
+    """Trains a Tuned on crops and flips of images."""
+    batches = replace(images, training=True).batches(BATCH)
+    solver = torch.optim.AdamW(parameter_groups(network, lr, decay), weight_decay=0.05)
+    rates = partial(rate_at, epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(solver, rates)
     device = network.head.weight.device
     bf16 = sslvit.has_bf16(device.type)
-    batches = images.training_batches(epochs)
-    for step, batch in enumerate(batches, start=1):
-        progress = step / (len(batches) + 1)
-        factor = min(10 * progress, (1 + math.cos(math.pi * progress)) / 2)
-        for group in solver.param_groups:
-            group["lr"] = factor * group["peak"]
-        solver.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = network(normalise(batch["pixels"], network.vit))
-        F.cross_entropy(logits, batch[network.target].to(device)).backward()
-        solver.step()
+    for _ in range(epochs):
+        for batch in batches:
+            solver.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = network(normalise(batch["pixels"], network.vit))
+            F.cross_entropy(logits, batch[network.target].to(device)).backward()
+            solver.step()
+            schedule.step()
     return network.eval()
 
 
 @torch.no_grad()
 def predict(network, images):
     """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
-    predicted, true = [], []
+    pairs = []
     for batch in images.batches(BATCH):
         logits = network(normalise(batch["pixels"], network.vit))
-        predicted.append(logits.argmax(dim=1).cpu())
-        true.append(batch[network.target])
-    return torch.cat(predicted).numpy(), torch.cat(true).numpy()
+        pairs.append((logits.argmax(dim=1).cpu(), batch[network.target]))
+    return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
 
 
 def tune(study, key, make, train, test, settings):
@@ -992,26 +980,26 @@ def tune(study, key, make, train, test, settings):
     seeds of a network share the choice.
     """
     cut = 3 * len(train) // 4
-    train, val = train.part(0, cut), train.part(cut, len(train))
+    train, val = train.part(0, cut), train.part(cut, None)
+    epochs = study.options.epochs
     if key not in study.choices:
         scores = []
         for setting in settings:
-            network = fit(make(), train, max(1, study.epochs // 3), **setting)
+            network = fit(make(), train, max(1, epochs // 3), **setting)
             scores.append(np.mean(np.equal(*predict(network, val))))
-        study.choices[key] = settings[int(np.argmax(scores))]
-    return predict(fit(make(), train, study.epochs, **study.choices[key]), test)
+        study.choices[key] = settings[np.argmax(scores)]
+    return predict(fit(make(), train, epochs, **study.choices[key]), test)
 
 
 def learn_tuned(study):
-    make = partial(Tuned, study.vit, study.classes, len(study.label_names))
+    make = partial(Tuned, study.vit, study.classes, label_sets=len(study.label_names))
     tuned = tune(study, "fine-tuned", make, study.train, study.test, FINE_TUNING)
     return {"fine-tuned": np.equal(*tuned)}
 
 
 def draw_accuracy(networks):
-    keys = ("linear probe", "fine-tuned")
-    fig, axes = canvas(2 * len(networks[0].facts["label_names"]))
-    for axis, read, label in label_axes(networks, keys, axes):
+    fig, axes = canvas(2 * label_count(networks))
+    for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
         points(axis, networks, read, label)
     return fig
 
@@ -1048,41 +1036,36 @@ def mean_tuned(values):
 
 
 def scaling_parts(setting):
-    text = "fine-tune accuracy, {} size"
-    common = (mean_tuned, setting, True)
-    return (
-        Part(text.format("smallest"), "smallest CL", "smallest MIM", *common),
-        Part(text.format("largest"), "largest MIM", "largest CL", *common),
-    )
+    common = mean_tuned, setting, True
+    smallest = "fine-tune accuracy, smallest size", "smallest CL", "smallest MIM"
+    largest = "fine-tune accuracy, largest size", "largest MIM", "largest CL"
+    return Part(*smallest, *common), Part(*largest, *common)
 
 
-def against(axis, networks, fact, read, name, **style):
+def against(axis, networks, fact, read, label, **style):
     """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    means = {}
+    means = defaultdict(list)
     for network in sorted(networks, key=lambda network: network.facts[fact]):
         x, y = network.facts[fact], read(network.row(0))
-        colour = style_of(network)["color"]
-        axis.plot(x, y, "o", color=colour, mfc="none", ms=8)
-        means.setdefault(x, []).append(y)
-    line = style_of(network) | {"lw": 2, "zorder": 0, "label": name} | style
-    axis.plot(list(means), [np.mean(y) for y in means.values()], **line)
+        axis.plot(x, y, "o", color=style_of(network)["color"], mfc="none", ms=8)
+        means[x].append(y)
+    y = [np.mean(seeds) for seeds in means.values()]
+    axis.plot(list(means), y, label=label, lw=2, zorder=0, **style)
 
 
 def draw_scaling(networks):
     """A line for each role and number of training images."""
-    widths = sorted({network.facts["embed_dim"] for network in networks})
-    if len(widths) < 2:
-        raise KeyError("networks of two sizes")
-    fig, axes = canvas(len(networks[0].facts["label_names"]))
+    sizes = {network.facts["embed_dim"] for network in networks}
+    require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in networks:
-        name = f"{network.role}, {network.facts['images']:,} images"
-        lines[name.removesuffix(", 0 images")].append(network)
+        lines[network.role, network.facts["images"]].append(network)
+    fig, axes = canvas(label_count(networks))
     for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
-        for name, group in lines.items():
-            against(axis, group, "embed_dim", read, name)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(widths, widths)
+        for (role, images), group in lines.items():
+            name = f"{role}, {images:,} images".removesuffix(", 0 images")
+            against(axis, group, "embed_dim", read, name, **style_of(group[0]))
+        axis.set_xticks(sorted(sizes))
         axis.set_xlabel("width of the tokens")
         say_range(axis, label)
     return fig
@@ -1137,14 +1120,14 @@ def overlaps(predicted, true, classes):
 
 
 def learn_dense(study):
-    require(study.on_stimuli, "needs the stimuli, whose masks say what is where")
+    require(study.on_stimuli, "segmentation needs the stimuli, whose masks are given")
     train = replace(study.train.part(0, len(study.train) // 4), masks=True)
     test = replace(study.test, masks=True)
     classes = 1 + study.classes  # 0 is the ground
-    pixels = partial(Tuned, study.vit, classes, target="mask")
-    frozen = partial(pixels, frozen=True)
-    linear = tune(study, "linear head", frozen, train, test, LINEAR_HEADS)
-    tuned = tune(study, "fine-tuned head", pixels, train, test, FINE_TUNING)
+    tuned = partial(Tuned, study.vit, classes, target="mask")
+    linear = partial(tuned, frozen=True)
+    linear = tune(study, "mIoU, linear", linear, train, test, LINEAR_HEADS)
+    tuned = tune(study, "mIoU, fine-tuned", tuned, train, test, FINE_TUNING)
     values = {"overlap, linear": overlaps(*linear, classes)}
     return values | {"overlap, fine-tuned": overlaps(*tuned, classes)}
 
@@ -1207,19 +1190,21 @@ def shape_bias(cues):
 
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
-    features, labels = study.train_rows["output"], study.train_rows["labels"]
+    features, labels = study.learnt()
     if not study.on_stimuli:
         rows, cues = study.cue_conflict()
-        decisions = probe_output(features, labels, rows, study.device)
-        return {"cues": (decisions == cues)[:, None]}
-    rows = study.rows["output"]
+        return {
+            "cues": (probe_output(features, labels, rows, study.device) == cues)[
+                :, None
+            ]
+        }
     shapes, textures = labels.T
     pairings = []
     for offset in range(8):
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (textures - shapes) % 8 == offset
-        lesson = features[taught], labels[taught, :1]
-        decisions = probe_output(*lesson, rows, study.device)
+        pairs = features[taught], labels[taught, :1]
+        decisions = probe_output(*pairs, study.rows["output"], study.device)
         cues = (study.rows["labels"] - [0, offset]) % 8
         conflict = cues[:, :1] != cues[:, 1:]
         pairings.append((decisions == cues) & conflict)
@@ -1271,14 +1256,13 @@ def band_noise(size, low, high, generator=None):
     Images so small that no frequency lies in the ring have those nearest to it.
     """
     noise = torch.fft.fft2(torch.randn(size, generator=generator))
-    y = torch.fft.fftfreq(size[-2]) * 2 * math.pi
+    y = torch.fft.fftfreq(size[-2])[:, None] * 2 * math.pi
     x = torch.fft.fftfreq(size[-1]) * 2 * math.pi
-    radius = (y[:, None].square() + x.square()).sqrt()  # (h, w)
+    radius = torch.hypot(y, x)  # (h, w)
     radius[0, 0] = math.inf  # the mean
     ring = (radius >= low) & (radius < high)
     if not ring.any():
-        distance = (radius - (low + high) / 2).abs()
-        ring = distance < distance.min() + 1e-4
+        ring = radius <= radius[radius >= low].min() + 1e-4
     noise = torch.fft.ifft2(noise * ring).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
@@ -1292,26 +1276,22 @@ def band_noise_drop(accuracies):
     return 1 - np.asarray(accuracies[1:]) / (accuracies[0] or math.nan)
 
 
-@torch.no_grad()
 def learn_noise(study):
     """-> noise (n / 2, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
-    count = max(GROUPS, len(study.test) // 2)
+    half = study.test.part(0, max(GROUPS, len(study.test) // 2))
     outputs = []
-    for batch in study.test.part(0, count).batches(BATCH):
+    for batch in half.batches(BATCH):
         clean = batch["pixels"].float()
-        versions = [pooled_and_cls(study.vit(normalise(clean, study.vit)))]
+        versions = [clean]
         for low, high in BANDS:
             noise = NOISE * band_noise(clean.shape, low, high, generator)
-            noisy = normalise((clean + noise).clamp(0, 255), study.vit)
-            versions.append(pooled_and_cls(study.vit(noisy)))
-        outputs.append(torch.stack(versions, dim=1).cpu())
-    test = torch.cat(outputs)  # (n / 2, 1 + bands, 2, D)
-    train = study.train_rows["output"], study.train_rows["labels"]
-    with torch.enable_grad():
-        predicted = probe_output(*train, test.flatten(0, 1), study.device)
-    predicted = predicted.reshape(*test.shape[:2], -1)
-    return {"noise": predicted == study.rows["labels"][:count, None]}
+            versions.append((clean + noise).clamp(0, 255))
+        outputs.append(torch.stack([study.output(x) for x in versions], dim=1))
+    rows = torch.cat(outputs)  # (n / 2, 1 + bands, 2, D)
+    predicted = probe_output(*study.learnt(), rows.flatten(0, 1), study.device)
+    predicted = predicted.reshape(len(rows), 1 + len(BANDS), -1)
+    return {"noise": predicted == study.rows["labels"][: len(rows), None]}
 
 
 def noise_drop(values):
@@ -1354,21 +1334,23 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
-    train = one_pass(study.vit, study.train, [], [measure_features])
+    train = one_pass(study.vit, study.train, (), (measure_features,))
     values = {}
-    for key in ("pooled", "cls"):
-        scores = []
-        for state in range(train[key].shape[1]):
-            features, test = train[key][:, state], study.rows[key][:, state]
-            predicted, _ = probe_labels(features, train["labels"], test, study.device)
-            scores.append(predicted == study.rows["labels"])
-        values[f"layers, {key}"] = np.stack(scores, axis=1)
+    for token in ("pooled", "cls"):
+        probes = []
+        for state in range(train[token].shape[1]):
+            features, test = train[token][:, state], study.rows[token][:, state]
+            probes.append(
+                probe_labels(features, train["labels"], test, study.device)[0]
+            )
+        correct = np.stack(probes, axis=1) == study.rows["labels"][:, None]
+        values[f"probe of {token} tokens"] = correct
     return values
 
 
 def pooled_layers(values):
     """After each MLP, mean over label sets (L,)."""
-    return after_mlp(values["layers, pooled"]).mean(axis=1)
+    return after_mlp(values["probe of pooled tokens"]).mean(axis=1)
 
 
 def early_layers(values):
@@ -1376,7 +1358,7 @@ def early_layers(values):
 
 
 def last_layer(values):
-    return pooled_layers(values)[-1]
+    return last(pooled_layers(values))
 
 
 def middle_minus_last(values):
@@ -1385,11 +1367,11 @@ def middle_minus_last(values):
 
 def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
-    fig, axes = canvas(len(networks[0].facts["label_names"]), rows=2, height=4.2)
-    keys = ("layers, pooled", "layers, cls")
+    fig, axes = canvas(label_count(networks), rows=2, height=4.2)
+    keys = ("probe of pooled tokens", "probe of cls tokens")
     for axis, read, label in label_axes(networks, keys, axes):
-        curves(axis, networks, read, "")
-        say_range(axis, label.replace("layers", "probe"))
+        state_curves(axis, networks, read, "")
+        say_range(axis, label)
     return fig
 
 
@@ -1430,10 +1412,9 @@ def last_minus_middle(values):
 
 def draw_decoder(networks):
     shown = [n for n in networks if n.role in ("MIM", "untrained", DECODED)]
-    if DECODED not in {network.role for network in shown}:
-        raise KeyError(DECODED)
+    require(any(n.role == DECODED for n in shown), f"needs {DECODED}")
     fig, [axes] = canvas(3)
-    curves(axes[0], shown, pooled_layers, "probe of pooled tokens", x="layer", start=1)
+    curves(axes[0], shown, pooled_layers, "probe of pooled tokens")
     plot_nmi(axes[1], shown)
     plot_high_frequencies(axes[2], shown)
     return fig
@@ -1491,22 +1472,16 @@ def hybrid_parts(setting):
 
 def draw_sweep(networks):
     """Above, accuracy against λ; below, NMI and high frequencies."""
-    if "hybrid" not in {network.role for network in networks}:
-        raise KeyError("a hybrid of λ = 0.2")
+    require(any(n.role == "hybrid" for n in networks), "needs a hybrid of λ = 0.2")
     fig = plt.figure(figsize=(32 / 3, 8.8))
     above, below = fig.subfigures(2)
-    axes = above.subplots(1, 2 * len(networks[0].facts["label_names"]))
+    axes = above.subplots(1, 2 * label_count(networks))
     for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
         for setting, dashes in (("equal work", ":"), ("equal images", "-")):
             groups = groups_of(networks, setting)
-            swept = [
-                n
-                for role in groups
-                for n in groups[role]
-                if n.role == role and "one-view" not in role and role != "untrained"
-            ]
-            if swept:
-                against(axis, swept, "lam", read, setting, color="black", ls=dashes)
+            swept = [n for role in groups for n in groups[role] if n.role == role]
+            swept = [n for n in swept if n.facts["lam"] is not None]
+            against(axis, swept, "lam", read, setting, color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
         say_range(axis, label)
     left, right = below.subplots(1, 2)
@@ -1537,12 +1512,16 @@ FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
 
 @dataclass
 class Images:
-    """Some images of a set (Stimuli, ImageFolder), in an order."""
+    """Some images of a set (Stimuli, ImageFolder): centre squares, in an order.
+
+    training: in random order, cropped and mirrored. masks: of stimuli, not cropped.
+    """
 
     source: object
     indices: list
     size: int
     workers: int
+    training: bool = False
     masks: bool = False
 
     def __len__(self):
@@ -1551,51 +1530,34 @@ class Images:
     def part(self, start, end):
         return replace(self, indices=self.indices[start:end])
 
-    def batches(self, size):
-        """Centre squares in order: dicts of pixels, labels and perhaps mask."""
-        keys = [(None, place) for place in range(len(self))]
-        return self.load([keys[i : i + size] for i in range(0, len(keys), size)])
+    def crop(self, image, index):
+        if not self.training or self.masks:
+            return sslvit.center_crop(image, self.size)
+        rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        return sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
 
-    def training_batches(self, epochs):
-        """Every epoch in another order, cropped and flipped; whole batches only."""
-        size = min(BATCH, len(self))
-        batches = []
-        for epoch in range(epochs):
-            order = np.random.default_rng([0, epoch]).permutation(len(self))
-            keys = [(epoch, place) for place in order]
-            ends = range(size, len(self) + 1, size)
-            batches += [keys[end - size : end] for end in ends]
-        return self.load(batches)
-
-    def load(self, batches):
-        return DataLoader(
-            self,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            generator=torch.Generator(),
-            worker_init_fn=ignore_interrupts,
-        )
-
-    def __getitem__(self, key):
-        """Epoch, place in the order -> the image there, or the next one readable."""
-        epoch, place = key
-
-        def crop(image, index):
-            if epoch is None or self.masks:
-                return sslvit.center_crop(image, self.size)
-            rng = np.random.default_rng([1, epoch, index])
-            return sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
-
+    def __getitem__(self, place):
+        """The image there, or the next that can be read."""
         wanted = self.indices[place]
-        pixels, labels, index = sslvit.first_readable(self.source, wanted, crop)
+        pixels, labels, index = sslvit.first_readable(self.source, wanted, self.crop)
         item = {"pixels": torch.from_numpy(pixels)}
         if self.masks:  # of each pixel: 0 for the ground, else 1 + the shape
             _, shape, _, inside = self.source[index]
             item["mask"] = torch.from_numpy(inside) * (1 + shape)
-        rng = np.random.default_rng([2, epoch or 0, index])
-        if epoch is not None and rng.random() < 0.5:
-            item = {name: x.flip(-1) for name, x in item.items()}
+        if self.training and torch.rand(()) < 0.5:
+            item = {key: x.flip(-1) for key, x in item.items()}
         return item | {"labels": torch.as_tensor(labels)}
+
+    def batches(self, size):
+        return DataLoader(
+            self,
+            batch_size=min(size, len(self)),
+            shuffle=self.training,
+            drop_last=self.training,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),
+            worker_init_fn=ignore_interrupts,
+        )
 
 
 def ignore_interrupts(worker):
@@ -1608,21 +1570,15 @@ def normalise(pixels, vit):
     mean, std = MEAN, STD
     if vit.facts["pixels"] == "half":
         mean = std = torch.tensor(0.5)
-    device = vit.cls_token.device
-    return (pixels.to(device) / 255 - mean.to(device)) / std.to(device)
+    return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
-@dataclass
-class Layer:
-    """One layer on one batch, without CLS."""
-
-    attn: torch.Tensor  # among patches, rows renormalised to sum 1 (B, H, N, N)
-    heads: torch.Tensor  # A_h·V_h (B, H, N, d)
-    added: torch.Tensor  # what attention adds to the tokens (B, N, D)
-    above: torch.Tensor | None  # what it added in the layer before
-    output_weight: torch.Tensor  # W of attention's output (D, H·d)
-    grid: tuple  # rows, columns
-    patch_size: int
+# One layer on one batch, without CLS. attn: among patches, rows renormalised to sum 1
+# (B, H, N, N); heads: A_h·V_h (B, H, N, d); added: what attention adds to the tokens
+# (B, N, D); above: the same of the layer before, or None; output_weight: of attention
+# (D, H·d); grid: rows, columns.
+names = "attn heads added above output_weight grid patch_size"
+Layer = namedtuple("Layer", names)
 
 
 def pooled_and_cls(tokens):
@@ -1671,126 +1627,118 @@ def attempt(function, *arguments):
         return {}
 
 
-@cache
-def say_once(text):
-    print(text, flush=True)
+say_once = cache(print)
 
 
 @torch.no_grad()
-def one_pass(vit, images, measures, token_measures):
+def one_pass(vit, images, measures=(), token_measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     # at most 200 MB of attention weights
     tokens = 1 + (images.size // vit.patch_size) ** 2
     weights = len(vit.blocks) * vit.facts["num_heads"] * tokens**2
-    size = max(1, min(BATCH, 5 * 10**7 // weights))
     rows = defaultdict(list)
-    for batch in images.batches(size):
+    for batch in images.batches(max(1, min(BATCH, 5 * 10**7 // weights))):
         x = normalise(batch["pixels"], vit)
         values = measure_batch(vit, x, measures, token_measures)
-        for key, value in (values | {"labels": batch["labels"]}).items():
+        values["labels"] = batch["labels"]
+        for key, value in values.items():
             rows[key].append(value.cpu().numpy())
-    batches = len(rows["labels"])
-    return {key: np.concatenate(x) for key, x in rows.items() if len(x) == batches}
+    return {key: np.concatenate(parts) for key, parts in rows.items()}
 
 
 @cache
 def find_data(data, size):
-    """-> training and test set, and whether something can be learnt from labels."""
+    """-> training set, test set, and whether there are labels to learn from."""
     train, test = sslvit.find_data(Config(data=data, image_size=size))
     is_labelled = test is not None and train.classes == test.classes != ()
-    if test is None or len(test) < GROUPS:
-        train, test, is_labelled = train, train, False
-    fault = f"--data {data}: {len(test)} images, at least {GROUPS} are needed"
-    require(len(test) >= GROUPS, fault)
-    return train, test, is_labelled and len(train) >= GROUPS
+    if test is None or min(len(train), len(test)) < GROUPS:
+        return train, train, False
+    return train, test, is_labelled
 
 
 class Study:
     """One network, the images it is tested on and learns from, and its values."""
 
     def __init__(self, vit, options, choices):
-        self.vit = vit
-        self.epochs = options.epochs
-        self.device = options.device
-        self.cues = options.cue_conflict
+        self.vit, self.options, self.device = vit, options, options.device
         self.choices = choices  # of learning rates, shared by the seeds of a network
         size = vit.facts["image_size"]
         train, test, self.is_labelled = find_data(options.data, size)
         self.on_stimuli = isinstance(test, Stimuli)
-        self.label_names = list(test.label_names)
-        self.class_names = list(test.classes[0]) if test.classes else []
-        self.classes = len(self.class_names)
+        self.label_names = test.label_names
+        self.classes = len(test.classes[0]) if self.is_labelled else 0
         rng = np.random.default_rng(0)
-        test_order = rng.permutation(len(test))[: options.images or None]
-        learning = options.labels or 4 * options.images or None
-        train_order = rng.permutation(len(train))[:learning]
-        self.test = Images(test, test_order.tolist(), size, options.workers)
-        self.train = Images(train, train_order.tolist(), size, options.workers)
+        images = []
+        labels = options.labels or 4 * options.images
+        for source, count in ((test, options.images), (train, labels)):
+            order = rng.permutation(len(source)).tolist()[: count or None]
+            images.append(Images(source, order, size, options.workers))
+        self.test, self.train = images
+        fault = f"--data {options.data}: {GROUPS} images at least"
+        require(len(self.test) >= GROUPS, fault)
 
     def description(self):
-        """What analyses must share to be joined: which test images, how many to learn."""
-        names = []
-        for index in self.test.indices:
-            name = f"stimulus {index}"
-            if not self.on_stimuli:
-                name = "/".join(Path(self.test.source[index][0]).parts[-2:])
-            names.append(name)
-        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        return {
-            "images": "photographs" if not self.on_stimuli else "stimuli",
-            "test": len(self.test),
-            "train": len(self.train) if self.is_labelled else 0,
-            "label_names": self.label_names,
-            "fingerprint": digest[:16],
-        }
+        """What analyses must share to be joined."""
+        names = self.test.indices
+        if not self.on_stimuli:
+            names = [Path(self.test.source[index][0]).name for index in names]
+        digest = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+        counts = {"test images": len(self.test), "training images": len(self.train)}
+        return counts | {"epochs": self.options.epochs, "fingerprint": digest}
 
-    @cached_property
-    def train_rows(self):
-        return one_pass(self.vit, self.train, [], [])
+    @torch.no_grad()
+    def output(self, pixels):
+        """-> the mean patch token, and CLS (B, 2, D)."""
+        tokens = self.vit(normalise(pixels, self.vit))
+        return pooled_and_cls(tokens).cpu()
+
+    @cache
+    def learnt(self):
+        """What probes learn from: output (n, 2, D), labels (n, label sets)."""
+        rows = one_pass(self.vit, self.train)
+        return rows["output"], rows["labels"]
 
     def measure(self, figures):
         """-> {key: (21, ...)}, everything that the figures need."""
-        functions = {}
-        for slot in ("measure", "measure_tokens", "learn", "whole"):
-            every = [f for figure in figures for f in getattr(figure, slot)]
-            functions[slot] = list(dict.fromkeys(every))  # each once, in order
-        measures = functions["measure"], functions["measure_tokens"]
+        measures = unique(figures, "measure"), unique(figures, "measure_tokens")
         self.rows = one_pass(self.vit, self.test, *measures)
-        if self.is_labelled:
-            for learn in functions["learn"]:
-                print(f"  {learn.__name__.replace('_', ' ')}", flush=True)
-                self.rows |= attempt(learn, self)
-        values = leave_out(self.rows, functions["whole"])
-        return {key: x for key, x in values.items() if key not in FEATURES}
+        for learn in unique(figures, "learn") if self.is_labelled else ():
+            print(f"  {learn.__name__}", flush=True)
+            self.rows |= attempt(learn, self)
+        values = leave_out(self.rows, unique(figures, "whole"))
+        return {key: values[key] for key in values.keys() - FEATURES}
 
     @torch.no_grad()
     def pictures(self, figures):
-        images = replace(self.test.part(0, 3), masks=self.on_stimuli)
-        batch = next(iter(images.batches(3)))
+        [batch] = replace(self.test.part(0, 3), masks=self.on_stimuli).batches(3)
         batch["x"] = normalise(batch["pixels"], self.vit)
         pictures = {}
-        for figure in figures:
-            if figure.picture is not None:
-                pictures |= attempt(figure.picture, self.vit, batch)
+        for picture in filter(None, [figure.picture for figure in figures]):
+            pictures |= attempt(picture, self.vit, batch)
         return pictures
 
     def cue_conflict(self):
         """Geirhos' images, cat1-elephant2.png: a cat's shape -> output, cues (n, 2)."""
-        require(self.cues, "shape bias needs the stimuli or --cue-conflict")
-        images = sslvit.ImageFolder(self.cues)
-        indices, cues = [], []
+        folder = self.options.cue_conflict
+        require(folder, "shape bias needs the stimuli or --cue-conflict")
+        images, classes = sslvit.ImageFolder(folder), self.test.source.classes[0]
+        pairs = {}
         for index, (path, _) in enumerate(images):
-            match = re.fullmatch(r"([a-z]+)\d*-([a-z]+)\d*\.png", Path(path).name)
-            names = match.groups() if match else ()
-            fault = (
-                f"--cue-conflict: {path} is no <shape><n>-<texture><n>.png of --data"
+            names = re.findall("[a-z]+", Path(path).stem)
+            fits = len(names) == 2 and set(names) <= set(classes)
+            require(
+                fits, f"{path} is no <shape><n>-<texture><n>.png of --data's classes"
             )
-            require(names and set(names) <= set(self.class_names), fault)
             if names[0] != names[1]:  # congruent images say nothing
-                indices.append(index)
-                cues.append([self.class_names.index(name) for name in names])
-        source = replace(self.test, source=images, indices=indices)
-        return one_pass(self.vit, source, [], [])["output"], np.array(cues)
+                pairs[index] = [classes.index(name) for name in names]
+        images = replace(self.test, source=images, indices=list(pairs))
+        return one_pass(self.vit, images)["output"], np.array(list(pairs.values()))
+
+
+def unique(figures, slot):
+    """The functions of several figures, each once, in order."""
+    functions = [function for figure in figures for function in getattr(figure, slot)]
+    return list(dict.fromkeys(functions))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1799,7 +1747,6 @@ class Study:
 
 GROUPS = 20
 T_19 = 2.09  # Student's t with 19 degrees of freedom, 95 % two-sided
-COSTS = {"": "images", "equal images": "images", "equal work": "work"}
 COUNTS = {1: "one network", 2: "two networks"}
 
 
@@ -1810,7 +1757,7 @@ def leave_out(rows, whole=()):
         subset = {}
         for key, x in rows.items():
             subset[key] = x[np.arange(len(x)) % GROUPS != group]
-            values[key].append(subset[key].mean(axis=0, dtype=np.float64))
+            values[key].append(subset[key].mean(axis=0, dtype=float))
         for summarise in whole:
             for key, value in attempt(summarise, subset).items():
                 values[key].append(value)
@@ -1843,11 +1790,11 @@ def interval(more, less):
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
     deviation = difference[1:] - difference[1:].mean()
-    images = T_19 * math.sqrt((GROUPS - 1) / GROUPS * np.sum(deviation**2))
+    images = T_19 * math.sqrt(19 / 20 * np.sum(deviation**2))
     networks = 0.0
     if min(more.shape[1], less.shape[1]) >= 3:
         networks = welch(more[0], less[0])
-    return float(difference[0]), math.hypot(images, networks)
+    return difference[0], math.hypot(images, networks)
 
 
 def near(a, b):
@@ -1855,112 +1802,109 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def of_shape(networks, shape, setting):
-    """-> {role: seeds of one network}, all of one shape.
+def roles_of(networks, setting):
+    """Networks of one shape -> {role: seeds of one network}.
 
-    Of several networks of a role the one that was trained on the most images; in a
-    setting, the one of the largest cost (images, or work) that CL and MIM share.
+    Of several of a role the one that was trained on the most images; in a setting, one
+    that costs (images, or work) as much as the cheapest of the longest of each role.
     """
-    fact = COSTS[setting]
-    same = [network for network in networks if network.shape == shape]
-    cl = [network.facts[fact] for network in same if network.role == "CL"]
-    mim = [network.facts[fact] for network in same if network.role == "MIM"]
-    shared = max([a for a in cl if any(near(a, b) for b in mim)], default=0)
+    cost = "work" if setting == "equal work" else "images"
+    longest = {}
+    for network in networks:
+        if network.role in ("CL", "MIM", "hybrid"):
+            longest[network.role] = max(
+                longest.get(network.role, 0), network.facts[cost]
+            )
+    least = min(longest.values(), default=0)
     names = defaultdict(list)
-    for network in same:
-        cost = network.facts[fact]
-        if not setting or near(cost, shared) or network.role == "untrained":
-            names[cost, network.name].append(network)
-    # the largest comes last
+    for network in networks:
+        fits = network.role == "untrained" or near(network.facts[cost], least)
+        if fits or not setting:
+            names[network.facts["images"], network.name].append(network)
+    # the most images come last
     return {names[key][0].role: names[key] for key in sorted(names)}
 
 
 def groups_of(networks, setting=""):
-    """-> {role: networks that may be compared}. Plain roles have the commonest shape."""
-    shapes = [n.shape for n in networks if n.role != "untrained"]
-    common = max(shapes, key=lambda shape: (shapes.count(shape), shape))
-    groups = of_shape(networks, common, setting)
-    if DECODED in groups:
-        decoder = groups[DECODED][0].facts["decoder_depth"]
-        deeper = of_shape(networks, (*common[:3], common[3] + decoder), setting)
-        if "MIM" in deeper:
-            groups["MIM as deep"] = deeper["MIM"]
-    # sizes that CL and MIM share, for the same images and patches, as parameters grow
-    sizes = []
-    for shape in sorted(set(shapes), key=lambda shape: shape[2] ** 2 * shape[3]):
-        group = of_shape(networks, shape, setting)
-        if shape[:2] == common[:2] and group.keys() >= {"CL", "MIM"}:
-            sizes.append(group)
-    if len(sizes) > 1:
-        for role in ("CL", "MIM"):
-            groups[f"smallest {role}"] = sizes[0][role]
-            groups[f"largest {role}"] = sizes[-1][role]
+    """-> {role: networks that may be compared}, of equal shape within a size."""
+    by_shape = defaultdict(list)
+    for network in networks:
+        by_shape[network.shape].append(network)
+    sizes = [roles_of(by_shape[shape], setting) for shape in sorted(by_shape)]
+    groups = dict(max(sizes, key=len))
+    for decoded in groups.get(DECODED, [])[:1]:
+        *shape, depth = decoded.shape
+        deeper = (*shape, depth + decoded.facts["decoder_depth"])
+        for role, seeds in roles_of(by_shape[deeper], setting).items():
+            groups[f"{role} as deep"] = seeds
+    both = [roles for roles in sizes if roles.keys() >= {"CL", "MIM"}]
+    for name, roles in zip(
+        ("smallest", "largest"), both[:1] + both[1:][-1:], strict=False
+    ):
+        for role, seeds in roles.items():
+            groups[f"{name} {role}"] = seeds
     return groups
 
 
 def numbers(read, networks):
-    """What a part reads -> (21, networks), or (21, networks, label sets)."""
+    """What a part reads -> (21, networks, label sets); one set if it reads a number."""
     rows = range(GROUPS + 1)
-    values = [[read(network.row(row)) for network in networks] for row in rows]
-    return np.array(values, dtype=float)
+    return np.array([[np.atleast_1d(read(n.row(i))) for n in networks] for i in rows])
 
 
-def judge_part(part, groups, networks, labels):
-    """-> rows of the table: one, or one for each label set."""
-    values = {}
+def judge_part(part, groups, networks):
+    """-> rows of the table: one, or one for each label set (shape, texture)."""
+    roles = [role for role in (part.more, part.less) if role]
     try:
-        for role in filter(None, (part.more, part.less)):
-            values[role] = numbers(part.read, groups[role])
-    except (KeyError, IndexError) as error:
-        needs = ", ".join(filter(None, [f"needs {error.args[0]}", part.setting]))
+        values = {role: numbers(part.read, groups[role]) for role in roles}
+    except KeyError as error:
+        needs = f"needs {error.args[0]}, {part.setting}".removesuffix(", ")
         return [{"part": part.text, "outcome": needs}]
-    shape = groups[part.more][0].shape
-    twins = [n for n in networks if n.role == "untrained" and n.shape == shape]
-    if twins:
-        values["untrained"] = numbers(part.read, twins)
-    if values[part.more].ndim == 2:
-        return [judge_numbers(part, part.text, values)]
+    first = groups[part.more][0]
+    new = [n for n in networks if n.role == "untrained" and n.shape == first.shape]
+    if new:
+        values["untrained"] = numbers(part.read, new)
+    count = values[part.more].shape[2]
     rows = []
-    for place, label in enumerate(labels):
-        of_one = {role: x[:, :, place] for role, x in values.items()}
-        rows.append(judge_numbers(part, f"{part.text}, {label}", of_one))
+    for place in range(count):
+        row = judge_numbers(part, {role: x[..., place] for role, x in values.items()})
+        if count > 1:
+            row["part"] += f", {first.facts['label_names'][place]}"
+        rows.append(row)
     return rows
 
 
-def judge_numbers(part, text, values):
+def judge_numbers(part, values):
     """{role: (21, networks)} -> a row of the table."""
     more = values[part.more]
     less = values.get(part.less, np.zeros_like(more))
     difference, reach = interval(more, less)
-    row = {"part": text, "difference": difference, "reach": reach, "new": {}}
-    row["networks"] = min(more.shape[1], less.shape[1])
+    row = {"part": part.text, "difference": difference, "reach": reach}
     row["values"] = {role: x[0].mean() for role, x in values.items()}
+    row["networks"] = min(more.shape[1], less.shape[1])
+    new = values.pop("untrained", None)
+    if new is not None:
+        row["new"] = {role: interval(x, new) for role, x in values.items()}
     row["outcome"] = "undecided"
-    if difference - reach > 0:
+    if difference > reach:
         row["outcome"] = "holds"
-    elif difference + reach < 0:
+    if -difference > reach:
         row["outcome"] = "opposed"
-    elif math.isnan(reach):
-        row["outcome"] = "needs more heads, layers or images: no number"
-    for role in values.keys() - {"untrained"}:
-        if "untrained" in values:
-            row["new"][role] = interval(values[role], values["untrained"])
-        if part.trained and (role not in row["new"] or lower(row["new"][role]) <= 0):
-            row["outcome"] = "needs training: not above a new network"
+    if math.isnan(reach):
+        row["outcome"] = "needs a number"
+    if part.trained and not all(
+        d > r for d, r in row.get("new", {"": (0, 0)}).values()
+    ):
+        row["outcome"] = "needs more training: not above a new network"
     return row
-
-
-def lower(pair):
-    difference, reach = pair
-    return difference - reach
 
 
 def verdict_of(rows):
     """What the outcomes of a claim's parts amount to, and of how many networks."""
     outcomes = {row["outcome"] for row in rows}
-    verdict = "undecided"
     if not outcomes <= {"holds", "opposed", "undecided"}:
         return "not testable"
+    verdict = "undecided"
     if outcomes == {"holds"}:
         verdict = "agrees"
     elif outcomes >= {"holds", "opposed"}:
@@ -1973,71 +1917,64 @@ def verdict_of(rows):
     return f"{verdict} ({COUNTS.get(fewest, f'{fewest} networks')})"
 
 
-def judge(networks, names, labels):
-    """-> the table: an entry for each claim, of claims 2 and 12 for each setting."""
+def judge(networks, names):
+    """-> the table: a claim after the other, claims 2 and 12 once for each setting."""
     table = {}
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            entry = table.setdefault((figure.claim, part.setting), defaultdict(list))
-            for row in judge_part(
-                part, groups_of(networks, part.setting), networks, labels
-            ):
-                entry["parts"].append(row | {"figure": name})
-            if figure.text not in entry["texts"]:
-                entry["texts"].append(figure.text)
+            rows = judge_part(part, groups_of(networks, part.setting), networks)
+            claim = table.setdefault((figure.claim, part.setting), {"parts": []})
+            claim["parts"] += [row | {"figure": name} for row in rows]
     claims = []
-    for (claim, setting), entry in sorted(table.items()):
-        text = ", ".join(filter(None, ["; ".join(entry["texts"]), setting]))
-        verdict = verdict_of(entry["parts"])
-        claims.append(
-            {"claim": claim, "text": text, "verdict": verdict, "parts": entry["parts"]}
-        )
+    for (number, setting), claim in sorted(table.items()):
+        names = dict.fromkeys(row["figure"] for row in claim["parts"])
+        text = "; ".join(FIGURES[name].text for name in names)
+        claim |= {"claim": number, "verdict": verdict_of(claim["parts"])}
+        claims.append(claim | {"text": f"{text}, {setting}".removesuffix(", ")})
     return claims
 
 
 def table_of(claims):
     """The claims as lines of text."""
-    lines, outcomes = [], []
+    lines = []
+    outcomes = []
     for claim in claims:
-        lines.append("{claim:2} {text}: ".format(**claim) + claim["verdict"].upper())
+        lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict'].upper()}")
         for row in claim["parts"]:
-            lines.append(f"   {row['part']:34} {text_of(row)}")
+            lines.append(f"   {row['part']:34} {words_of(row)}")
             outcomes.append(row["outcome"])
-    tested = [outcome for outcome in outcomes if not outcome.startswith("needs")]
+    tested = sum(not outcome.startswith("needs") for outcome in outcomes)
     lines.append(
-        f"{len(tested)} parts were tested, {tested.count('holds')} hold. If nothing were "
-        f"true, {len(tested) / 40:.1f} would hold by chance (one in forty)."
+        f"{tested} parts were tested, {outcomes.count('holds')} hold. If nothing"
     )
+    lines.append(f"were true, {tested / 40:.1f} would hold by chance (one in forty).")
     return "\n".join(lines)
 
 
-def text_of(row):
-    """One part: values, difference [its interval] and outcome; how far from untrained."""
+def words_of(row):
+    """Values, difference [its interval], outcome; the same from untrained."""
     if "values" not in row:
         return row["outcome"]
-    values = [f"{role} {value:.3f}" for role, value in row["values"].items()]
-    text = f"{', '.join(values)}: {in_words(row['difference'], row['reach'])}"
-    text += f" {row['outcome']}"
-    for role, pair in row["new"].items():
-        text += f"; {role} - untrained {in_words(*pair)}"
+    text = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
+    text += f": {between(row['difference'], row['reach'])} {row['outcome']}"
+    for role, pair in row.get("new", {}).items():
+        text += f"; {role} - untrained {between(*pair)}"
     return text.replace("-", "−")
 
 
-def in_words(difference, reach):
-    low, high = difference - reach, difference + reach
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+def between(difference, reach):
+    return f"{difference:+.3f} [{difference - reach:+.3f}, {difference + reach:+.3f}]"
 
 
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
+SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
+ALIKE = ("data", "model", "image_size", "patch_size", "decoder_depth")
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # encoder passes of a training image
-PASSES = {"MIM": 3, "CL": 8, "one-view hybrid": 4, "hybrid": 11}
-ALIKE = ("data", "model", "image_size", "patch_size", "decoder_depth")
-SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
-WORDS = ("{} px", "patches of {}", "{} wide", "{} deep")
+PASSES = {"CL": 8, "MIM": 3, "hybrid": 11, "one-view hybrid": 4}
 # settings in which seeds of one network may differ
 FREE = {
     "seed",
@@ -2059,9 +1996,10 @@ class Network:
     facts: dict
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
-    label: str = ""  # as named, or role and what differs
+    label: str = ""  # as named, or the role and what differs
     name: str = ""  # the same, and the number of images if that differs
     nth: int = 0  # of the names of its role
+    is_longest: bool = True  # of the runs of its label
 
     @property
     def role(self):
@@ -2076,7 +2014,7 @@ class Network:
 
 
 def role_of(lam, one_view, decoder_depth):
-    """A hybrid of λ = 0.2, which the paper analyses, is simply the hybrid."""
+    """The hybrid of λ = 0.2, which the paper analyses, is simply the hybrid."""
     role = {None: "other", 0: "MIM", 1: "CL"}.get(lam, "hybrid")
     if one_view:
         role = "one-view hybrid"
@@ -2087,24 +2025,23 @@ def role_of(lam, one_view, decoder_depth):
     return role
 
 
-def load(text, heads, grid, pixels):
+def load(text, heads=None, grid=None, pixels=None):
     """FILE or NAME=FILE -> ViT with all the facts of a Network."""
     name, path = "", text
     if not os.path.exists(text) and "=" in text:
         name, path = text.split("=", maxsplit=1)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
-    facts, config = vit.facts, vit.facts["config"]
-    facts["lam"] = GIVEN.get(name.lower(), facts["lam"])
-    facts["one_view"] = config.get("one_view", False)
-    facts["role"] = role_of(facts["lam"], facts["one_view"], facts["decoder_depth"])
-    facts["is_named"] = bool(name)
-    facts["label"] = "" if name.lower() in GIVEN else name
-    facts["images"] = 0
+    config = vit.facts["config"]
+    lam = GIVEN.get(name.lower(), vit.facts["lam"])
+    one_view = config.get("one_view", False)
+    role = role_of(lam, one_view, vit.facts["decoder_depth"])
+    images = 0
     if config:
         step = sslvit.load_checkpoint(path).get("step", config["steps"])
-        facts["images"] = step * config["batch_size"]
-    passes = [count for role, count in PASSES.items() if facts["role"].startswith(role)]
-    facts["work"] = facts["images"] * sum(passes)
+        images = step * config["batch_size"]
+    work = images * PASSES.get(role.partition(",")[0], 0)
+    vit.facts |= {"lam": lam, "one_view": one_view, "role": role, "given": name}
+    vit.facts |= {"images": images, "work": work}
     return vit
 
 
@@ -2113,10 +2050,10 @@ def load_companions(facts, roles):
     companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = sslvit.load_checkpoint(path)["config"]
-        same = [config[key] == facts["config"].get(key) for key in ALIKE]
-        if all(same) and role_of(config["lam"], False, 0) not in roles:
-            companions.append(load(str(path), None, None, None))
-            print("  is shipped, and stands beside yours; --alone leaves it out")
+        alike = all(config[key] == facts["config"].get(key) for key in ALIKE)
+        if alike and role_of(config["lam"], False, 0) not in roles:
+            companions.append(load(str(path)))
+            print("  shipped, stands beside yours; --alone leaves it out")
     return companions
 
 
@@ -2129,9 +2066,8 @@ def untrained_like(vit):
         rel_pos_bias=vit.rel_pos_bias is not None,
         layer_scale=0.1 if hasattr(vit.blocks[0].ls1, "gamma") else None,
     )
-    new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
-    new.facts |= {"label": "", "is_named": True, "decoder_depth": 0}
-    new.facts |= {"images": 0, "work": 0, "one_view": False}
+    nothing = {"lam": None, "path": "", "config": {}, "decoder_depth": 0, "images": 0}
+    new.facts = vit.facts | nothing | {"work": 0, "role": "untrained", "given": ""}
     return new.eval().requires_grad_(False)
 
 
@@ -2139,89 +2075,76 @@ def load_networks(options):
     """-> the ViTs given, shipped ones beside them, and an untrained one for each seed."""
     vits = []
     for place, text in enumerate(options.checkpoints):
-        settings = []
-        for values in (options.heads, options.grid, options.pixels):
-            settings.append(values[min(place, len(values) - 1)])
-        vits.append(load(text, *settings))
+        values = (options.heads, options.grid, options.pixels)
+        vits.append(load(text, *[one[min(place, len(one) - 1)] for one in values]))
     if not options.alone:
         vits += load_companions(vits[0].facts, [vit.facts["role"] for vit in vits])
     twins = {}
     for vit in vits:
-        shape = [vit.facts[key] for key in SHAPE]
-        twins.setdefault((*shape, vit.facts["seed"]), vit)
+        key = [vit.facts[name] for name in (*SHAPE, "seed")]
+        twins.setdefault(tuple(key), vit)
     return vits + [untrained_like(vit) for vit in twins.values()]
 
 
 def name_networks(networks):
-    """Role, λ, and what differs of sizes, decoder and number of images; or as given.
+    """Role, λ, size and number of images where several are there; or as given.
 
-    Files of one name are seeds of one network.
+    Files of one name are seeds of one network: UserError if they differ otherwise.
     """
-    varies = [
-        len({n.shape[place] for n in networks}) > 1 for place in range(len(SHAPE))
-    ]
-    decoders = {n.facts["decoder_depth"] for n in networks} - {0}
-    groups = defaultdict(list)
+    sizes = {network.shape for network in networks}
+    labels, names, roles = defaultdict(set), defaultdict(list), defaultdict(list)
     for network in networks:
         facts = network.facts
-        words = [network.role]
-        if network.role == "other":
-            words = [Path(facts["path"]).stem]
-        if network.role.endswith("hybrid"):
-            words.append("λ = 0.2")
-        for differs, word, value in zip(varies, WORDS, network.shape, strict=True):
-            if differs:
-                words.append(word.format(value))
-        if facts["decoder_depth"] and len(decoders) > 1:
-            words.append(f"of {facts['decoder_depth']} blocks")
-        network.label = facts["label"] or ", ".join(words)
-        groups[network.label].append(network)
-    for label, group in groups.items():
-        several_lengths = len({network.facts["images"] for network in group}) > 1
-        for network in group:
-            network.name = label
-            if several_lengths:
-                network.name += f", {network.facts['images']:,} images"
-    names = defaultdict(dict)
+        label = network.role
+        if label == "other":
+            label = Path(facts["path"]).stem
+        if label.endswith("hybrid"):
+            label += ", λ = 0.2"
+        if len(sizes) > 1:
+            label += f", {facts['embed_dim']} wide, {facts['depth']} deep"
+        if facts["given"].lower() not in GIVEN:
+            label = facts["given"] or label
+        network.label = label
+        labels[label].add(facts["images"])
     for network in networks:
-        names[network.role].setdefault(network.name, len(names[network.role]))
-        network.nth = names[network.role][network.name]
+        images = network.facts["images"]
+        network.name = network.label
+        if len(labels[network.label]) > 1:
+            network.name += f", {images:,} images"
+        network.is_longest = images == max(labels[network.label])
+        names[network.name].append(network)
+        if len(names[network.name]) == 1:
+            roles[network.role].append(network.name)
+        network.nth = roles[network.role].index(network.name)
+    for seeds in names.values():
+        require_seeds(seeds)
 
 
 def require_seeds(networks):
-    """Networks of one name differ in the seed alone, and no run counts twice."""
-    names, runs = {}, set()
+    """They differ in the seed alone, and none is there twice."""
+    runs = set()
+    first = networks[0]
     for network in networks:
         facts = network.facts
-        first = names.setdefault(network.name, network)
-        files = f"{first.facts['path']} and {facts['path']}"
-        run = (network.name, facts["path"] if facts["seed"] is None else facts["seed"])
-        require(run not in runs, f"{files} are one run, or of one seed")
-        runs.add(run)
-        fault = f"{files} are both {network.name}, but not seeds of one network"
-        require(network is first or are_seeds(first, network), f"{fault}: NAME=FILE")
+        runs.add(facts["path"] if facts["seed"] is None else facts["seed"])
+        a, b = settings_of(first), settings_of(network)
+        differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
+        files = f"{first.facts['path']} and {facts['path']} are both {first.name}"
+        require(not differ, f"{files}, but differ in {differ}: give names, NAME=FILE")
+    fault = f"{first.name}: one run, or one seed, is there twice"
+    require(len(runs) == len(networks), fault)
 
 
-def are_seeds(a, b):
-    """Equal settings but for the seed. Foreign files do not tell: their name must."""
-    config, other = a.facts["config"], b.facts["config"]
-    keys = (config.keys() & other.keys()) - FREE
-    differ = [key for key in keys if config[key] != other[key]]
-    tells = bool(other) or b.facts["is_named"]
-    return (a.role, a.shape) == (b.role, b.shape) and tells and not differ
-
-
-def longest(networks):
-    """Without runs of which there is one on more images; figures 1 and 12 have them."""
-    most = defaultdict(int)
-    for network in networks:
-        most[network.label] = max(most[network.label], network.facts["images"])
-    return [n for n in networks if n.facts["images"] == most[n.label]]
+def settings_of(network):
+    """What seeds of one network share. Foreign files do not tell: their name must."""
+    facts = network.facts
+    settings = {"role": network.role, "shape": network.shape} | facts["config"]
+    if not facts["config"] and not facts["given"]:
+        settings["path"] = facts["path"]
+    return {key: settings[key] for key in settings.keys() - FREE}
 
 
 # ==== The engine: results ===========================================================
-
-EDITION = 3
 
 
 def analyse(options):
@@ -2229,35 +2152,38 @@ def analyse(options):
     vits = load_networks(options)
     networks = [Network(vit.facts) for vit in vits]
     name_networks(networks)
-    require_seeds(networks)
-    for vit in vits:
-        _, _, is_labelled = find_data(options.data, vit.facts["image_size"])
-    if not is_labelled:
-        print("no classes, not the same in train and val, or few images: no accuracies")
-    figures = [FIGURES[name] for name in options.only]
-    results = {"edition": EDITION, "settings": vars(options), "networks": []}
-    choices = defaultdict(dict)
+    choices = {network.name: {} for network in networks}
+    studies = []
     for vit, network in zip(vits, networks, strict=True):
+        studies.append(Study(vit, options, choices[network.name]))
+    if not studies[0].is_labelled:
+        print("no accuracies: they need classes, the same in train and val")
+    figures = [FIGURES[name] for name in options.only]
+    results = {"edition": 3, "settings": vars(options), "networks": []}
+    results["data"] = studies[0].description()
+    for study, network in zip(studies, networks, strict=True):
         print(network.name, flush=True)
-        is_first = network.name not in choices
-        study = Study(vit.to(options.device), options, choices[network.name])
+        study.vit.to(options.device)
         network.values = study.measure(figures)
-        if is_first:
-            network.pictures = study.pictures(figures)
+        network.pictures = study.pictures(figures)
         network.facts |= {"label_names": study.label_names, "choices": study.choices}
-        results["data"] = study.description()
         results["networks"].append(vars(network))
         write_results(results, options.out)
-        vit.cpu()
+        study.vit.cpu()
+        study.rows.clear()
 
 
 def write_results(results, out):
     """As JSON with 7 digits; under another name first: whole or not at all."""
-    text = json.dumps(results, default=np.ndarray.tolist)
+    text = json.dumps(results, default=to_list)
     plain = json.loads(text, parse_float=seven_digits, parse_constant=none_of)
     new = Path(out, "results.new")
     new.write_text(json.dumps(plain), encoding="utf-8")
     os.replace(new, Path(out, "results.json"))
+
+
+def to_list(array):
+    return array.tolist()
 
 
 def seven_digits(text):
@@ -2270,64 +2196,55 @@ def none_of(constant):
 
 def read_results(paths):
     """results.json of one analysis or several -> results, networks."""
-    runs = {}
+    runs, data = {}, None
     for path in paths:
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
-            require(results["edition"] == EDITION, "of another edition: analyse again")
+            require(results["edition"] == 3, "another edition: analyse again")
+            data = data or results["data"]
+            require(
+                results["data"] == data, f"other images or settings than {paths[0]}"
+            )
             for entry in results["networks"]:
                 network = Network(**entry)
                 for key, value in network.values.items():
                     network.values[key] = np.array(value, dtype=float)
-                    require(len(value) == GROUPS + 1, f"{key} has not 21 rows")
-                facts = network.facts
-                run = (facts["path"], facts["seed"], network.shape)
+                # who is in several analyses, as untrained networks often are, counts once
+                run = (network.facts["path"], network.facts["seed"], network.shape)
                 runs.setdefault(run, network).values |= network.values
-            same = (results["data"], results["settings"]["epochs"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"--from {path}: not results of analyze.py ({reason})"
-            ) from error
-        if path == paths[0]:
-            first = same
-        require(
-            same == first, f"--from {path}: other images or settings than {paths[0]}"
-        )
+            raise UserError(f"--from {path}: cannot be used: {error!r}") from error
     networks = list(runs.values())
     name_networks(networks)
-    require_seeds(networks)
-    return results | {"networks": networks}
+    return results, networks
 
 
 def title_of(name, claims):
     """What the claim says; the first part's numbers and outcome; the verdict."""
-    lines = [FIGURES[name].text]
     for claim in claims:
         for row in claim["parts"]:
-            if row["figure"] == name and "values" in row and len(lines) == 1:
+            if row["figure"] == name and "values" in row:
                 values = [f"{role} {x:.3f}" for role, x in row["values"].items()]
                 line = f"{row['part']}: {', '.join(values)}: {row['outcome']}"
-                lines.append(f"{line}. Claim {claim['claim']}: {claim['verdict']}")
-    return "\n".join(textwrap.fill(line, 100) for line in lines)
+                line += f". Claim {claim['claim']}: {claim['verdict']}"
+                return f"{FIGURES[name].text}\n{textwrap.fill(line, 100)}"
+    return FIGURES[name].text
 
 
 def draw_figures(networks, names, claims, out):
     """Every figure that the networks allow -> {name: (title, file)}."""
     drawn = {}
     for name in names:
-        figure, title = FIGURES[name], title_of(name, claims)
-        number, *side = figure.number.split()
+        number, *side = FIGURES[name].number.split()
         file = Path(out, "_".join([f"fig{number:0>2}", *side, name]) + ".png")
+        title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
-                fig = figure.draw(networks)
+                fig = FIGURES[name].draw(networks)
                 legend(fig)
                 fig.suptitle(title)
                 fig.savefig(file, dpi=150)
             drawn[name] = (title, file)
-        except KeyError as error:
-            print(f"skipped {name}: needs {error.args[0]}")
         except Exception as error:  # costs this figure, not the others
             print(f"skipped {name}: {type(error).__name__}: {error}")
         plt.close("all")
@@ -2335,6 +2252,17 @@ def draw_figures(networks, names, claims, out):
 
 
 # ==== Command line ==================================================================
+
+FLAGS = {
+    "data": ("", "folder of images as for sslvit.py, else stimuli"),
+    "cue-conflict": ("", "folder of <shape><n>-<texture><n>.png"),
+    "out": ("", "for everything [figures/ beside the first file]"),
+    "images": (1000, "test images; 0: all"),
+    "labels": (0, "training images to learn from; 0: four times --images"),
+    "epochs": (10, "of fine-tuning and segmentation, a third for a choice"),
+    "device": ("auto", "one; several GPUs run several analyses"),
+    "workers": (0, "processes that read images"),
+}
 
 
 def parse(argv):
@@ -2347,33 +2275,23 @@ def parse(argv):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    device, workers = "cpu", 0
-    if torch.cuda.is_available():
-        device, workers = "cuda", min(8, sslvit.usable_cpus())
-    names = list(FIGURES)
     add = parser.add_argument
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
     add("checkpoints", nargs="*", help=text)
-    add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
-    add("--cue-conflict", default="", help="folder of <shape><n>-<texture><n>.png")
+    for name, (default, text) in FLAGS.items():
+        add(
+            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
+        )
+    names = list(FIGURES)
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
-    add("--out", default="", help="for everything [figures/ beside the first file]")
     text = "results.json of one analysis or several, to judge and draw again (--only)"
     add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    add("--images", type=int, default=1000, help="test images; 0: all [%(default)s]")
-    text = "training images to learn from; 0: four times --images [%(default)s]"
-    add("--labels", type=int, default=0, help=text)
-    text = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
-    add("--epochs", type=int, default=10, help=text)
-    text = "attention heads, one number or one for each file, where files do not tell"
-    add("--heads", type=int, nargs="+", default=[None], help=text)
-    add("--grid", nargs="+", default=[None], metavar="ROWSxCOLS", help="of patches")
-    text = "pixels normalised by ImageNet's mean, or (x - 0.5) / 0.5"
-    add("--pixels", nargs="+", default=[None], choices=("imagenet", "half"), help=text)
-    text = "one; several GPUs run several analyses [%(default)s]"
-    add("--device", default=device, help=text)
-    add("--workers", type=int, default=workers, help="read images [%(default)s]")
+    text = "what a file does not tell, one value for all files or one for each: "
+    many = {"nargs": "+", "default": [None]}
+    add("--heads", type=int, **many, help=text + "attention heads")
+    add("--grid", **many, metavar="ROWSxCOLS", help=text + "patches")
+    add("--pixels", **many, choices=("imagenet", "half"), help=text + "normalisation")
     options = parser.parse_args(argv)
     check(options)
     return options
@@ -2381,64 +2299,51 @@ def parse(argv):
 
 def check(options):
     """Whatever would fail late fails here."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=options.device)
     except Exception as error:  # torch has many kinds
         raise UserError(f"--device {options.device}: there is none here") from error
-    files = options.checkpoints or options.results
     one = bool(options.checkpoints) != bool(options.results)
     require(one, "give checkpoints, or --from results")
+    files = options.checkpoints or options.results
     for name in ("heads", "grid", "pixels"):
-        count = len(getattr(options, name))
-        fits = count in (1, len(files))
-        require(fits, f"--{name}: {count} values for {len(files)} files")
-    enough = options.images == 0 or options.images >= GROUPS
-    require(enough, f"--images is 0, or {GROUPS} or more")
-    require(
-        options.labels == 0 or options.labels >= GROUPS, f"--labels: {GROUPS} or more"
-    )
-    require(options.epochs >= 1, "--epochs is 1 or more")
-    require(0 <= options.workers <= 256, "--workers is 0 to 256")
-    folder = options.cue_conflict
-    require(not folder or os.path.isdir(folder), f"{folder}: no such folder")
+        fits = len(getattr(options, name)) in (1, len(files))
+        require(fits, f"--{name}: give one value, or one for each file")
+    for name, least in {"images": 0, "labels": 0, "epochs": 1, "workers": 0}.items():
+        require(getattr(options, name) >= least, f"--{name} is {least} or more")
+    for name in ("images", "labels"):
+        enough = getattr(options, name) not in range(1, GROUPS)
+        require(enough, f"--{name} is 0, or {GROUPS} or more")
     if not options.out:
-        path = files[0]
-        if not os.path.exists(path):
-            path = path.split("=", maxsplit=1)[-1]
-        options.out = str(Path(path).parent)
-        if options.checkpoints:
-            options.out = str(Path(options.out, "figures"))
+        folder = Path(files[0].split("=", maxsplit=1)[-1]).parent
+        options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    new = Path(options.out, "results.new")
-    new.write_text("")
-    new.unlink()
+    Path(options.out, "results.new").write_text("")
 
 
 def main(argv=None):
-    """Runs the command line -> exit status: 0; 2 with one line on what is wrong; 130
-    after Ctrl-C."""
-    out = "the output folder"
+    """Runs the command line -> exit status: 0; 130 after Ctrl-C; 2 with one line on
+    what is wrong."""
     try:
         options = parse(argv)
-        out = options.out
         paths = options.results
         if options.checkpoints:
             analyse(options)
-            paths = [Path(out, "results.json")]
-        results = read_results(paths)
-        networks = results["networks"]
-        labels = results["data"]["label_names"]
-        results["claims"] = judge(networks, options.only, labels)
-        results["networks"] = [vars(network) for network in networks]
-        write_results(results, out)
-        print(table_of(results["claims"]))
-        drawn = draw_figures(networks, options.only, results["claims"], out)
-        write_report(Path(out, "report.html"), results, drawn)
-        print(f"what was computed and drawn is in {out}")
+            paths = [Path(options.out, "results.json")]
+        results, networks = read_results(paths)
+        claims = judge(networks, options.only)
+        results |= {"networks": [vars(n) for n in networks], "claims": claims}
+        write_results(results, options.out)
+        print(table_of(claims))
+        drawn = draw_figures(networks, options.only, claims, options.out)
+        write_report(Path(options.out, "report.html"), results, drawn)
+        print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
-        text = f"interrupted; {out}/results.json has the networks that were measured"
-        print(f"analyze.py: {text}: --from draws them", file=sys.stderr)
+        text = "interrupted: results.json in --out has the networks that were measured"
+        print(f"analyze.py: {text}; --from draws them", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         # a loading process sends its traceback, whose last line is the message
@@ -2456,49 +2361,43 @@ def write_report(path, results, drawn):
     for name, (title, file) in drawn.items():
         figure = FIGURES[name]
         picture = base64.b64encode(file.read_bytes()).decode()
-        paragraphs = escape(figure.lesson).replace("\n\n", "</p><p>")
         chapters += (
-            f"<h2>Figure {figure.number}, claim {figure.claim}</h2>"
-            f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">'
-            f"<p>{paragraphs}</p><p><small>--only {name}</small></p>\n"
+            f"<h2>Figure {figure.number}, claim {figure.claim}</h2>\n"
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
+            f"<p>{escape(figure.lesson)}</p>\n"
         )
-    facts = []
-    for network in results["networks"]:
-        facts.append(f"{network['name']}: {network['facts']}")
-    facts += [f"{key}: {value}" for key, value in results["settings"].items()]
+    lines = [f"{n['name']}: {n['facts']}" for n in results["networks"]]
+    lines += [str(results["data"]), str(results["settings"])]
     page = PAGE.format(
-        style=STYLE_SHEET,
-        data=escape(str(results["data"])),
         table=escape(table_of(results["claims"])),
         chapters=chapters,
-        facts=escape("\n".join(facts)),
+        facts=escape("\n".join(lines)),
     )
     Path(path).write_text(page, encoding="utf-8")
 
 
-STYLE_SHEET = """
-body { margin: auto; padding: 1.5em; max-width: 62em; font: 17px/1.55 sans-serif; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }
-img { max-width: 100%; }
-p { max-width: 42em; white-space: pre-line; }
-@media print { body { font-size: 10pt; } img, p { break-inside: avoid; } }
-"""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What did they learn?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{style}</style></head><body>
+<style>
+body {{ margin: auto; padding: 1.5em; max-width: 62em; font: 17px/1.55 sans-serif; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.75em; }}
+img {{ max-width: 100%; }}
+p {{ max-width: 42em; white-space: pre-line; }}
+@media print {{ body {{ font-size: 10pt; }} img, p {{ break-inside: avoid; }} }}
+</style></head><body>
 <h1>What did they learn?</h1>
-<p>Vision Transformers that were taught without labels, taken apart on {data}. CL learnt
-to recognise two views of one image (MoCo v3), MIM to fill in what was hidden (SimMIM),
-the hybrid both; the untrained network learnt nothing. The claims are those of Park et
-al., What Do Self-Supervised Vision Transformers Learn? (ICLR 2023, arXiv 2305.00729).</p>
+<p>Vision Transformers that were taught without labels, taken apart. CL learnt to
+recognise two views of one image (MoCo v3), MIM to fill in what was hidden (SimMIM), the
+hybrid both; the untrained network learnt nothing. The claims are those of Park et al.,
+What Do Self-Supervised Vision Transformers Learn? (ICLR 2023, arXiv 2305.00729).</p>
 <pre>{table}</pre>
-<p><small>A part holds when its difference is above 0 with its whole 95 % interval, and
-is opposed when the interval lies below 0. A claim agrees when every part holds; partly:
+<p>A part holds when its difference is above 0 with its whole 95 % interval, and is
+opposed when the interval lies below 0. A claim agrees when every part holds; partly:
 some hold, none is opposed; mixed: some hold, some are opposed; opposed: none holds,
 some are opposed; undecided: the rest. The interval is over test images and, with three
 networks or more on both sides, over networks. One or two networks say how sure the
-images are, not whether another training would end alike.</small></p>
+images are, not whether another training would end alike.</p>
 {chapters}
 <h2>Networks and settings</h2>
 <pre>{facts}</pre>
