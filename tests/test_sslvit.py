@@ -450,7 +450,6 @@ def no_colours(images):
         "grey": torch.zeros(images, dtype=torch.bool),
         "blur": torch.zeros(images),
         "solarise": torch.zeros(images, dtype=torch.bool),
-        "flip": torch.zeros(images, dtype=torch.bool),
     }
 
 
@@ -475,13 +474,12 @@ def test_each_image_gets_the_colours_that_were_drawn_for_it():
     x = torch.rand(5, 3, 9, 7)
     colours = no_colours(5)
     colours["solarise"][0] = True
-    colours["flip"][1] = True
     colours["grey"][2] = True
     colours["blur"][3] = 1.5
     y = x.clone()
     sslvit.change_colours(y, colours)
     torch.testing.assert_close(y[0], torch.where(x[0] >= 0.5, 1 - x[0], x[0]))
-    assert torch.equal(y[1], x[1].flip(-1))
+    assert torch.equal(y[1], x[1])
     assert torch.equal(y[2, 0], y[2, 2])
     assert torch.equal(y[3:4], sslvit.gaussian_blur(x[3:4], column([1.5])))
     assert torch.equal(y[4], x[4])
@@ -1714,12 +1712,37 @@ def test_each_method_is_given_what_it_looks_at():
         "grey": 2,
         "blur": 2,
         "solarise": 2,
-        "flip": 2,
     }
     # SimMIM sees the colours as they are
     simmim = TrainingViews(Stimuli(20, 16), config(lam=0.0))[0, 5]
     assert simmim["crops"].shape == (1, 3, 16, 16)
     assert simmim["colours"] == {}
+
+
+def test_every_view_is_flipped_half_of_the_time():
+    """An image whose left half is black tells on which side a crop saw it."""
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, 16:] = 255
+    source = OneImage(pixels)
+    views = TrainingViews(source, config(lam=0.2, crop_min=1.0))
+    black_is_left = []
+    for epoch in range(200):
+        crops = views[epoch, 0]["crops"].astype(float)
+        black_is_left.append(
+            crops[..., :8].mean((1, 2, 3)) < crops[..., 8:].mean((1, 2, 3))
+        )
+    shares = np.mean(black_is_left, axis=0)
+    assert shares == pytest.approx([0.5, 0.5, 0.5], abs=0.12)
+
+
+class OneImage(list):
+    """A data set of one image without labels."""
+
+    def __init__(self, pixels):
+        super().__init__([pixels])
+
+    def load(self, index):
+        return Image.fromarray(self[0]), []
 
 
 def test_colours_are_drawn_as_often_as_byol_says():
@@ -1738,7 +1761,6 @@ def test_colours_are_drawn_as_often_as_byol_says():
     assert shares(colours["grey"]) == close(0.2, 0.2)
     assert shares(colours["blur"] > 0) == close(1.0, 0.1)
     assert shares(colours["solarise"]) == close(0.0, 0.2)
-    assert shares(colours["flip"]) == close(0.5, 0.5)
     sigma = colours["blur"][:, 0]
     assert 0.1 <= sigma.min() < 0.15
     assert 1.95 < sigma.max() <= 2.0
