@@ -20,13 +20,11 @@ attention and after each MLP, 1+2L in all.
 import argparse
 import base64
 import contextlib
-import hashlib
 import json
 import math
 import os
 import pickle
 import re
-import signal
 import sys
 import textwrap
 from collections import Counter, defaultdict, namedtuple
@@ -157,7 +155,7 @@ def readings(networks, read):
         with contextlib.suppress(KeyError):
             if network.is_longest:
                 values[network.name].append((network, read(network.row(0))))
-    require(values, "no network has its values")
+    require(values, "needs values that no network has")
     for pairs in values.values():
         seeds, y = zip(*pairs, strict=True)
         yield seeds[0], np.stack(y)
@@ -227,15 +225,14 @@ def reference(axis, y, text):
 
 
 def legend(fig):
-    """One legend below, each name once; none where nothing has a name."""
+    """One legend below, each name once."""
     lines = {}
     for axis in fig.axes:
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
-    if lines:
-        columns = max(1, min(len(lines), 105 // (7 + max(map(len, lines)))))
-        place = "outside lower center"
-        fig.legend(lines.values(), lines, loc=place, ncols=columns, frameon=False)
+    longest = max(map(len, lines), default=1)
+    style = {"loc": "outside lower center", "ncols": 110 // (8 + longest) or 1}
+    fig.legend(lines.values(), lines, frameon=False, **style)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -258,10 +255,9 @@ def queries_of(rows, cols):
 def picture_maps(vit, batch):
     """-> maps (8, rows, cols): attention relative to uniform, of two images, two
     queries, the first and the last layer."""
-    x = batch["x"][:2]
-    _, records = vit(x, record=True)
-    grid = (x.shape[2] // vit.patch_size, x.shape[3] // vit.patch_size)
-    queries = [row * grid[1] + col for row, col in queries_of(*grid)]
+    _, records = vit(batch["x"][:2], record=True)
+    grid = (vit.grid, vit.grid)
+    queries = [row * vit.grid + col for row, col in queries_of(*grid)]
     attn = torch.stack([records[0].attn, records[-1].attn], dim=2)
     attn = attn[..., 1:, 1:].mean(dim=1)[:, :, queries]  # (images, layers, queries, N)
     maps = attn / attn.mean(dim=-1, keepdim=True)
@@ -270,11 +266,11 @@ def picture_maps(vit, batch):
 
 def to_pictures(batch):
     """Three images of at most 64 px, and where the objects of stimuli are."""
-    pixels = batch["pixels"][:3].float()
+    pixels = batch["pixels"].float()
     small = F.adaptive_avg_pool2d(pixels, min(64, pixels.shape[-1]))
     pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
     if "mask" in batch:
-        pictures["objects"] = (batch["mask"][:3] > 0).byte()
+        pictures["objects"] = (batch["mask"] > 0).byte()
     return pictures
 
 
@@ -883,7 +879,7 @@ def probe_output(features, labels, test, device):
 
 
 def learn_probe(study):
-    predicted = probe_output(*study.learnt(), study.rows["output"], study.device)
+    predicted = probe_output(*study.learnt, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -951,7 +947,7 @@ def fit(network, images, epochs, lr, decay=1.0):
     rates = partial(rate_at, epochs * len(batches))
     schedule = torch.optim.lr_scheduler.LambdaLR(solver, rates)
     device = network.head.weight.device
-    bf16 = sslvit.has_bf16(device.type)
+    bf16 = sslvit.has_bf16(device.type == "cuda")
     for _ in range(epochs):
         for batch in batches:
             solver.zero_grad()
@@ -1190,7 +1186,7 @@ def shape_bias(cues):
 
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
-    features, labels = study.learnt()
+    features, labels = study.learnt
     if not study.on_stimuli:
         rows, cues = study.cue_conflict()
         return {
@@ -1289,7 +1285,7 @@ def learn_noise(study):
             versions.append((clean + noise).clamp(0, 255))
         outputs.append(torch.stack([study.output(x) for x in versions], dim=1))
     rows = torch.cat(outputs)  # (n / 2, 1 + bands, 2, D)
-    predicted = probe_output(*study.learnt(), rows.flatten(0, 1), study.device)
+    predicted = probe_output(*study.learnt, rows.flatten(0, 1), study.device)
     predicted = predicted.reshape(len(rows), 1 + len(BANDS), -1)
     return {"noise": predicted == study.rows["labels"][: len(rows), None]}
 
@@ -1530,20 +1526,16 @@ class Images:
     def part(self, start, end):
         return replace(self, indices=self.indices[start:end])
 
-    def crop(self, image, index):
-        if not self.training or self.masks:
-            return sslvit.center_crop(image, self.size)
-        rng = np.random.default_rng(torch.randint(2**31, ()).item())
-        return sslvit.random_crops(image, self.size, [SMALLEST_CROP], rng)[0]
-
     def __getitem__(self, place):
         """The image there, or the next that can be read."""
-        wanted = self.indices[place]
-        pixels, labels, index = sslvit.first_readable(self.source, wanted, self.crop)
+        index = self.indices[place]
+        pixels, labels = sslvit.CenterCrops(self.source, self.size)[index]
         item = {"pixels": torch.from_numpy(pixels)}
         if self.masks:  # of each pixel: 0 for the ground, else 1 + the shape
             _, shape, _, inside = self.source[index]
             item["mask"] = torch.from_numpy(inside) * (1 + shape)
+        elif self.training:
+            item["pixels"] = random_square(item["pixels"])
         if self.training and torch.rand(()) < 0.5:
             item = {key: x.flip(-1) for key, x in item.items()}
         return item | {"labels": torch.as_tensor(labels)}
@@ -1556,13 +1548,17 @@ class Images:
             drop_last=self.training,
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=sslvit.ignore_signals,
         )
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches every process; the main one says what is on disk."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def random_square(pixels):
+    """A square of SMALLEST_CROP to all of the area, as large as the whole."""
+    size = pixels.shape[-1]
+    side = round(size * torch.empty(()).uniform_(SMALLEST_CROP, 1).item() ** 0.5)
+    top, left = torch.randint(size - side + 1, (2,)).tolist()
+    square = pixels[None, :, top : top + side, left : left + side]
+    return F.interpolate(square, size, mode="bilinear", antialias=True)[0]
 
 
 def normalise(pixels, vit):
@@ -1652,7 +1648,8 @@ def find_data(data, size):
     train, test = sslvit.find_data(Config(data=data, image_size=size))
     is_labelled = test is not None and train.classes == test.classes != ()
     if test is None or min(len(train), len(test)) < GROUPS:
-        return train, train, False
+        test, is_labelled = train, False
+    require(len(test) >= GROUPS, f"--data {data}: at least {GROUPS} images are needed")
     return train, test, is_labelled
 
 
@@ -1668,31 +1665,20 @@ class Study:
         self.label_names = test.label_names
         self.classes = len(test.classes[0]) if self.is_labelled else 0
         rng = np.random.default_rng(0)
-        images = []
-        labels = options.labels or 4 * options.images
-        for source, count in ((test, options.images), (train, labels)):
-            order = rng.permutation(len(source)).tolist()[: count or None]
-            images.append(Images(source, order, size, options.workers))
-        self.test, self.train = images
-        fault = f"--data {options.data}: {GROUPS} images at least"
-        require(len(self.test) >= GROUPS, fault)
-
-    def description(self):
-        """What analyses must share to be joined."""
-        names = self.test.indices
-        if not self.on_stimuli:
-            names = [Path(self.test.source[index][0]).name for index in names]
-        digest = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
-        counts = {"test images": len(self.test), "training images": len(self.train)}
-        return counts | {"epochs": self.options.epochs, "fingerprint": digest}
+        order = rng.permutation(len(test)).tolist()
+        self.test = Images(test, order, size, options.workers).part(0, options.images)
+        order = rng.permutation(len(train)).tolist()
+        self.train = Images(train, order, size, options.workers).part(0, options.labels)
+        # what analyses must share to be joined
+        sizes = len(self.test), len(self.train), options.epochs
+        self.data = [test.identity().replace(f"of {size} px", ""), *sizes]
 
     @torch.no_grad()
     def output(self, pixels):
         """-> the mean patch token, and CLS (B, 2, D)."""
-        tokens = self.vit(normalise(pixels, self.vit))
-        return pooled_and_cls(tokens).cpu()
+        return pooled_and_cls(self.vit(normalise(pixels, self.vit))).cpu()
 
-    @cache
+    @cached_property
     def learnt(self):
         """What probes learn from: output (n, 2, D), labels (n, label sets)."""
         rows = one_pass(self.vit, self.train)
@@ -1700,12 +1686,15 @@ class Study:
 
     def measure(self, figures):
         """-> {key: (21, ...)}, everything that the figures need."""
-        measures = unique(figures, "measure"), unique(figures, "measure_tokens")
-        self.rows = one_pass(self.vit, self.test, *measures)
-        for learn in unique(figures, "learn") if self.is_labelled else ():
-            print(f"  {learn.__name__}", flush=True)
-            self.rows |= attempt(learn, self)
-        values = leave_out(self.rows, unique(figures, "whole"))
+        slots = ("measure", "measure_tokens", "learn", "whole")
+        measure, measure_tokens, learn, whole = [
+            unique(figures, slot) for slot in slots
+        ]
+        self.rows = one_pass(self.vit, self.test, measure, measure_tokens)
+        for function in learn if self.is_labelled else []:
+            print(f"  {function.__name__}", flush=True)
+            self.rows |= attempt(function, self)
+        values = leave_out(self.rows, whole)
         return {key: values[key] for key in values.keys() - FEATURES}
 
     @torch.no_grad()
@@ -1713,8 +1702,9 @@ class Study:
         [batch] = replace(self.test.part(0, 3), masks=self.on_stimuli).batches(3)
         batch["x"] = normalise(batch["pixels"], self.vit)
         pictures = {}
-        for picture in filter(None, [figure.picture for figure in figures]):
-            pictures |= attempt(picture, self.vit, batch)
+        for figure in figures:
+            if figure.picture is not None:
+                pictures |= attempt(figure.picture, self.vit, batch)
         return pictures
 
     def cue_conflict(self):
@@ -1722,7 +1712,7 @@ class Study:
         folder = self.options.cue_conflict
         require(folder, "shape bias needs the stimuli or --cue-conflict")
         images, classes = sslvit.ImageFolder(folder), self.test.source.classes[0]
-        pairs = {}
+        cues = {}
         for index, (path, _) in enumerate(images):
             names = re.findall("[a-z]+", Path(path).stem)
             fits = len(names) == 2 and set(names) <= set(classes)
@@ -1730,15 +1720,14 @@ class Study:
                 fits, f"{path} is no <shape><n>-<texture><n>.png of --data's classes"
             )
             if names[0] != names[1]:  # congruent images say nothing
-                pairs[index] = [classes.index(name) for name in names]
-        images = replace(self.test, source=images, indices=list(pairs))
-        return one_pass(self.vit, images)["output"], np.array(list(pairs.values()))
+                cues[index] = [classes.index(name) for name in names]
+        images = replace(self.test, source=images, indices=list(cues))
+        return one_pass(self.vit, images)["output"], np.array(list(cues.values()))
 
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    functions = [function for figure in figures for function in getattr(figure, slot)]
-    return list(dict.fromkeys(functions))
+    return list(dict.fromkeys(f for figure in figures for f in getattr(figure, slot)))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1809,12 +1798,10 @@ def roles_of(networks, setting):
     that costs (images, or work) as much as the cheapest of the longest of each role.
     """
     cost = "work" if setting == "equal work" else "images"
-    longest = {}
+    longest = defaultdict(int)
     for network in networks:
         if network.role in ("CL", "MIM", "hybrid"):
-            longest[network.role] = max(
-                longest.get(network.role, 0), network.facts[cost]
-            )
+            longest[network.role] = max(longest[network.role], network.facts[cost])
     least = min(longest.values(), default=0)
     names = defaultdict(list)
     for network in networks:
@@ -1827,29 +1814,28 @@ def roles_of(networks, setting):
 
 def groups_of(networks, setting=""):
     """-> {role: networks that may be compared}, of equal shape within a size."""
-    by_shape = defaultdict(list)
+    shapes = defaultdict(list)
     for network in networks:
-        by_shape[network.shape].append(network)
-    sizes = [roles_of(by_shape[shape], setting) for shape in sorted(by_shape)]
+        shapes[network.shape].append(network)
+    sizes = [roles_of(shapes[shape], setting) for shape in sorted(shapes)]
     groups = dict(max(sizes, key=len))
     for decoded in groups.get(DECODED, [])[:1]:
         *shape, depth = decoded.shape
-        deeper = (*shape, depth + decoded.facts["decoder_depth"])
-        for role, seeds in roles_of(by_shape[deeper], setting).items():
-            groups[f"{role} as deep"] = seeds
-    both = [roles for roles in sizes if roles.keys() >= {"CL", "MIM"}]
-    for name, roles in zip(
-        ("smallest", "largest"), both[:1] + both[1:][-1:], strict=False
-    ):
-        for role, seeds in roles.items():
-            groups[f"{name} {role}"] = seeds
+        deeper = shapes[*shape, depth + decoded.facts["decoder_depth"]]
+        groups["MIM as deep"] = roles_of(deeper, setting).get("MIM", [])
+    both = [roles for roles in sizes if {"CL", "MIM"} <= roles.keys()]
+    if len(both) > 1:
+        for role in ("CL", "MIM"):
+            groups[f"smallest {role}"] = both[0][role]
+            groups[f"largest {role}"] = both[-1][role]
     return groups
 
 
 def numbers(read, networks):
     """What a part reads -> (21, networks, label sets); one set if it reads a number."""
     rows = range(GROUPS + 1)
-    return np.array([[np.atleast_1d(read(n.row(i))) for n in networks] for i in rows])
+    values = [[np.atleast_1d(read(n.row(i))) for n in networks] for i in rows]
+    return np.array(values, dtype=float)
 
 
 def judge_part(part, groups, networks):
@@ -1858,18 +1844,18 @@ def judge_part(part, groups, networks):
     try:
         values = {role: numbers(part.read, groups[role]) for role in roles}
     except KeyError as error:
-        needs = f"needs {error.args[0]}, {part.setting}".removesuffix(", ")
-        return [{"part": part.text, "outcome": needs}]
+        needs = f"needs {error.args[0]} {part.setting}"
+        return [{"part": part.text, "outcome": needs.strip()}]
     first = groups[part.more][0]
     new = [n for n in networks if n.role == "untrained" and n.shape == first.shape]
     if new:
         values["untrained"] = numbers(part.read, new)
-    count = values[part.more].shape[2]
+    label_sets = values[part.more].shape[2]
     rows = []
-    for place in range(count):
+    for place in range(label_sets):
         row = judge_numbers(part, {role: x[..., place] for role, x in values.items()})
-        if count > 1:
-            row["part"] += f", {first.facts['label_names'][place]}"
+        if label_sets > 1:
+            row["part"] += ", " + first.facts["label_names"][place]
         rows.append(row)
     return rows
 
@@ -1877,26 +1863,28 @@ def judge_part(part, groups, networks):
 def judge_numbers(part, values):
     """{role: (21, networks)} -> a row of the table."""
     more = values[part.more]
-    less = values.get(part.less, np.zeros_like(more))
+    less = values.get(part.less, 0 * more)
+    new = values.get("untrained", math.nan * more)
     difference, reach = interval(more, less)
-    row = {"part": part.text, "difference": difference, "reach": reach}
-    row["values"] = {role: x[0].mean() for role, x in values.items()}
-    row["networks"] = min(more.shape[1], less.shape[1])
-    new = values.pop("untrained", None)
-    if new is not None:
-        row["new"] = {role: interval(x, new) for role, x in values.items()}
-    row["outcome"] = "undecided"
+    outcome = "undecided"
     if difference > reach:
-        row["outcome"] = "holds"
-    if -difference > reach:
-        row["outcome"] = "opposed"
-    if math.isnan(reach):
-        row["outcome"] = "needs a number"
-    if part.trained and not all(
-        d > r for d, r in row.get("new", {"": (0, 0)}).values()
-    ):
-        row["outcome"] = "needs more training: not above a new network"
-    return row
+        outcome = "holds"
+    elif -difference > reach:
+        outcome = "opposed"
+    elif math.isnan(reach):
+        outcome = "needs a number"
+    beyond = {role: interval(values[role], new) for role in values if role in part}
+    if part.trained and not all(gain > error for gain, error in beyond.values()):
+        outcome = "needs more training: not above a new network"
+    return {
+        "part": part.text,
+        "values": {role: x[0].mean() for role, x in values.items()},
+        "difference": difference,
+        "reach": reach,
+        "networks": min(more.shape[1], less.shape[1]),
+        "from untrained": beyond,
+        "outcome": outcome,
+    }
 
 
 def verdict_of(rows):
@@ -1923,16 +1911,19 @@ def judge(networks, names):
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            rows = judge_part(part, groups_of(networks, part.setting), networks)
-            claim = table.setdefault((figure.claim, part.setting), {"parts": []})
-            claim["parts"] += [row | {"figure": name} for row in rows]
-    claims = []
-    for (number, setting), claim in sorted(table.items()):
-        names = dict.fromkeys(row["figure"] for row in claim["parts"])
-        text = "; ".join(FIGURES[name].text for name in names)
-        claim |= {"claim": number, "verdict": verdict_of(claim["parts"])}
-        claims.append(claim | {"text": f"{text}, {setting}".removesuffix(", ")})
-    return claims
+            new = {
+                "claim": figure.claim,
+                "setting": part.setting,
+                "parts": [],
+                "text": "",
+            }
+            claim = table.setdefault((figure.claim, part.setting), new)
+            if figure.text not in claim["text"]:
+                claim["text"] = "; ".join(filter(None, [claim["text"], figure.text]))
+            for row in judge_part(part, groups_of(networks, part.setting), networks):
+                claim["parts"].append(row | {"figure": name})
+    claims = [table[key] for key in sorted(table)]
+    return [claim | {"verdict": verdict_of(claim["parts"])} for claim in claims]
 
 
 def table_of(claims):
@@ -1940,27 +1931,27 @@ def table_of(claims):
     lines = []
     outcomes = []
     for claim in claims:
-        lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict'].upper()}")
+        lines.append("{claim:2} {text} {setting} -> {verdict}".format(**claim))
         for row in claim["parts"]:
             lines.append(f"   {row['part']:34} {words_of(row)}")
             outcomes.append(row["outcome"])
     tested = sum(not outcome.startswith("needs") for outcome in outcomes)
-    lines.append(
-        f"{tested} parts were tested, {outcomes.count('holds')} hold. If nothing"
+    text = (
+        f"{tested} parts were tested, {outcomes.count('holds')} hold; if nothing were "
     )
-    lines.append(f"were true, {tested / 40:.1f} would hold by chance (one in forty).")
-    return "\n".join(lines)
+    lines.append(text + f"true, {tested / 40:.1f} would by chance (one in forty)")
+    return "\n".join(lines).replace("-", "−")
 
 
 def words_of(row):
-    """Values, difference [its interval], outcome; the same from untrained."""
+    """Values, difference [its interval], outcome; how far each is from untrained."""
     if "values" not in row:
         return row["outcome"]
     text = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
     text += f": {between(row['difference'], row['reach'])} {row['outcome']}"
-    for role, pair in row.get("new", {}).items():
-        text += f"; {role} - untrained {between(*pair)}"
-    return text.replace("-", "−")
+    for role, gain in row["from untrained"].items():
+        text += f"; {role} from untrained {between(*gain)}"
+    return text
 
 
 def between(difference, reach):
@@ -2028,20 +2019,19 @@ def role_of(lam, one_view, decoder_depth):
 def load(text, heads=None, grid=None, pixels=None):
     """FILE or NAME=FILE -> ViT with all the facts of a Network."""
     name, path = "", text
-    if not os.path.exists(text) and "=" in text:
-        name, path = text.split("=", maxsplit=1)
+    if not os.path.exists(text):
+        name, _, path = text.rpartition("=")
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
-    config = vit.facts["config"]
-    lam = GIVEN.get(name.lower(), vit.facts["lam"])
-    one_view = config.get("one_view", False)
-    role = role_of(lam, one_view, vit.facts["decoder_depth"])
-    images = 0
+    facts, config = vit.facts, vit.facts["config"]
+    facts["given"] = name
+    facts["lam"] = GIVEN.get(name.lower(), facts["lam"])
+    facts["one_view"] = config.get("one_view", False)
+    facts["role"] = role_of(facts["lam"], facts["one_view"], facts["decoder_depth"])
+    facts["images"] = 0
     if config:
-        step = sslvit.load_checkpoint(path).get("step", config["steps"])
-        images = step * config["batch_size"]
-    work = images * PASSES.get(role.partition(",")[0], 0)
-    vit.facts |= {"lam": lam, "one_view": one_view, "role": role, "given": name}
-    vit.facts |= {"images": images, "work": work}
+        steps = sslvit.load_checkpoint(path)["step"]
+        facts["images"] = steps * config["batch_size"]
+    facts["work"] = facts["images"] * PASSES.get(facts["role"].partition(",")[0], 0)
     return vit
 
 
@@ -2075,64 +2065,57 @@ def load_networks(options):
     """-> the ViTs given, shipped ones beside them, and an untrained one for each seed."""
     vits = []
     for place, text in enumerate(options.checkpoints):
-        values = (options.heads, options.grid, options.pixels)
-        vits.append(load(text, *[one[min(place, len(one) - 1)] for one in values]))
+        answers = (options.heads, options.grid, options.pixels)
+        vits.append(load(text, *[values[place % len(values)] for values in answers]))
     if not options.alone:
         vits += load_companions(vits[0].facts, [vit.facts["role"] for vit in vits])
     twins = {}
     for vit in vits:
-        key = [vit.facts[name] for name in (*SHAPE, "seed")]
-        twins.setdefault(tuple(key), vit)
+        twins[tuple(vit.facts[key] for key in (*SHAPE, "seed"))] = vit
     return vits + [untrained_like(vit) for vit in twins.values()]
 
 
 def name_networks(networks):
-    """Role, λ, size and number of images where several are there; or as given.
-
-    Files of one name are seeds of one network: UserError if they differ otherwise.
-    """
+    """Role, λ, size and number of images where several are there; or as given."""
     sizes = {network.shape for network in networks}
-    labels, names, roles = defaultdict(set), defaultdict(list), defaultdict(list)
+    lengths, names = defaultdict(set), defaultdict(list)
     for network in networks:
         facts = network.facts
         label = network.role
-        if label == "other":
-            label = Path(facts["path"]).stem
         if label.endswith("hybrid"):
             label += ", λ = 0.2"
+        if label == "other":
+            label = Path(facts["path"]).stem
         if len(sizes) > 1:
             label += f", {facts['embed_dim']} wide, {facts['depth']} deep"
         if facts["given"].lower() not in GIVEN:
             label = facts["given"] or label
         network.label = label
-        labels[label].add(facts["images"])
+        lengths[label].add(facts["images"])
     for network in networks:
         images = network.facts["images"]
         network.name = network.label
-        if len(labels[network.label]) > 1:
+        network.is_longest = images == max(lengths[network.label])
+        if len(lengths[network.label]) > 1:
             network.name += f", {images:,} images"
-        network.is_longest = images == max(labels[network.label])
-        names[network.name].append(network)
-        if len(names[network.name]) == 1:
-            roles[network.role].append(network.name)
-        network.nth = roles[network.role].index(network.name)
-    for seeds in names.values():
-        require_seeds(seeds)
+        if network.name not in names[network.role]:
+            names[network.role].append(network.name)
+        network.nth = names[network.role].index(network.name)
 
 
 def require_seeds(networks):
-    """They differ in the seed alone, and none is there twice."""
-    runs = set()
-    first = networks[0]
+    """Networks of one name differ in the seed alone, and none is there twice."""
+    names, runs = {}, set()
     for network in networks:
         facts = network.facts
-        runs.add(facts["path"] if facts["seed"] is None else facts["seed"])
+        first = names.setdefault(network.name, network)
         a, b = settings_of(first), settings_of(network)
         differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
-        files = f"{first.facts['path']} and {facts['path']} are both {first.name}"
-        require(not differ, f"{files}, but differ in {differ}: give names, NAME=FILE")
-    fault = f"{first.name}: one run, or one seed, is there twice"
-    require(len(runs) == len(networks), fault)
+        files = f"{first.facts['path']} and {facts['path']}, both {network.name},"
+        require(not differ, f"{files} differ in {differ}: give names, NAME=FILE")
+        run = (network.name, facts["path"] if facts["seed"] is None else facts["seed"])
+        require(run not in runs, f"{files} are one run, or of one seed")
+        runs.add(run)
 
 
 def settings_of(network):
@@ -2152,6 +2135,7 @@ def analyse(options):
     vits = load_networks(options)
     networks = [Network(vit.facts) for vit in vits]
     name_networks(networks)
+    require_seeds(networks)
     choices = {network.name: {} for network in networks}
     studies = []
     for vit, network in zip(vits, networks, strict=True):
@@ -2160,62 +2144,55 @@ def analyse(options):
         print("no accuracies: they need classes, the same in train and val")
     figures = [FIGURES[name] for name in options.only]
     results = {"edition": 3, "settings": vars(options), "networks": []}
-    results["data"] = studies[0].description()
     for study, network in zip(studies, networks, strict=True):
         print(network.name, flush=True)
         study.vit.to(options.device)
         network.values = study.measure(figures)
         network.pictures = study.pictures(figures)
         network.facts |= {"label_names": study.label_names, "choices": study.choices}
-        results["networks"].append(vars(network))
+        results |= {
+            "data": study.data,
+            "networks": [*results["networks"], vars(network)],
+        }
         write_results(results, options.out)
         study.vit.cpu()
         study.rows.clear()
 
 
 def write_results(results, out):
-    """As JSON with 7 digits; under another name first: whole or not at all."""
-    text = json.dumps(results, default=to_list)
-    plain = json.loads(text, parse_float=seven_digits, parse_constant=none_of)
+    """Under another name first: whole or not at all."""
     new = Path(out, "results.new")
-    new.write_text(json.dumps(plain), encoding="utf-8")
+    new.write_text(json.dumps(results, default=to_list), encoding="utf-8")
     os.replace(new, Path(out, "results.json"))
 
 
 def to_list(array):
-    return array.tolist()
-
-
-def seven_digits(text):
-    return float(f"{float(text):.7g}")
-
-
-def none_of(constant):
-    """For NaN and the infinities, which JSON has not."""
+    return np.round(np.asarray(array), 6).tolist()
 
 
 def read_results(paths):
     """results.json of one analysis or several -> results, networks."""
-    runs, data = {}, None
+    runs = {}
+    first = None
     for path in paths:
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
-            require(results["edition"] == 3, "another edition: analyse again")
-            data = data or results["data"]
-            require(
-                results["data"] == data, f"other images or settings than {paths[0]}"
-            )
+            first = first or results
+            require(results["edition"] == 3, "of another edition: analyse again")
+            require(results["data"] == first["data"], f"other images than {paths[0]}")
             for entry in results["networks"]:
                 network = Network(**entry)
                 for key, value in network.values.items():
                     network.values[key] = np.array(value, dtype=float)
-                # who is in several analyses, as untrained networks often are, counts once
+                # who is in several analyses, as untrained networks often are
                 run = (network.facts["path"], network.facts["seed"], network.shape)
                 runs.setdefault(run, network).values |= network.values
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"--from {path}: cannot be used: {error!r}") from error
+            fault = f"{type(error).__name__}: {error}"
+            raise UserError(f"--from {path}: no results to use ({fault})") from error
     networks = list(runs.values())
     name_networks(networks)
+    require_seeds(networks)
     return results, networks
 
 
@@ -2256,11 +2233,11 @@ def draw_figures(networks, names, claims, out):
 FLAGS = {
     "data": ("", "folder of images as for sslvit.py, else stimuli"),
     "cue-conflict": ("", "folder of <shape><n>-<texture><n>.png"),
-    "out": ("", "for everything [figures/ beside the first file]"),
+    "out": ("", "for everything, else figures/ beside the first file"),
     "images": (1000, "test images; 0: all"),
     "labels": (0, "training images to learn from; 0: four times --images"),
     "epochs": (10, "of fine-tuning and segmentation, a third for a choice"),
-    "device": ("auto", "one; several GPUs run several analyses"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "one"),
     "workers": (0, "processes that read images"),
 }
 
@@ -2269,11 +2246,12 @@ def parse(argv):
     table = ["figures (for --only), their claims, and where they stand in [P]:"]
     for name, figure in FIGURES.items():
         table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
-    parser = sslvit.Parser(
+    parser = argparse.ArgumentParser(
         "analyze.py",
         description="\n".join([__doc__, *table]),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
     )
     add = parser.add_argument
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
@@ -2287,37 +2265,44 @@ def parse(argv):
     text = "results.json of one analysis or several, to judge and draw again (--only)"
     add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    text = "what a file does not tell, one value for all files or one for each: "
-    many = {"nargs": "+", "default": [None]}
-    add("--heads", type=int, **many, help=text + "attention heads")
-    add("--grid", **many, metavar="ROWSxCOLS", help=text + "patches")
-    add("--pixels", **many, choices=("imagenet", "half"), help=text + "normalisation")
+    unsaid = {
+        "nargs": "+",
+        "default": [None],
+        "help": "where no file tells; for all or each",
+    }
+    add("--heads", type=int, **unsaid)
+    add("--grid", type=rows_and_cols, metavar="ROWSxCOLS", **unsaid)
+    add("--pixels", choices=("imagenet", "half"), **unsaid)
     options = parser.parse_args(argv)
     check(options)
     return options
 
 
+def rows_and_cols(text):
+    rows, cols = text.split("x")
+    return int(rows), int(cols)
+
+
 def check(options):
     """Whatever would fail late fails here."""
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=options.device)
     except Exception as error:  # torch has many kinds
         raise UserError(f"--device {options.device}: there is none here") from error
+    files = options.checkpoints or options.results
     one = bool(options.checkpoints) != bool(options.results)
     require(one, "give checkpoints, or --from results")
-    files = options.checkpoints or options.results
     for name in ("heads", "grid", "pixels"):
         fits = len(getattr(options, name)) in (1, len(files))
-        require(fits, f"--{name}: give one value, or one for each file")
-    for name, least in {"images": 0, "labels": 0, "epochs": 1, "workers": 0}.items():
-        require(getattr(options, name) >= least, f"--{name} is {least} or more")
-    for name in ("images", "labels"):
-        enough = getattr(options, name) not in range(1, GROUPS)
-        require(enough, f"--{name} is 0, or {GROUPS} or more")
+        require(fits, f"--{name}: one value, or one for each file")
+    fits = options.epochs > 0 and options.workers >= 0
+    require(fits, "--epochs is 1 or more, --workers 0 or more")
+    options.images = options.images or None
+    options.labels = options.labels or (options.images and 4 * options.images)
+    for count in (options.images, options.labels):
+        require(count is None or count >= GROUPS, f"{GROUPS} images or more, or 0")
     if not options.out:
-        folder = Path(files[0].split("=", maxsplit=1)[-1]).parent
+        folder = Path(files[0].split("=")[-1]).parent
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
@@ -2345,7 +2330,7 @@ def main(argv=None):
         text = "interrupted: results.json in --out has the networks that were measured"
         print(f"analyze.py: {text}; --from draws them", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except (UserError, argparse.ArgumentError, OSError) as error:
         # a loading process sends its traceback, whose last line is the message
         print(f"analyze.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
