@@ -128,15 +128,15 @@ LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
 LINES = ("-", "--", "-.", ":")
 
 
-def style_of(network):
-    """Colour for λ, dashes for hybrids; a further name of one role has other dashes."""
+def style_of(network, turn=0):
+    """Colour for λ, dashes for hybrids; each further size or name has other dashes."""
     lam = network.facts["lam"]
-    dashes = network.nth
-    colour = "#8C8C8C" if network.role == "untrained" else "#333333"
-    if lam is not None:
+    if lam is None:
+        colour = "#8C8C8C" if network.role == "untrained" else "#333333"
+    else:
         colour = LAMBDAS(float(lam))
-        dashes += (0 < lam < 1) + network.facts["one_view"]
-    return {"color": colour, "ls": LINES[dashes % 4]}
+        turn += (0 < lam < 1) + network.facts["one_view"]
+    return {"color": colour, "ls": LINES[turn % 4]}
 
 
 def canvas(columns, rows=1, height=4.6, **axis):
@@ -146,29 +146,31 @@ def canvas(columns, rows=1, height=4.6, **axis):
 
 
 def readings(networks, read):
-    """-> for each name (its first network, what is read of its seeds (seeds, ...)).
-
-    Of runs that differ in their length alone, the longest.
-    """
+    """-> for each name (its first network, what is read of its seeds (seeds, ...))."""
     values = defaultdict(list)
-    for network in networks:
+    for network in longest(networks):
         with contextlib.suppress(KeyError):
-            if network.is_longest:
-                values[network.name].append((network, read(network.row(0))))
+            values[network.name].append((network, read(network.row(0))))
     require(values, "needs values that no network has")
     for pairs in values.values():
         seeds, y = zip(*pairs, strict=True)
         yield seeds[0], np.stack(y)
 
 
-def curves(axis, networks, read, label, x="layer", start=1, end=None):
+def curves(axis, networks, read, label, x="layer", end=None):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
-    read(values) -> (points,) or (points, heads), from x = start to end, the last layer.
+    read(values) -> (points,) or (points, heads). Of layers, or states (0: embedding,
+    half: after attention); fewer than there are layers belong to the last ones. With
+    `end`, from 0 to there.
     """
+    turns = Counter()
     for network, y in readings(networks, read):
-        style = style_of(network)
-        places = np.linspace(start, end or network.facts["depth"], y.shape[1])
+        style = style_of(network, turns[network.role])
+        turns[network.role] += 1
+        depth = end or network.facts["depth"]
+        start = max(0, depth + 1 - y.shape[1])
+        places = np.linspace(start, depth, y.shape[1])
         if y.ndim == 3:
             heads = y.mean(axis=0)
             band = heads.min(axis=1), heads.max(axis=1)
@@ -178,11 +180,6 @@ def curves(axis, networks, read, label, x="layer", start=1, end=None):
             axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
     axis.set(xlabel=x, ylabel=label)
-
-
-def state_curves(axis, networks, read, label):
-    x = "layer (0: embedding, half: after attention)"
-    curves(axis, networks, read, label, x=x, start=0)
 
 
 def points(axis, networks, read, label):
@@ -199,7 +196,7 @@ def points(axis, networks, read, label):
 def say_range(axis, label):
     """An axis that does not begin at 0 enlarges differences: it says so."""
     low, high = axis.get_ylim()
-    axis.set_ylabel(f"{label} (axis: {low:.2f} to {high:.2f})")
+    axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
 
 
 def of_label(key, place, values):
@@ -276,7 +273,7 @@ def to_pictures(batch):
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
-    networks = [n for n in networks if n.is_longest and "maps" in n.pictures]
+    networks = [n for n in longest(networks) if "maps" in n.pictures]
     maps = np.array([network.pictures["maps"] for network in networks])
     rows, cols = maps.shape[2:]
     # pixels, patches and outlines in the same coordinates: patches
@@ -533,10 +530,9 @@ def late_tokens(values):
 
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    curves(axes[0], networks, itemgetter("heads"), "cosine between heads")
-    label = "cosine between neighbouring layers"
-    curves(axes[1], networks, itemgetter("depths"), label, start=2)
-    curves(axes[2], networks, itemgetter("tokens"), "cosine between tokens")
+    names = {"heads": "heads", "depths": "neighbouring layers", "tokens": "tokens"}
+    for axis, (key, name) in zip(axes, names.items(), strict=True):
+        curves(axis, networks, itemgetter(key), f"cosine between {name}")
     return fig
 
 
@@ -583,7 +579,7 @@ def picture_plane(vit, batch):
 
 
 def draw_plane(networks):
-    networks = [n for n in networks if n.is_longest and "plane" in n.pictures]
+    networks = [n for n in longest(networks) if "plane" in n.pictures]
     fig, [[left, *axes]] = canvas(1 + len(networks), height=4.2)
     left.imshow(np.concatenate(networks[0].pictures["photographs"]))
     left.axis("off")
@@ -695,12 +691,15 @@ def draw_spectra(networks):
     fig, axes = canvas(3, rows=2, height=4)
     for line, name in zip(axes, ("token", "image"), strict=True):
         key, label = f"{name} volume", f"mean log singular value,\n{name}s"
-        state_curves(line[0], networks, itemgetter(key), f"{label}, scale-free")
+        curves(line[0], networks, itemgetter(key), f"{label}, scale-free")
         absolute = itemgetter(f"{key}, absolute")
-        state_curves(line[1], networks, absolute, f"{label}, absolute")
+        curves(line[1], networks, absolute, f"{label}, absolute")
+        for axis in line[:2]:  # what enters may be empty in half of the directions
+            lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
+            axis.set_ylim(bottom=lowest - 0.3)
         read = partial(last_of, f"{name} spectrum")
         label = f"log singular value / largest,\n{name}s, last layer"
-        curves(line[2], networks, read, label, x="rank, as a share", start=0, end=1)
+        curves(line[2], networks, read, label, x="rank, as a share", end=1)
     return fig
 
 
@@ -774,17 +773,15 @@ def late_high(values):
 
 
 def plot_high_frequencies(axis, networks):
-    state_curves(axis, networks, high_frequencies, "Δ log amplitude at π")
+    curves(axis, networks, high_frequencies, "Δ log amplitude at π")
 
 
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
-    label = "log amplitude at π - at the lowest above 0"
-    state_curves(axes[1], networks, above_lowest, label)
-    x, label = "frequency (π per patch)", "Δ log amplitude, last layer"
-    read = partial(last_of, "fourier")
-    curves(axes[2], networks, read, label, x=x, start=0, end=1)
+    curves(axes[1], networks, above_lowest, "log amplitude at π - at lowest above 0")
+    read, label = partial(last_of, "fourier"), "Δ log amplitude, last layer"
+    curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
     return fig
 
 
@@ -1000,16 +997,23 @@ def draw_accuracy(networks):
     return fig
 
 
+def accuracy_parts(place, label):
+    """For a label set: shape (or the classes of photographs), texture."""
+    probe = partial(of_label, "linear probe", place)
+    tuned = partial(of_label, "fine-tuned", place)
+    return (
+        Part(f"linear probe, last layer, {label}", "CL", "MIM", probe),
+        Part(f"fine-tune accuracy, {label}", "MIM", "CL", tuned),
+    )
+
+
 FIGURES["accuracy"] = Figure(
     "1 left",
     1,
     "CL wins linear probing, MIM wins fine-tuning",
     accuracy_lesson,
     draw_accuracy,
-    parts=(
-        Part("linear probe, last layer", "CL", "MIM", itemgetter("linear probe")),
-        Part("fine-tune accuracy", "MIM", "CL", itemgetter("fine-tuned")),
-    ),
+    parts=accuracy_parts(0, "shape or class") + accuracy_parts(1, "texture"),
     learn=(learn_probe, learn_tuned),
 )
 
@@ -1055,13 +1059,11 @@ def draw_scaling(networks):
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in networks:
-        lines[network.role, network.facts["images"]].append(network)
+        lines[f"{network.role}, {network.facts['images']:,} images"].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
-        for (role, images), group in lines.items():
-            name = f"{role}, {images:,} images".removesuffix(", 0 images")
+        for name, group in lines.items():
             against(axis, group, "embed_dim", read, name, **style_of(group[0]))
-        axis.set_xticks(sorted(sizes))
         axis.set_xlabel("width of the tokens")
         say_range(axis, label)
     return fig
@@ -1300,8 +1302,8 @@ def noise_slope(values):
 
 def draw_noise(networks):
     fig, [[axis]] = canvas(1)
-    x, label = "noise frequency (π per pixel)", "relative accuracy drop"
-    curves(axis, networks, noise_drop, label, x=x, start=0.05, end=0.95)
+    x = "noise frequency, upper end (π per pixel)"
+    curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
     reference(axis, 0, "no loss")
     return fig
 
@@ -1366,7 +1368,7 @@ def draw_layers(networks):
     fig, axes = canvas(label_count(networks), rows=2, height=4.2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
     for axis, read, label in label_axes(networks, keys, axes):
-        state_curves(axis, networks, read, "")
+        curves(axis, networks, read, "")
         say_range(axis, label)
     return fig
 
@@ -1468,16 +1470,19 @@ def hybrid_parts(setting):
 
 def draw_sweep(networks):
     """Above, accuracy against λ; below, NMI and high frequencies."""
-    require(any(n.role == "hybrid" for n in networks), "needs a hybrid of λ = 0.2")
+    hybrids = [network for network in networks if network.role == "hybrid"]
+    require(hybrids, "needs a hybrid of λ = 0.2")
+    facts = hybrids[0].facts
+    alike = [
+        n for n in networks if n.shape == hybrids[0].shape and not n.facts["one_view"]
+    ]
     fig = plt.figure(figsize=(32 / 3, 8.8))
     above, below = fig.subfigures(2)
     axes = above.subplots(1, 2 * label_count(networks))
     for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
-        for setting, dashes in (("equal work", ":"), ("equal images", "-")):
-            groups = groups_of(networks, setting)
-            swept = [n for role in groups for n in groups[role] if n.role == role]
-            swept = [n for n in swept if n.facts["lam"] is not None]
-            against(axis, swept, "lam", read, setting, color="black", ls=dashes)
+        for fact, dashes in (("work", ":"), ("images", "-")):
+            swept = [n for n in alike if near(n.facts[fact], facts[fact])]
+            against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
         say_range(axis, label)
     left, right = below.subplots(1, 2)
@@ -1791,100 +1796,96 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def roles_of(networks, setting):
-    """Networks of one shape -> {role: seeds of one network}.
-
-    Of several of a role the one that was trained on the most images; in a setting, one
-    that costs (images, or work) as much as the cheapest of the longest of each role.
-    """
-    cost = "work" if setting == "equal work" else "images"
-    longest = defaultdict(int)
-    for network in networks:
-        if network.role in ("CL", "MIM", "hybrid"):
-            longest[network.role] = max(longest[network.role], network.facts[cost])
-    least = min(longest.values(), default=0)
+def roles_of(networks):
+    """Networks of one shape -> {role: [seeds of a network, of a longer run, ...]}."""
     names = defaultdict(list)
     for network in networks:
-        fits = network.role == "untrained" or near(network.facts[cost], least)
-        if fits or not setting:
-            names[network.facts["images"], network.name].append(network)
-    # the most images come last
-    return {names[key][0].role: names[key] for key in sorted(names)}
+        names[network.facts["images"], network.name].append(network)
+    roles = defaultdict(list)
+    for key in sorted(names):
+        roles[names[key][0].role].append(names[key])
+    return roles
 
 
-def groups_of(networks, setting=""):
-    """-> {role: networks that may be compared}, of equal shape within a size."""
+def groups_of(networks):
+    """-> {role: [seeds of one network, ...]}; all of a size have one shape."""
     shapes = defaultdict(list)
     for network in networks:
         shapes[network.shape].append(network)
-    sizes = [roles_of(shapes[shape], setting) for shape in sorted(shapes)]
+    sizes = [roles_of(shapes[shape]) for shape in sorted(shapes)]
     groups = dict(max(sizes, key=len))
-    for decoded in groups.get(DECODED, [])[:1]:
-        *shape, depth = decoded.shape
-        deeper = shapes[*shape, depth + decoded.facts["decoder_depth"]]
-        groups["MIM as deep"] = roles_of(deeper, setting).get("MIM", [])
+    if DECODED in groups:
+        first = groups[DECODED][0][0]
+        *shape, depth = first.shape
+        deeper = roles_of(shapes[*shape, depth + first.facts["decoder_depth"]])
+        groups |= {f"{role} as deep": names for role, names in deeper.items()}
     both = [roles for roles in sizes if {"CL", "MIM"} <= roles.keys()]
     if len(both) > 1:
         for role in ("CL", "MIM"):
-            groups[f"smallest {role}"] = both[0][role]
-            groups[f"largest {role}"] = both[-1][role]
+            groups |= {
+                f"smallest {role}": both[0][role],
+                f"largest {role}": both[-1][role],
+            }
     return groups
 
 
+def compared(part, groups):
+    """-> {role: networks} that a part compares; KeyError if some are missing.
+
+    Of several of a role the one that was trained on the most images; in a setting, the
+    longest two with equal images, or equal work of their encoders.
+    """
+    more = groups[part.more]
+    if not part.less:
+        return {part.more: more[-1]}
+    fact = {"equal images": "images", "equal work": "work"}.get(part.setting)
+    for a in more[::-1]:
+        for b in groups[part.less][::-1]:
+            if not fact or near(a[0].facts[fact], b[0].facts[fact]):
+                return {part.more: a, part.less: b}
+    raise KeyError(f"{part.more} and {part.less} of {part.setting}")
+
+
 def numbers(read, networks):
-    """What a part reads -> (21, networks, label sets); one set if it reads a number."""
+    """What a part reads -> (21, networks)."""
     rows = range(GROUPS + 1)
-    values = [[np.atleast_1d(read(n.row(i))) for n in networks] for i in rows]
-    return np.array(values, dtype=float)
+    return np.array([[read(n.row(i)) for n in networks] for i in rows], dtype=float)
 
 
 def judge_part(part, groups, networks):
-    """-> rows of the table: one, or one for each label set (shape, texture)."""
-    roles = [role for role in (part.more, part.less) if role]
+    """-> a row of the table; none if the images have no such label set."""
+    row = {"part": part.text}
     try:
-        values = {role: numbers(part.read, groups[role]) for role in roles}
+        pair = compared(part, groups)
+        shape = pair[part.more][0].shape
+        new = [n for n in networks if n.role == "untrained" and n.shape == shape]
+        values = {role: numbers(part.read, group) for role, group in pair.items()}
+        untrained = numbers(part.read, new)
     except KeyError as error:
-        needs = f"needs {error.args[0]} {part.setting}"
-        return [{"part": part.text, "outcome": needs.strip()}]
-    first = groups[part.more][0]
-    new = [n for n in networks if n.role == "untrained" and n.shape == first.shape]
-    if new:
-        values["untrained"] = numbers(part.read, new)
-    label_sets = values[part.more].shape[2]
-    rows = []
-    for place in range(label_sets):
-        row = judge_numbers(part, {role: x[..., place] for role, x in values.items()})
-        if label_sets > 1:
-            row["part"] += ", " + first.facts["label_names"][place]
-        rows.append(row)
-    return rows
-
-
-def judge_numbers(part, values):
-    """{role: (21, networks)} -> a row of the table."""
+        return [row | {"outcome": f"needs {error.args[0]}"}]
+    except IndexError:
+        return []
     more = values[part.more]
     less = values.get(part.less, 0 * more)
-    new = values.get("untrained", math.nan * more)
-    difference, reach = interval(more, less)
-    outcome = "undecided"
+    row["values"] = {role: x[0].mean() for role, x in values.items()}
+    row["untrained"] = untrained[0].mean()
+    row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
+    row["networks"] = min(more.shape[1], less.shape[1])
+    row["difference"], row["reach"] = interval(more, less)
+    row["outcome"] = outcome_of(row["difference"], row["reach"])
+    if part.trained and not all(gain > reach for gain, reach in row["gains"].values()):
+        row["outcome"] = "needs more training: not above a new network"
+    return [row]
+
+
+def outcome_of(difference, reach):
+    if math.isnan(reach):
+        return "needs a number"
     if difference > reach:
-        outcome = "holds"
-    elif -difference > reach:
-        outcome = "opposed"
-    elif math.isnan(reach):
-        outcome = "needs a number"
-    beyond = {role: interval(values[role], new) for role in values if role in part}
-    if part.trained and not all(gain > error for gain, error in beyond.values()):
-        outcome = "needs more training: not above a new network"
-    return {
-        "part": part.text,
-        "values": {role: x[0].mean() for role, x in values.items()},
-        "difference": difference,
-        "reach": reach,
-        "networks": min(more.shape[1], less.shape[1]),
-        "from untrained": beyond,
-        "outcome": outcome,
-    }
+        return "holds"
+    if -difference > reach:
+        return "opposed"
+    return "undecided"
 
 
 def verdict_of(rows):
@@ -1907,23 +1908,19 @@ def verdict_of(rows):
 
 def judge(networks, names):
     """-> the table: a claim after the other, claims 2 and 12 once for each setting."""
-    table = {}
+    groups = groups_of(networks)
+    table = defaultdict(list)
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            new = {
-                "claim": figure.claim,
-                "setting": part.setting,
-                "parts": [],
-                "text": "",
-            }
-            claim = table.setdefault((figure.claim, part.setting), new)
-            if figure.text not in claim["text"]:
-                claim["text"] = "; ".join(filter(None, [claim["text"], figure.text]))
-            for row in judge_part(part, groups_of(networks, part.setting), networks):
-                claim["parts"].append(row | {"figure": name})
-    claims = [table[key] for key in sorted(table)]
-    return [claim | {"verdict": verdict_of(claim["parts"])} for claim in claims]
+            for row in judge_part(part, groups, networks):
+                table[figure.claim, part.setting].append(row | {"figure": name})
+    claims = []
+    for (number, setting), rows in sorted(table.items()):
+        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
+        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
+        claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
+    return claims
 
 
 def table_of(claims):
@@ -1948,9 +1945,10 @@ def words_of(row):
     if "values" not in row:
         return row["outcome"]
     text = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
-    text += f": {between(row['difference'], row['reach'])} {row['outcome']}"
-    for role, gain in row["from untrained"].items():
-        text += f"; {role} from untrained {between(*gain)}"
+    text += f": {between(row['difference'], row['reach'])} {row['outcome']}; from "
+    text += f"untrained {row['untrained']:.3f}:"
+    for role, gain in row["gains"].items():
+        text += f" {role} {between(*gain)}"
     return text
 
 
@@ -1961,23 +1959,11 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
-SHAPE = ("image_size", "patch_size", "embed_dim", "depth")
-ALIKE = ("data", "model", "image_size", "patch_size", "decoder_depth")
+SHAPE = "image_size patch_size embed_dim depth".split()
+ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # encoder passes of a training image
 PASSES = {"CL": 8, "MIM": 3, "hybrid": 11, "one-view hybrid": 4}
-# settings in which seeds of one network may differ
-FREE = {
-    "seed",
-    "device",
-    "dtype",
-    "accum",
-    "workers",
-    "compile",
-    "checkpointing",
-    "out",
-}
-FREE |= {"resume", "overwrite", "dry_run", "save_every", "log_every", "knn_images"}
 
 
 @dataclass
@@ -1987,18 +1973,22 @@ class Network:
     facts: dict
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
-    label: str = ""  # as named, or the role and what differs
-    name: str = ""  # the same, and the number of images if that differs
-    nth: int = 0  # of the names of its role
-    is_longest: bool = True  # of the runs of its label
 
     @property
     def role(self):
         return self.facts["role"]
 
     @property
+    def name(self):
+        return self.facts["name"]
+
+    @property
     def shape(self):
         return tuple(self.facts[key] for key in SHAPE)
+
+    @property
+    def kind(self):
+        return self.role, self.shape, self.facts["given"]
 
     def row(self, number):
         return {key: value[number] for key, value in self.values.items()}
@@ -2017,22 +2007,35 @@ def role_of(lam, one_view, decoder_depth):
 
 
 def load(text, heads=None, grid=None, pixels=None):
-    """FILE or NAME=FILE -> ViT with all the facts of a Network."""
-    name, path = "", text
+    """FILE or NAME=FILE -> ViT with all the facts of a Network.
+
+    Without NAME it is called by role, width × depth, and number of training images.
+    """
+    given, path = "", text
     if not os.path.exists(text):
-        name, _, path = text.rpartition("=")
+        given, _, path = text.rpartition("=")
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
     facts, config = vit.facts, vit.facts["config"]
-    facts["given"] = name
-    facts["lam"] = GIVEN.get(name.lower(), facts["lam"])
-    facts["one_view"] = config.get("one_view", False)
-    facts["role"] = role_of(facts["lam"], facts["one_view"], facts["decoder_depth"])
-    facts["images"] = 0
+    lam = GIVEN.get(given.lower(), facts["lam"])
+    one_view = config.get("one_view", False)
+    role = role_of(lam, one_view, facts["decoder_depth"])
+    images = 0
     if config:
-        steps = sslvit.load_checkpoint(path)["step"]
-        facts["images"] = steps * config["batch_size"]
-    facts["work"] = facts["images"] * PASSES.get(facts["role"].partition(",")[0], 0)
+        images = sslvit.load_checkpoint(path)["step"] * config["batch_size"]
+    facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
+    facts |= {"images": images, "work": images * PASSES.get(role.partition(",")[0], 0)}
+    facts["name"] = given
+    if given.lower() in {"", *GIVEN}:
+        facts["name"] = name_of(facts)
     return vit
+
+
+def name_of(facts):
+    name = facts["role"]
+    if facts["lam"] == 0.2:
+        name += ", λ = 0.2"
+    name += f", {facts['embed_dim']} × {facts['depth']}"
+    return f"{name}, {facts['images']:,} images".removesuffix(", 0 images")
 
 
 def load_companions(facts, roles):
@@ -2056,13 +2059,14 @@ def untrained_like(vit):
         rel_pos_bias=vit.rel_pos_bias is not None,
         layer_scale=0.1 if hasattr(vit.blocks[0].ls1, "gamma") else None,
     )
-    nothing = {"lam": None, "path": "", "config": {}, "decoder_depth": 0, "images": 0}
-    new.facts = vit.facts | nothing | {"work": 0, "role": "untrained", "given": ""}
+    new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
+    new.facts |= {"decoder_depth": 0, "images": 0, "work": 0, "given": ""}
+    new.facts["name"] = name_of(new.facts)
     return new.eval().requires_grad_(False)
 
 
 def load_networks(options):
-    """-> the ViTs given, shipped ones beside them, and an untrained one for each seed."""
+    """-> the given ViTs, shipped ones beside them, an untrained one for each seed."""
     vits = []
     for place, text in enumerate(options.checkpoints):
         answers = (options.heads, options.grid, options.pixels)
@@ -2073,34 +2077,6 @@ def load_networks(options):
     for vit in vits:
         twins[tuple(vit.facts[key] for key in (*SHAPE, "seed"))] = vit
     return vits + [untrained_like(vit) for vit in twins.values()]
-
-
-def name_networks(networks):
-    """Role, λ, size and number of images where several are there; or as given."""
-    sizes = {network.shape for network in networks}
-    lengths, names = defaultdict(set), defaultdict(list)
-    for network in networks:
-        facts = network.facts
-        label = network.role
-        if label.endswith("hybrid"):
-            label += ", λ = 0.2"
-        if label == "other":
-            label = Path(facts["path"]).stem
-        if len(sizes) > 1:
-            label += f", {facts['embed_dim']} wide, {facts['depth']} deep"
-        if facts["given"].lower() not in GIVEN:
-            label = facts["given"] or label
-        network.label = label
-        lengths[label].add(facts["images"])
-    for network in networks:
-        images = network.facts["images"]
-        network.name = network.label
-        network.is_longest = images == max(lengths[network.label])
-        if len(lengths[network.label]) > 1:
-            network.name += f", {images:,} images"
-        if network.name not in names[network.role]:
-            names[network.role].append(network.name)
-        network.nth = names[network.role].index(network.name)
 
 
 def require_seeds(networks):
@@ -2118,13 +2094,27 @@ def require_seeds(networks):
         runs.add(run)
 
 
+# what seeds of one network may differ in
+FREE = """
+    seed device dtype accum workers compile checkpointing out resume overwrite dry_run
+    save_every log_every knn_images""".split()
+
+
 def settings_of(network):
     """What seeds of one network share. Foreign files do not tell: their name must."""
     facts = network.facts
     settings = {"role": network.role, "shape": network.shape} | facts["config"]
     if not facts["config"] and not facts["given"]:
         settings["path"] = facts["path"]
-    return {key: settings[key] for key in settings.keys() - FREE}
+    return {key: settings[key] for key in settings.keys() - set(FREE)}
+
+
+def longest(networks):
+    """Of several runs of a role and size the longest; figures 1 and 12 have all."""
+    most = defaultdict(int)
+    for network in networks:
+        most[network.kind] = max(most[network.kind], network.facts["images"])
+    return [n for n in networks if n.facts["images"] == most[n.kind]]
 
 
 # ==== The engine: results ===========================================================
@@ -2134,29 +2124,24 @@ def analyse(options):
     """Measures every network; results.json is whole after each."""
     vits = load_networks(options)
     networks = [Network(vit.facts) for vit in vits]
-    name_networks(networks)
     require_seeds(networks)
     choices = {network.name: {} for network in networks}
-    studies = []
-    for vit, network in zip(vits, networks, strict=True):
-        studies.append(Study(vit, options, choices[network.name]))
-    if not studies[0].is_labelled:
+    for vit in vits:
+        *_, is_labelled = find_data(options.data, vit.facts["image_size"])
+    if not is_labelled:
         print("no accuracies: they need classes, the same in train and val")
     figures = [FIGURES[name] for name in options.only]
     results = {"edition": 3, "settings": vars(options), "networks": []}
-    for study, network in zip(studies, networks, strict=True):
+    for vit, network in zip(vits, networks, strict=True):
         print(network.name, flush=True)
-        study.vit.to(options.device)
+        study = Study(vit.to(options.device), options, choices[network.name])
         network.values = study.measure(figures)
         network.pictures = study.pictures(figures)
         network.facts |= {"label_names": study.label_names, "choices": study.choices}
-        results |= {
-            "data": study.data,
-            "networks": [*results["networks"], vars(network)],
-        }
+        results["data"] = study.data
+        results["networks"].append(vars(network))
         write_results(results, options.out)
-        study.vit.cpu()
-        study.rows.clear()
+        vit.cpu()
 
 
 def write_results(results, out):
@@ -2191,7 +2176,6 @@ def read_results(paths):
             fault = f"{type(error).__name__}: {error}"
             raise UserError(f"--from {path}: no results to use ({fault})") from error
     networks = list(runs.values())
-    name_networks(networks)
     require_seeds(networks)
     return results, networks
 
@@ -2240,6 +2224,7 @@ FLAGS = {
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "one"),
     "workers": (0, "processes that read images"),
 }
+LEAST = {"images": GROUPS, "labels": GROUPS, "epochs": 1, "workers": 0}
 
 
 def parse(argv):
@@ -2285,24 +2270,23 @@ def rows_and_cols(text):
 
 def check(options):
     """Whatever would fail late fails here."""
+    files = options.checkpoints or options.results
+    one = bool(options.checkpoints) != bool(options.results)
+    require(one, "give checkpoints, or --from results")
     try:
         torch.zeros(1, device=options.device)
     except Exception as error:  # torch has many kinds
         raise UserError(f"--device {options.device}: there is none here") from error
-    files = options.checkpoints or options.results
-    one = bool(options.checkpoints) != bool(options.results)
-    require(one, "give checkpoints, or --from results")
-    for name in ("heads", "grid", "pixels"):
-        fits = len(getattr(options, name)) in (1, len(files))
-        require(fits, f"--{name}: one value, or one for each file")
-    fits = options.epochs > 0 and options.workers >= 0
-    require(fits, "--epochs is 1 or more, --workers 0 or more")
+    for values in (options.heads, options.grid, options.pixels):
+        fits = len(values) in (1, len(files))
+        require(fits, f"{values}: give one value, or one for each file")
     options.images = options.images or None
     options.labels = options.labels or (options.images and 4 * options.images)
-    for count in (options.images, options.labels):
-        require(count is None or count >= GROUPS, f"{GROUPS} images or more, or 0")
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        require(value is None or value >= least, f"--{name}: {least} or more")
     if not options.out:
-        folder = Path(files[0].split("=")[-1]).parent
+        folder = Path(files[0].rpartition("=")[-1]).parent
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
