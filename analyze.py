@@ -150,11 +150,12 @@ def readings(networks, read):
     values = defaultdict(list)
     for network in longest(networks):
         with contextlib.suppress(KeyError):
-            values[network.name].append((network, read(network.row(0))))
+            y = read(network.row(0))
+            values[network.name].append((network, y))
     require(values, "needs values that no network has")
     for pairs in values.values():
-        seeds, y = zip(*pairs, strict=True)
-        yield seeds[0], np.stack(y)
+        seeds, numbers = zip(*pairs, strict=True)
+        yield seeds[0], np.stack(numbers)
 
 
 def curves(axis, networks, read, label, x="layer", end=None):
@@ -580,10 +581,13 @@ def picture_plane(vit, batch):
 
 def draw_plane(networks):
     networks = [n for n in longest(networks) if "plane" in n.pictures]
-    fig, [[left, *axes]] = canvas(1 + len(networks), height=4.2)
+    rows = math.ceil((1 + len(networks)) / 5)
+    fig, axes = canvas(math.ceil((1 + len(networks)) / rows), rows, height=4.2)
+    left, *axes = axes.flat
     left.imshow(np.concatenate(networks[0].pictures["photographs"]))
-    left.axis("off")
-    for axis, network in zip(axes, networks, strict=True):
+    for axis in (left, *axes[len(networks) :]):
+        axis.axis("off")
+    for axis, network in zip(axes, networks, strict=False):
         pictures = network.pictures
         for place, colour in enumerate(IMAGE_COLOURS):
             before, after = np.split(np.array(pictures["plane"][place]), 2)
@@ -1059,7 +1063,11 @@ def draw_scaling(networks):
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in networks:
-        lines[f"{network.role}, {network.facts['images']:,} images"].append(network)
+        lines[
+            f"{network.role}, {network.facts['images']:,} images".removesuffix(
+                ", 0 images"
+            )
+        ].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
         for name, group in lines.items():
@@ -1928,7 +1936,7 @@ def table_of(claims):
     lines = []
     outcomes = []
     for claim in claims:
-        lines.append("{claim:2} {text} {setting} -> {verdict}".format(**claim))
+        lines.append("{claim:2} {text} {setting}: {verdict}".format(**claim))
         for row in claim["parts"]:
             lines.append(f"   {row['part']:34} {words_of(row)}")
             outcomes.append(row["outcome"])
@@ -1937,7 +1945,7 @@ def table_of(claims):
         f"{tested} parts were tested, {outcomes.count('holds')} hold; if nothing were "
     )
     lines.append(text + f"true, {tested / 40:.1f} would by chance (one in forty)")
-    return "\n".join(lines).replace("-", "−")
+    return "\n".join(lines)
 
 
 def words_of(row):
@@ -2132,11 +2140,14 @@ def analyse(options):
         print("no accuracies: they need classes, the same in train and val")
     figures = [FIGURES[name] for name in options.only]
     results = {"edition": 3, "settings": vars(options), "networks": []}
+    drawn = set()
     for vit, network in zip(vits, networks, strict=True):
         print(network.name, flush=True)
         study = Study(vit.to(options.device), options, choices[network.name])
         network.values = study.measure(figures)
-        network.pictures = study.pictures(figures)
+        if network.name not in drawn:
+            network.pictures = study.pictures(figures)
+        drawn.add(network.name)
         network.facts |= {"label_names": study.label_names, "choices": study.choices}
         results["data"] = study.data
         results["networks"].append(vars(network))
@@ -2155,6 +2166,19 @@ def to_list(array):
     return np.round(np.asarray(array), 6).tolist()
 
 
+FACTS = {
+    "name",
+    "role",
+    "given",
+    "lam",
+    "one_view",
+    "images",
+    "work",
+    "label_names",
+    *SHAPE,
+}
+
+
 def read_results(paths):
     """results.json of one analysis or several -> results, networks."""
     runs = {}
@@ -2167,8 +2191,12 @@ def read_results(paths):
             require(results["data"] == first["data"], f"other images than {paths[0]}")
             for entry in results["networks"]:
                 network = Network(**entry)
+                require(network.facts.keys() >= FACTS, "facts are missing")
                 for key, value in network.values.items():
                     network.values[key] = np.array(value, dtype=float)
+                    require(
+                        len(network.values[key]) == GROUPS + 1, f"{key}: not 21 rows"
+                    )
                 # who is in several analyses, as untrained networks often are
                 run = (network.facts["path"], network.facts["seed"], network.shape)
                 runs.setdefault(run, network).values |= network.values
@@ -2207,7 +2235,7 @@ def draw_figures(networks, names, claims, out):
                 fig.savefig(file, dpi=150)
             drawn[name] = (title, file)
         except Exception as error:  # costs this figure, not the others
-            print(f"skipped {name}: {type(error).__name__}: {error}")
+            print(f"skipped {name}: {error}")
         plt.close("all")
     return drawn
 
@@ -2335,7 +2363,7 @@ def write_report(path, results, drawn):
             f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
-    lines = [f"{n['name']}: {n['facts']}" for n in results["networks"]]
+    lines = [str(network["facts"]) for network in results["networks"]]
     lines += [str(results["data"]), str(results["settings"])]
     page = PAGE.format(
         table=escape(table_of(results["claims"])),
