@@ -75,7 +75,7 @@ class Figure:
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
     # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
-    # measure_tokens(state (B, 1+N, D), grid) -> the same, stacked over states
+    # measure_tokens(state (B, 1+N, D)) -> the same, stacked over states
     measure: tuple = ()
     measure_tokens: tuple = ()
     # learn(study) -> {key: (n, ...)}: what must be trained first, for each test image
@@ -228,9 +228,8 @@ def legend(fig):
     for axis in fig.axes:
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
-    longest = max(map(len, lines), default=1)
-    style = {"loc": "outside lower center", "ncols": 110 // (8 + longest) or 1}
-    fig.legend(lines.values(), lines, frameon=False, **style)
+    place = "outside lower center"
+    fig.legend(lines.values(), lines, loc=place, ncols=3, frameon=False)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -664,11 +663,11 @@ def measure_volume(name, x):
     }
 
 
-def measure_spectra(state, grid):
+def measure_spectra(state):
     return measure_volume("token", state[:, 1:])
 
 
-def measure_features(state, grid):
+def measure_features(state):
     """Mean patch token and CLS (B, D)."""
     return {"pooled": state[:, 1:].mean(dim=1), "cls": state[:, 0]}
 
@@ -756,8 +755,9 @@ def fourier_amplitude(tokens, grid):
     return log - log[..., :1]
 
 
-def measure_fourier(state, grid):
-    return {"fourier": fourier_amplitude(state[:, 1:], grid)}  # (B, F)
+def measure_fourier(state):
+    tokens = state[:, 1:]
+    return {"fourier": fourier_amplitude(tokens, math.isqrt(tokens.shape[1]))}  # (B, F)
 
 
 def high_frequencies(values):
@@ -1118,11 +1118,9 @@ def mean_iou(counts):
 
 def overlaps(predicted, true, classes):
     """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
-    counts = []
-    for number in range(classes):
-        p, t = predicted == number, true == number
-        counts.append([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))])
-    return np.moveaxis(counts, 2, 0)
+    p = predicted[..., None] == np.arange(classes)  # (n, S, S, classes)
+    t = true[..., None] == np.arange(classes)
+    return np.stack([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))], axis=2)
 
 
 def learn_dense(study):
@@ -1585,7 +1583,7 @@ def normalise(pixels, vit):
 # One layer on one batch, without CLS. attn: among patches, rows renormalised to sum 1
 # (B, H, N, N); heads: A_h·V_h (B, H, N, d); added: what attention adds to the tokens
 # (B, N, D); above: the same of the layer before, or None; output_weight: of attention
-# (D, H·d); grid: rows, columns.
+# (D, H·d); grid: patches in a row.
 names = "attn heads added above output_weight grid patch_size"
 Layer = namedtuple("Layer", names)
 
@@ -1598,31 +1596,31 @@ def pooled_and_cls(tokens):
 def measure_batch(vit, x, measures, token_measures):
     """All measurements of a batch -> {key: (B, layers or states, ...)}."""
     tokens, records = vit(x, record=True)
-    p = vit.patch_size
-    grid = (x.shape[2] // p, x.shape[3] // p)
-    states = [vit.embed(x, None, None, *grid)]
+    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
     layers, above = [], None
     for block, record in zip(vit.blocks, records, strict=True):
         attn = record.attn[:, :, 1:, 1:]
         attn = attn / attn.sum(dim=-1, keepdim=True).clamp(min=1e-37)
         added = (record.mid - states[-1])[:, 1:]
         heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
-        layers.append((Layer(attn, heads, added, above, weight, grid, p),))
+        layers.append(
+            Layer(attn, heads, added, above, weight, vit.grid, vit.patch_size)
+        )
         states += [record.mid, record.out]
         above = added
     values = {"output": pooled_and_cls(tokens)}
     for measure in measures:
         values |= attempt(stack, measure, layers)
     for measure in token_measures:
-        values |= attempt(stack, measure, [(state, grid) for state in states])
+        values |= attempt(stack, measure, states)
     return values
 
 
-def stack(measure, arguments):
-    """measure(*arguments) of every layer or state -> {key: (B, layers, ...)}."""
+def stack(measure, items):
+    """measure() of every layer or state -> {key: (B, layers, ...)}."""
     values = defaultdict(list)
-    for layer in arguments:
-        for key, value in measure(*layer).items():
+    for item in items:
+        for key, value in measure(item).items():
             values[key].append(value)
     return {key: torch.stack(value, dim=1) for key, value in values.items()}
 
