@@ -3187,11 +3187,11 @@ how sure the images are, not whether another training would end alike.</small></
 
 PATCHES = "patch_embed.proj.weight"
 TABLE = "rel_pos_bias.relative_position_bias_table"
-# what DDP, torch.compile and FSDP put into keys
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
 # published is the teacher of a student, and an encoder rather than its average
 SECOND_CHOICE = re.compile("student|momentum|key_encoder|target|ema")
 RENAMES = {
+    # what DDP, torch.compile and FSDP put into keys
+    r"\b(module|_orig_mod|_fsdp_wrapped_module)\.": "",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's chunks of blocks
     r"\.gamma_([12])$": r".ls\1.gamma",  # LayerScale of BEiT, SimMIM and iBOT
 }
@@ -3244,6 +3244,7 @@ def check_archive(path):
     with zipfile.ZipFile(path) as archive:
         names = " ".join(archive.namelist())
         require("data.pkl" in names, "a zip archive, but not one of torch.save")
+        require("constants.pkl" not in names, "a TorchScript program")
         # a few kB could become the whole memory
         is_packed = any(entry.compress_type for entry in archive.infolist())
         require(not is_packed, "a compressed archive, which torch.save never writes")
@@ -3275,14 +3276,13 @@ def read_checkpoint(path):
 
 
 def find_tensors(content):
-    """Dicts within dicts -> {key: tensor}, keys joined by dots, without WRAPPERS."""
+    """Dicts within dicts -> {keys, joined by dots: tensor}."""
     tensors = {}
     dicts = set()
     entries = [("", content)]
     for key, value in entries:  # grows while it is read
         if isinstance(value, torch.Tensor):
-            words = [word for word in key[1:].split(".") if word not in WRAPPERS]
-            tensors[".".join(words)] = value
+            tensors[key[1:]] = value
         # a dict that holds itself is read once
         if isinstance(value, dict) and id(value) not in dicts:
             dicts.add(id(value))
@@ -3328,7 +3328,7 @@ def take_encoder(tensors, prefix):
         for pattern, new in RENAMES.items():
             name = re.sub(pattern, new, name)
         if not key.startswith(prefix):
-            skipped[".".join(key.split(".")[:2])] += 1
+            skipped[".".join(name.split(".")[:2])] += 1
         elif match := NOT_ENCODER.search(name):
             skipped[match[0].strip(".")] += 1
         else:
@@ -3494,9 +3494,8 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
     }
     guesses = [f"--{name}" for name, answer in answers.items() if not answer]
     vit.facts = sizes | {"path": str(path), "format": form, "lam": lam}
-    vit.facts |= {"pixels": pixels or "imagenet", "config": config}
-    vit.facts["seed"] = config.get("seed")
-    vit.facts["decoder_depth"] = config.get("decoder_depth", 0)
+    vit.facts |= {"pixels": pixels or "imagenet", "seed": config.get("seed")}
+    vit.facts |= {"config": config, "decoder_depth": config.get("decoder_depth", 0)}
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
     line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
     print(line.format(**vit.facts) + (", ".join(guesses) or "nothing"))
