@@ -3188,7 +3188,7 @@ how sure the images are, not whether another training would end alike.</small></
 PATCHES = "patch_embed.proj.weight"
 TABLE = "rel_pos_bias.relative_position_bias_table"
 # published is the teacher of a student, and an encoder rather than its average
-SECOND_CHOICE = re.compile("student|momentum|key_encoder|target|ema")
+SECOND_CHOICE = "student|momentum|key_encoder|target|ema"
 RENAMES = {
     # what DDP, torch.compile and FSDP put into keys
     r"\b(module|_orig_mod|_fsdp_wrapped_module)\.": "",
@@ -3196,7 +3196,7 @@ RENAMES = {
     r"\.gamma_([12])$": r".ls\1.gamma",  # LayerScale of BEiT, SimMIM and iBOT
 }
 # behind the encoder's prefix, and without a part in its tokens
-NOT_ENCODER = re.compile(
+NOT_ENCODER = (
     r"^(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)"
     r"|(relative_position_index|num_batches_tracked)$"
 )
@@ -3261,8 +3261,8 @@ def read_checkpoint(path):
         require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
     require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
     if start[8:9] == b"{":  # a header behind its length
-        can_read = importlib.util.find_spec("safetensors")
-        require(can_read, "a safetensors file: first pip install safetensors")
+        has_package = importlib.util.find_spec("safetensors")
+        require(has_package, "a safetensors file: first pip install safetensors")
         from safetensors.torch import load_file
 
         return load_file(path)
@@ -3301,8 +3301,8 @@ def find_config(content):
         types = (int, float) if knob.type is float else knob.type
         is_sound = isinstance(value, types) and str(value).isprintable()
         require(is_sound, f"in its config, {knob.name} is {value!r}")
-    require(config["model"] in SIZES, f"a model of unknown size {config['model']}")
-    require(0 <= config["lam"] <= 1, f"in its config, lam is {config['lam']}")
+    is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
+    require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
     return config
 
 
@@ -3315,8 +3315,8 @@ def find_prefix(tensors):
     some = ", ".join(list(tensors)[:3])
     require(patches, f"{len(tensors)} tensors ({some} ...), none of them {PATCHES}")
     # False comes before True, and of equals the shortest
-    key = min(patches, key=lambda key: (bool(SECOND_CHOICE.search(key)), len(key)))
-    return key.removesuffix(PATCHES)
+    best = min(patches, key=lambda key: (bool(re.search(SECOND_CHOICE, key)), len(key)))
+    return best.removesuffix(PATCHES)
 
 
 def take_encoder(tensors, prefix):
@@ -3329,7 +3329,7 @@ def take_encoder(tensors, prefix):
             name = re.sub(pattern, new, name)
         if not key.startswith(prefix):
             skipped[".".join(name.split(".")[:2])] += 1
-        elif match := NOT_ENCODER.search(name):
+        elif match := re.search(NOT_ENCODER, name):
             skipped[match[0].strip(".")] += 1
         else:
             require(name not in weights, f"two tensors for {name}")
@@ -3340,8 +3340,7 @@ def take_encoder(tensors, prefix):
 def checked(value, key):
     """A tensor of a file -> float32, not larger than what the file holds of it."""
     require(value.is_floating_point(), f"{key} is {value.dtype}: quantised?")
-    size = value.numel() * value.element_size()
-    is_whole = size <= value.untyped_storage().nbytes()
+    is_whole = value.nbytes <= value.untyped_storage().nbytes()
     require(is_whole, f"{key} claims more numbers than the file holds")
     require(value.isfinite().all(), f"{key} holds NaN or infinity")
     return value.detach().float().contiguous()
@@ -3354,8 +3353,8 @@ def join_biases(weights):
         joined = f"{attn}qkv.bias"
         if attn != name and joined not in weights:
             q_bias = weights.pop(name)
-            v_bias = weights.pop(f"{attn}v_bias")
-            weights[joined] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+            biases = [q_bias, torch.zeros_like(q_bias), weights.pop(f"{attn}v_bias")]
+            weights[joined] = torch.cat(biases)
     return weights
 
 
@@ -3372,8 +3371,6 @@ def find_side(weights, grid):
     count = positions.shape[1]
     rows, cols = grid or 2 * [math.isqrt(count - 1)]
     require(rows == cols, f"{rows} x {cols} patches: only square grids are analysed")
-    fits = rows * cols in (count - 1, count)
-    require(fits, f"{count} positions: no square and CLS (--grid if CLS has none)")
     if rows * cols == count:
         weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
     return rows
@@ -3386,7 +3383,8 @@ def which_sines(positions, side):
     embed_dim = positions.shape[-1]
     sines = sincos_positions(embed_dim, side, side)
     for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-        if torch.allclose(positions, sines.roll(shift, dims=-1), atol=1e-3):
+        turned = sines.roll(shift, dims=-1)
+        if turned.shape == positions.shape and turned.allclose(positions, atol=1e-3):
             return first
     return ""
 
@@ -3395,7 +3393,7 @@ def recognise(tensors, prefix, sines, content):
     """-> format, λ, pixels; None: nothing tells."""
     # solo-learn writes its method into the file
     is_moco = "mocov3" in str(content.get("hyper_parameters"))
-    if is_moco or sines == "y" or re.search("base_enc|momentum_enc", prefix):
+    if is_moco or sines == "y" or "base_encoder" in prefix:
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
         if any(f".{key}".endswith(mark) for key in tensors if key.startswith(prefix)):
@@ -3439,8 +3437,11 @@ def build(weights, sizes):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    has_positions = {"pos_embed", TABLE} & weights.keys()
-    require(has_positions, "no positions: no tensor tells how they are computed")
+    positions = weights.get("pos_embed")
+    has_any = TABLE in weights or positions is not None
+    require(has_any, "no positions: no tensor tells how they are computed")
+    is_square = positions is None or positions.shape[1] == 1 + vit.grid**2
+    require(is_square, "pos_embed: no square and CLS (--grid if CLS has none)")
     vit.load_state_dict(weights, assign=True)
     vit.options = options
     return vit.eval()

@@ -251,7 +251,7 @@ def test_heads_grid_and_pixels_can_be_given(tmp_path, capsys):
     # 224 x 192 px: 14·12 + 1 = 13²; DeiT III: 13² patches, and none for CLS
     state["pos_embed"] = torch.ones(1, 169, 384)
     path = write(tmp_path, state)
-    check_refused(path, "169 positions", "--grid")
+    check_refused(path, "pos_embed", "--grid")
     check_refused(path, "14 x 12 patches", "square", grid=(14, 12))
     vit = analyze.load_encoder(path, grid=(13, 13))
     assert vit.pos_embed[0, :2, 0].tolist() == [0, 1] and vit.grid == 13
