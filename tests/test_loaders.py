@@ -175,7 +175,7 @@ def published():
     # block_chunks=2: blocks.1.1.norm1 is the second block, in chunk 1
     chunks = renamed(dinov2, {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.1.1."})
     simmim = under("encoder.", beit | token) | {"decoder.0.weight": torch.zeros(3)}
-    student = {"student": under("module.backbone.", plus_one(plain))}
+    student = {"student": under("backbone.", plus_one(plain))}
     method = {"hyper_parameters": {"method": "mocov3"}}
     average = {"state_dict_ema": plus_one(plain)}
     return {
