@@ -20,6 +20,7 @@ attention and after each MLP, 1+2L in all.
 import argparse
 import base64
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -27,10 +28,11 @@ import pickle
 import re
 import sys
 import textwrap
-from collections import Counter, defaultdict, namedtuple
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from html import escape
 from operator import itemgetter
@@ -47,7 +49,7 @@ from torch.utils.data import DataLoader
 
 import sslvit
 from sslvit import MEAN, SIZES, STD
-from sslvit import Config, Stimuli, UserError, ViT, require
+from sslvit import Config, Stimuli, UserError, ViT, require, sincos_positions
 
 # ==== What a figure is ==============================================================
 
@@ -2401,413 +2403,333 @@ images are, not whether another training would end alike.</p>
 
 
 # ==== Whose network is it?  Checkpoints of other people, as data ====================
-# Nearly every published ViT is timm's: tensors of the same shapes. What differs is
-# where they lie in a file (in a dict of a dict, behind a prefix) and what a few of them
-# are called. So a family of checkpoints is one row of a table; what a table cannot say
-# is a function of a few lines: biases, positions, registers.
+# Nearly every published ViT has timm's tensors: the same shapes and, but for a few, the
+# same names, somewhere in a file. So the encoder is what stands behind the same prefix
+# as its patches, and each tensor there must have a place in our ViT.
 #
-# A file is data. Nothing that it names is imported or called, sizes come from the
-# shapes of its tensors, and what is used or left out is printed: a network that is
-# almost right gives figures that look right.
+# Strict: a network that is almost the published one gives figures that look right. What
+# is not understood is refused by name; what no tensor tells is printed and can be set.
+#
+# A file is data: torch's own safe reader opens it, nothing that it names is imported or
+# called, and a size that it claims costs nothing before it is checked.
 
 PATCHES = "patch_embed.proj.weight"
 TABLE = "rel_pos_bias.relative_position_bias_table"
-OWN_TABLE = "blocks.0." + TABLE
-
-
-@dataclass
-class Family:
-    """One way to publish a ViT. Of FAMILIES the first counts that finds its keys."""
-
-    name: str
-    prefix: str  # of the encoder's keys; prefix + PATCHES must be in the file
-    needs: list = field(default_factory=list)  # what else must be in the file
-    # λ of L = (1 - λ)·MIM + λ·CL; None: another objective, or the file has a config
-    lam: float | None = None
-    small_heads: int = 6  # of a ViT-S, whose shapes do not tell
-
-
-FAMILIES = [
-    Family("sslvit with its average", "encoder.", ["momentum_encoder.cls_token"]),
-    Family("sslvit, first edition", "encoder.", ["key_encoder.cls_token"]),
-    Family("sslvit", "encoder.", ["mask_token"], lam=0.0),
-    Family("MoCo v3", "base_encoder.", lam=1.0, small_heads=12),
-    Family("MoCo v3, its average", "momentum_encoder.", lam=1.0, small_heads=12),
-    Family("SimMIM", "encoder.", ["encoder.mask_token"], lam=0.0),
-    Family("encoder alone", "encoder."),
-    Family("DINO, iBOT or DINOv2 in training", "backbone."),
-    Family("MAE with its decoder", "", ["decoder_pos_embed"], lam=0.0),
-    Family("BEiT", "", ["lm_head.weight"], lam=0.0),
-    Family("iBOT", "", ["masked_embed"]),
-    Family("DINOv2", "", ["mask_token", "blocks.0.ls1.gamma"]),
-    Family("DINOv2 in chunks", "", ["mask_token", "blocks.0.0.ls1.gamma"]),
-    # also the encoders alone of MAE, DINO and MoCo v3, and whatever was fine-tuned
-    Family("timm", ""),
-]
-
-# other names: pattern -> ours, tried in order on a key without its prefix
+# published is the teacher of a student, and an encoder rather than its average
+SECOND_CHOICE = "student|momentum|key_encoder|target|ema"
 RENAMES = {
+    # what DDP, torch.compile and FSDP put into keys
+    r"\b(module|_orig_mod|_fsdp_wrapped_module)\.": "",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's chunks of blocks
-    r"\.gamma_([12])$": r".ls\1.gamma",
-    r"^(reg_token|register_tokens)$": "registers",
-    # fine-tuned SimMIM and BEiT: each block has position biases of its own
-    r"\.attn\.relative_position_bias_table$": "." + TABLE,
-    # fine-tuned on the mean of all tokens: the last norm stands behind the mean
-    r"^fc_norm\.": "norm.",
+    r"\.gamma_([12])$": r".ls\1.gamma",  # LayerScale of BEiT, SimMIM and iBOT
 }
-# where in a file the state dict may lie, in this order; averages of weights come last
-BOXES = ["state_dict", "model", "teacher", "student", "module", "net", "encoder"]
-BOXES += ["network", "backbone", "state_dict_ema", "model_ema", "ema"]
-# what DDP, torch.compile, FSDP and Lightning put into keys
-WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "model"]
-# behind the same prefix, and no part of the encoder
-NOT_ENCODER = re.compile(
-    r"(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)"
-    r"|.*(relative_position_index|num_batches_tracked)$"
+# behind the encoder's prefix, and without a part in its tokens
+NOT_ENCODER = (
+    r"^(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)"
+    r"|(relative_position_index|num_batches_tracked)$"
 )
+# the end of a key -> format, λ, pixels that the network was trained on
+MARKS = {
+    ".decoder_pos_embed": ("MAE", 0.0, "imagenet"),
+    ".lm_head.weight": ("BEiT", 0.0, "half"),
+    ".encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
+    ".masked_embed": ("iBOT", None, "imagenet"),
+    ".mask_token": ("DINOv2", None, "imagenet"),
+}
+# what else is saved under the name of a checkpoint, by its first bytes
+NOT_CHECKPOINTS = {
+    b"version https://git-lfs": "a pointer of git LFS: run git lfs pull",
+    b"<": "a web page",
+    b"\x89HDF": "an HDF5 file, as of Keras",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a compressed file: unpack it",
+}
 
 
-# ---- From a file to a dict of tensors ----
+# ---- From a file to tensors ----
 
 
 class Inert:
     """Stands in for whatever a file names beside tensors and dicts.
 
-    Be it the arguments of a run (MAE, DINO), a yacs node (SimMIM) or os.system: it
+    Be it the arguments of a run, a NumPy number or a function that runs commands: it
     takes any call and does nothing.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __new__(cls, *arguments):
+        # made of nothing (yacs, easydict) or of a class (defaultdict), it is likely a
+        # dict whose items are set, which torch allows for few types
+        if all(argument is Inert for argument in arguments):
+            return OrderedDict()
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
         pass
 
-    __setstate__ = __setitem__ = append = extend = add = __init__
 
-
-class SafePickle:
-    """What torch.load takes for the module pickle."""
-
-    KNOWN = re.compile(
-        r"collections\.OrderedDict"
-        r"|torch\.(Size|\w+Storage)"
-        r"|torch\._utils\._rebuild_(parameter|tensor\w*)"
-    )
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if SafePickle.KNOWN.fullmatch(f"{module}.{name}"):
-                return super().find_class(module, name)
-            return Inert
-
-    @staticmethod
-    def load(file, **options):
-        return SafePickle.Unpickler(file, **options).load()
-
-
-SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_safetensors(file):
-    """Eight bytes tell the length of a header, JSON, and that where each tensor lies.
-
-    Recent versions of torch.load read this too, with the help of a package.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    numbers = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
-    state = {}
-    for key, entry in header.items():
-        require(entry["dtype"] in SAFETENSORS, f"tensor {key} is {entry['dtype']}")
-        start, end = entry["data_offsets"]
-        require(end <= len(numbers), f"tensor {key} is cut off")
-        flat = torch.from_numpy(numbers[start:end]).view(SAFETENSORS[entry["dtype"]])
-        state[key] = flat.reshape(entry["shape"])
-    return state
+def check_archive(path):
+    """A zip file must be as torch.save writes it: not compressed, checksums right."""
+    with zipfile.ZipFile(path) as archive:
+        names = " ".join(archive.namelist())
+        require("data.pkl" in names, "a zip archive, but not one of torch.save")
+        require("constants.pkl" not in names, "a TorchScript program")
+        # a few kB could become the whole memory
+        is_packed = any(entry.compress_type for entry in archive.infolist())
+        require(not is_packed, "a compressed archive, which torch.save never writes")
+        require(archive.testzip() is None, "damaged: a checksum is wrong")
 
 
 def read_checkpoint(path):
-    """What is in a file, told by its first bytes. Objects are replaced by Inert."""
+    """What is in a file. Objects other than tensors, dicts and lists become Inert."""
+    require(os.path.isfile(path), "no such file, or a folder")
     with open(path, "rb") as file:
-        start = file.read(9)
-        file.seek(0)
-        if start[8:] == b"{":  # a header behind its length
-            return read_safetensors(file)
-        if start[:4] == b"PK\x03\x04":  # a zip archive
-            names = torch._C.PyTorchFileReader(file).get_all_records()
-            is_program = "constants.pkl" in names
-            require(not is_program, "a TorchScript program, which torch.load would run")
-            file.seek(0)
-        options = {"map_location": "cpu", "weights_only": False}
-        return torch.load(file, pickle_module=SafePickle, **options)
+        start = file.read(512)
+    require(start, "an empty file")
+    for first_bytes, what in NOT_CHECKPOINTS.items():
+        require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
+    require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
+    if start[8:9] == b"{":  # a header behind its length
+        has_package = importlib.util.find_spec("safetensors")
+        require(has_package, "a safetensors file: first pip install safetensors")
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    stand_ins = []
+    if start.startswith(b"PK\x03\x04"):
+        check_archive(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = [(Inert, name) for name in names]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def find_state(content, levels=4):
-    """The first dict with tensors in it, looked for in BOXES, and in BOXES therein."""
-    if not isinstance(content, dict) or levels == 0:
-        return {}
-    for box in BOXES:
-        state = find_state(content.get(box), levels - 1)
-        if state:
-            return state
+def find_tensors(content):
+    """Dicts within dicts -> {keys, joined by dots: tensor}."""
     tensors = {}
-    for key, value in content.items():
+    dicts = set()
+    entries = [("", content)]
+    for key, value in entries:  # grows while it is read
         if isinstance(value, torch.Tensor):
-            tensors[str(key)] = value.detach()
+            tensors[key[1:]] = value
+        # a dict that holds itself is read once
+        if isinstance(value, dict) and id(value) not in dicts:
+            dicts.add(id(value))
+            entries += [(f"{key}.{name}", inner) for name, inner in value.items()]
+    require(tensors, "no tensors in its dicts (of a module, save the state_dict())")
     return tensors
 
 
 def find_config(content):
     """The settings of a run of sslvit.py, which tell λ and more. Others: {}."""
-    config = content.get("config", {})
-    if isinstance(config, dict) and "objective" in config:
-        return config
-    return {}
+    config = content.get("config")
+    if not isinstance(config, dict) or "objective" not in config:
+        return {}
+    for knob in fields(Config):
+        value = config.get(knob.name, knob.default)
+        types = (int, float) if knob.type is float else knob.type
+        is_sound = isinstance(value, types) and str(value).isprintable()
+        require(is_sound, f"in its config, {knob.name} is {value!r}")
+    is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
+    require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
+    return config
 
 
 # ---- From their names to ours ----
 
 
-def bare(key):
-    """A key without wrappers: module._orig_mod.blocks.0 -> blocks.0."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+def find_prefix(tensors):
+    """What stands before the encoder's keys: "model.", "teacher.backbone.", "" ..."""
+    patches = [key for key in tensors if f".{key}".endswith(f".{PATCHES}")]
+    some = ", ".join(list(tensors)[:3])
+    require(patches, f"{len(tensors)} tensors ({some} ...), none of them {PATCHES}")
+    # False comes before True, and of equals the shortest
+    best = min(patches, key=lambda key: (bool(re.search(SECOND_CHOICE, key)), len(key)))
+    return best.removesuffix(PATCHES)
 
 
-def recognise(state):
-    """State dict -> its Family. UserError: none, and what each would need."""
-    require(state, "no tensors in its dicts (of a whole module, save the state_dict())")
-    names = [bare(key) for key in state]
-    known = []
-    for family in FAMILIES:
-        keys = [family.prefix + PATCHES, *family.needs]
-        if all(key in names for key in keys):
-            return family
-        known.append(f"{family.name}: {' and '.join(keys)}")
-    # some other network with a ViT in it
-    prefixes = [name.removesuffix(PATCHES) for name in names if name.endswith(PATCHES)]
-    if prefixes:
-        return Family("ViT in another network", min(prefixes, key=len))
-    found = f"{len(names)} tensors ({', '.join(names[:3])} ...) of no known family"
-    raise UserError(f"{found}. Keys that would tell: {'; '.join(known)}")
-
-
-def rename(state, family):
-    """State dict -> weights by our names, and the keys left out."""
-    names = {bare(key) for key in state}
-    weights, skipped = {}, []
-    for key, value in state.items():
-        is_inside = bare(key).startswith(family.prefix)
-        name = bare(key).removeprefix(family.prefix)
+def take_encoder(tensors, prefix):
+    """-> {our name: weights} of the encoder, Counter of what was left out."""
+    weights = {}
+    skipped = Counter()
+    for key, value in tensors.items():
+        name = key.removeprefix(prefix)
         for pattern, new in RENAMES.items():
-            renamed = re.sub(pattern, new, name)
-            # never onto a name that the file has itself: fc_norm beside norm
-            if family.prefix + renamed not in names:
-                name = renamed
-        if not is_inside or NOT_ENCODER.match(name):
-            skipped.append(key)
-            continue
-        require(value.isfinite().all(), f"tensor {key} holds NaN or infinity")
-        weights[name] = value
-    return weights, skipped
+            name = re.sub(pattern, new, name)
+        if not key.startswith(prefix):
+            skipped[".".join(name.split(".")[:2])] += 1
+        elif match := re.search(NOT_ENCODER, name):
+            skipped[match[0].strip(".")] += 1
+        else:
+            require(name not in weights, f"two tensors for {name}")
+            weights[name] = checked(value, key)
+    return join_biases(weights), skipped
+
+
+def checked(value, key):
+    """A tensor of a file -> float32, not larger than what the file holds of it."""
+    require(value.is_floating_point(), f"{key} is {value.dtype}: quantised?")
+    is_whole = value.nbytes <= value.untyped_storage().nbytes()
+    require(is_whole, f"{key} claims more numbers than the file holds")
+    require(value.isfinite().all(), f"{key} holds NaN or infinity")
+    return value.detach().float().contiguous()
 
 
 def join_biases(weights):
-    """SimMIM and BEiT have biases of queries and of values. Ours and timm's are one."""
+    """SimMIM and BEiT have biases of queries and of values; those of keys are 0."""
     for name in list(weights):
-        if not name.endswith("attn.qkv.weight"):
-            continue
-        attn = name.removesuffix("qkv.weight")
-        zeros = torch.zeros(len(weights[name]) // 3)
-        q_bias = weights.pop(attn + "q_bias", zeros)
-        k_bias = weights.pop(attn + "k_bias", zeros)
-        v_bias = weights.pop(attn + "v_bias", zeros)
-        weights.setdefault(attn + "qkv.bias", torch.cat([q_bias, k_bias, v_bias]))
+        attn = name.removesuffix("q_bias")
+        joined = f"{attn}qkv.bias"
+        if attn != name and joined not in weights:
+            q_bias = weights.pop(name)
+            biases = [q_bias, torch.zeros_like(q_bias), weights.pop(f"{attn}v_bias")]
+            weights[joined] = torch.cat(biases)
+    return weights
 
 
-def split_positions(weights):
-    """Positions as ours: of CLS, then of a square of patches."""
-    if "pos_embed" not in weights:
-        return
-    positions = weights["pos_embed"]
+# ---- What no tensor tells ----
+
+
+def find_side(weights, grid):
+    """Patches in a row of the square grid. Where CLS has no position, it gets zeros."""
+    positions = weights.get("pos_embed")
+    if positions is None:
+        # (2·side - 1)² offsets, and three places for CLS
+        offsets = len(weights[TABLE]) - 3 if TABLE in weights else 1
+        return (math.isqrt(offsets) + 1) // 2
     count = positions.shape[1]
-    # places of tokens that are no patches: none, CLS, or CLS and registers
-    extra = count - math.isqrt(count) ** 2
-    registers = weights.get("registers", torch.zeros(1, 0, 1))
-    known = (0, 1, 1 + registers.shape[1])
-    require(extra in known, f"{count} positions, which is no square of patches and CLS")
-    cls = positions[:, :1]
-    if extra == 0:
-        # timm's no_embed_class: CLS has no place
-        cls = torch.zeros_like(cls)
-    if extra > 1:  # registers never move: what is added for their place can stay
-        weights["registers"] = registers + positions[:, 1:extra]
-    weights["pos_embed"] = torch.cat([cls, positions[:, extra:]], dim=1)
+    rows, cols = grid or 2 * [math.isqrt(count - 1)]
+    require(rows == cols, f"{rows} x {cols} patches: only square grids are analysed")
+    if rows * cols == count:
+        weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    return rows
+
+
+def which_sines(positions, side):
+    """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
+    if positions is None:
+        return ""
+    embed_dim = positions.shape[-1]
+    sines = sincos_positions(embed_dim, side, side)
+    for first, shift in {"x": 0, "y": embed_dim // 2}.items():
+        turned = sines.roll(shift, dims=-1)
+        if turned.shape == positions.shape and turned.allclose(positions, atol=1e-3):
+            return first
+    return ""
+
+
+def recognise(tensors, prefix, sines, content):
+    """-> format, λ, pixels; None: nothing tells."""
+    # solo-learn writes its method into the file
+    is_moco = "mocov3" in str(content.get("hyper_parameters"))
+    if is_moco or sines == "y" or "base_encoder" in prefix:
+        return "MoCo v3", 1.0, "imagenet"
+    for mark, facts in MARKS.items():
+        if any(f".{key}".endswith(mark) for key in tensors if key.startswith(prefix)):
+            return facts
+    if sines:
+        return "MoCo v3 or MAE", None, "imagenet"
+    return "timm", None, None
+
+
+def find_sizes(weights, side, heads, form):
+    """-> arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
+    shape = weights[PATCHES].shape
+    require(len(shape) == 4, f"{PATCHES} is {shape}: of videos?")
+    embed_dim, _, _, patch_size = shape
+    numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    usual = {1280: 16}
+    if form.startswith("MoCo v3"):
+        usual[384] = 12
+    return {
+        "image_size": side * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": len(numbers) or 1,
+        "num_heads": heads or usual.get(embed_dim, max(1, embed_dim // 64)),
+    }
 
 
 # ---- From weights to a network ----
 
 
-class ForeignViT(ViT):
-    """A ViT with what ours has not.
-
-    Registers (DINOv2) are tokens without a place, which nobody outside sees; position
-    biases of each block's own are in fine-tuned SimMIM and BEiT.
-    """
-
-    def __init__(self, *sizes, registers, **options):
-        super().__init__(*sizes, **options)
-        self.registers = nn.Parameter(torch.zeros(1, registers, self.embed_dim))
-        for block in self.blocks:
-            block.rel_pos_bias = deepcopy(self.rel_pos_bias)
-        self.rel_pos_bias = None
-
-    def forward(self, x, mask=None, record=False):
-        rows = x.shape[2] // self.patch_size
-        cols = x.shape[3] // self.patch_size
-        x = self.embed(x, mask, None, rows, cols)  # (B, 1+N, D)
-        visible = x.shape[1]
-        registers = self.registers.expand(len(x), -1, -1).to(x.dtype)
-        x = torch.cat([x, registers], dim=1)  # (B, 1+N+R, D)
-        records = []
-        for block in self.blocks:
-            bias = None
-            if block.rel_pos_bias is not None:
-                bias = block.rel_pos_bias(rows, cols)
-            entry = block.record(x, bias, explicit=record)
-            x = entry.out
-            if record:
-                records.append(first_tokens(entry, visible))
-        x = self.norm(x)[:, :visible]
-        return (x, records) if record else x
-
-
-def first_tokens(record, count):
-    """A block's Record without its last tokens, which are registers."""
-    return record._replace(
-        attn=record.attn[:, :, :count, :count],
-        heads=record.heads[:, :, :count],
-        mid=record.mid[:, :count],
-        out=record.out[:, :count],
-    )
-
-
-def find_sizes(weights, family, config, heads):
-    """Sizes of the network that has these weights, as arguments of ViT.
-
-    Heads are told by a table of position biases, a config or the user, or 64 wide.
-    """
-    embed_dim, _, _, patch_size = weights[PATCHES].shape
-    numbers = re.findall(r"\bblocks\.(\d+)\.", " ".join(weights))
-    require(numbers, "there are patches, but no blocks: no blocks.0.norm1.weight")
-    depth = 1 + max(int(number) for number in numbers)
-    # of ViT-S and ViT-H; all others have heads of 64
-    known = {384: family.small_heads, 1280: 16}
-    num_heads = heads or known.get(embed_dim, max(1, embed_dim // 64))
-    if config:
-        require(config["model"] in SIZES, f"a model of unknown size {config['model']}")
-        num_heads = SIZES[config["model"]]["num_heads"]
-    grid = 224 // patch_size
-    if "pos_embed" in weights:
-        grid = math.isqrt(weights["pos_embed"].shape[1])
-    table = weights.get(TABLE, weights.get(OWN_TABLE))
-    if table is not None:
-        # (2·grid - 1)² offsets, and three places for CLS
-        grid = (math.isqrt(len(table) - 3) + 1) // 2
-        num_heads = table.shape[1]
-    return grid * patch_size, patch_size, embed_dim, depth, num_heads
-
-
 def build(weights, sizes):
-    """The ViT of these weights -> ViT, keys missing in them, keys that it has not."""
-    options = {"positions": "none", "layer_scale": None}
-    options["rel_pos_bias"] = TABLE in weights or OWN_TABLE in weights
-    if "pos_embed" in weights:
-        options["positions"] = "learned"
-    if "blocks.0.ls1.gamma" in weights:
-        options["layer_scale"] = 0.1
-    odd = [key for key in ("registers", TABLE, OWN_TABLE) if key in weights]
-    require(len(odd) < 2, f"{' and '.join(odd)} in one network")
-    is_ours = odd in ([], [TABLE])
-    if is_ours:
-        vit = ViT(*sizes, **options)
-    else:
-        none = torch.zeros(1, 0, len(weights[PATCHES]))
-        registers = weights.setdefault("registers", none)
-        vit = ForeignViT(*sizes, registers=registers.shape[1], **options)
+    """The ViT that has these weights and no others; UserError if there is none."""
+    options = {
+        "positions": "learned" if "pos_embed" in weights else "none",
+        "rel_pos_bias": TABLE in weights,
+        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in weights else None,
+    }
+    with torch.device("meta"):  # shapes without memory
+        vit = ViT(**sizes, **options)
+    # refused here, as torch would name the same key of each block
+    odd = weights.keys() - vit.state_dict().keys()
+    names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
+    require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
+    positions = weights.get("pos_embed")
+    has_any = TABLE in weights or positions is not None
+    require(has_any, "no positions: no tensor tells how they are computed")
+    is_square = positions is None or positions.shape[1] == 1 + vit.grid**2
+    require(is_square, "pos_embed: no square and CLS (--grid if CLS has none)")
+    vit.load_state_dict(weights, assign=True)
     vit.options = options
-    missing, unexpected = vit.load_state_dict(weights, strict=False)
-    # without a last norm, as in some fine-tuned networks, it does nothing but normalise
-    absent = [key for key in missing if not key.startswith("norm.")]
-    some = ", ".join(absent[:4])
-    require(not absent, f"{len(absent)} tensors are missing, among them {some}")
-    return vit.eval(), missing, unexpected
+    return vit.eval()
 
 
-def find_facts(path, sizes, family, config):
-    """What the rest of this file wants to know of a network."""
-    lam = config.get("lam", family.lam)
-    facts = {"path": str(path), "format": family.name, "config": config}
-    facts["pixels"] = "imagenet"
-    facts["lam"] = lam
-    facts |= dict(zip((*SHAPE, "num_heads"), sizes, strict=True))
-    facts |= {"seed": config.get("seed")}
-    return facts | {"decoder_depth": config.get("decoder_depth", 0)}
+def in_one_line(text):
+    """Keys in a file may hold anything: sequences, too, that move the cursor."""
+    return ascii(" ".join(text.split()))[1:-1][:400]
 
 
 def load_encoder(path, heads=None, grid=None, pixels=None):
-    """File -> ViT in eval mode, with a dict `facts`. Prints what became of each key.
+    """File -> ViT in eval mode with a dict `facts`; prints what it is.
 
-    heads: how many, for files whose shapes do not tell.
+    What no tensor tells can be given: heads (else 64 wide each; 12 in a ViT-S of MoCo
+    v3), grid (rows, cols) of patches (else a square and CLS), pixels "imagenet" or
+    "half", which is (x - 0.5) / 0.5 (else half for BEiT, ImageNet's mean and deviation
+    for others). A table of position biases and a config of sslvit.py count more.
+
+    UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
+    to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each
+    block, no CLS, no last norm (fine-tuned on mean tokens), a grid that is not square.
+    No tensor tells other activations, norms behind attention and MLP, or RoPE beside
+    learned positions: figures of such a network would be another's.
     """
     try:
         content = read_checkpoint(path)
-        state = find_state(content)
-        family = recognise(state)
+        tensors = find_tensors(content)
+        prefix = find_prefix(tensors)
         config = find_config(content)
-        weights, skipped = rename(state, family)
-        join_biases(weights)
-        split_positions(weights)
-        sizes = find_sizes(weights, family, config, heads)
-        vit, missing, unexpected = build(weights, sizes)
+        weights, skipped = take_encoder(tensors, prefix)
+        side = find_side(weights, grid)
+        sines = which_sines(weights.get("pos_embed"), side)
+        form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
+        pixels = pixels or usual_pixels
+        if TABLE in weights:
+            heads = weights[TABLE].shape[1]
+        if config:
+            heads = SIZES[config["model"]]["num_heads"]
+            form, lam, pixels = "sslvit", config["lam"], "imagenet"
+        sizes = find_sizes(weights, side, heads, form)
+        vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, UserError):
-            reason = reason[:300]
-        message = f"no Vision Transformer that can be taken apart here: {reason}"
-        raise UserError(f"{path}: {message}") from error
-    vit.facts = find_facts(path, sizes, family, config)
-    facts = "{path}: {format}, patches of {patch_size} px, {embed_dim} wide, "
-    facts += "{depth} deep, {num_heads} heads"
-    guess = ""
-    if not (heads or config or vit.options["rel_pos_bias"]):
-        guess = " (assumed: MoCo v3's ViT-S has 12, timm's 6; --heads sets it)"
-    print(facts.format(**vit.facts) + guess)
-    if vit.options["positions"] == "none" and not vit.options["rel_pos_bias"]:
-        print("  no positions in this file: wrong, if the network computes its own")
-    print_keys("missing", missing)
-    print_keys("unexpected, not used", unexpected)
-    print_keys("skipped", skipped)
+        reason = str(error) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "not readable as data alone (of a module, save the state_dict())"
+        raise UserError(f"{path}: {in_one_line(reason)}") from error
+    answers = {
+        "heads": heads,
+        "grid": grid or sines or config or TABLE in weights,
+        "pixels": pixels,
+    }
+    guesses = [f"--{name}" for name, answer in answers.items() if not answer]
+    vit.facts = sizes | {"path": str(path), "format": form, "lam": lam}
+    vit.facts |= {"pixels": pixels or "imagenet", "seed": config.get("seed")}
+    vit.facts |= {"config": config, "decoder_depth": config.get("decoder_depth", 0)}
+    line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
+    line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
+    print(line.format(**vit.facts) + (", ".join(guesses) or "nothing"))
+    print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
-
-
-def print_keys(title, keys):
-    """One line for the same key of all blocks, and for all of a training head."""
-    print(f"  {title}: {len(keys)} keys")
-    heads = r"^(momentum_\w+|projector|predictor|decoder)\..*"
-    folded = Counter()
-    for key in keys:
-        name = re.sub(r"blocks\.\d+\.", "blocks.*.", key)
-        folded[re.sub(heads, r"\1.*", name)] += 1
-    for name, count in folded.items():
-        print(f"    {name} ({count})")
 
 
 if __name__ == "__main__":
