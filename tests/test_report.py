@@ -51,10 +51,16 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One setting each, and a regularisation whose optimum is near."""
+    """One setting each, and probes that take a few steps."""
+
+    def lbfgs(parameters, max_iter, **options):
+        return solver(parameters, max_iter=5, **options)
+
+    solver = torch.optim.LBFGS
+    monkeypatch.setattr(torch.optim, "LBFGS", lbfgs)
     monkeypatch.setattr(analyze, "FINE_TUNING", [{"lr": 1e-2, "decay": 1.0}])
     monkeypatch.setattr(analyze, "LINEAR_HEADS", [{"lr": 1e-2}])
-    monkeypatch.setattr(analyze.linear_probe, "__defaults__", ("cpu", (1e3,)))
+    monkeypatch.setattr(analyze.linear_probe, "__defaults__", ("cpu", (0.1,)))
 
 
 def main(*argv):
