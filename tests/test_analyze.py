@@ -126,24 +126,20 @@ def test_singular_spectrum_by_hand():
     assert analyze.singular_spectrum(torch.zeros(1, 3, 3)).isfinite().all()
 
 
-def test_volume_of_a_box_by_hand():
+def test_volume_by_hand():
     # patch tokens ±3 on the first axis, ±4 on the second, all moved by 7: singular
     # values 3√2 and 4√2, Frobenius norm √(18 + 32). CLS is far away, and no patch
     box = torch.tensor([[999.0, 999], [10, 7], [4, 7], [7, 11], [7, 3]])
+    volume = math.log(3 * 4 * 2) / 2 - math.log(50) / 2
     measure, *_ = analyze.FIGURES["spectra"].measure_tokens
-    absolute = math.log(3 * 4 * 2) / 2
-    for scale in (1.0, 10.0):
-        volumes = measure(scale * box[None])
-        values = volumes["token volume, absolute"]
-        assert close(values, absolute + math.log(scale))
-        assert close(volumes["token volume"], absolute - math.log(50) / 2)
-    # the matrix of images: three of them and their mean patch tokens in two states
+    for scale in (1, 100):
+        assert close(measure(scale * box[None])["token volume"], volume)
+    # three images around their mean: Gram matrix diag(2a², 2b²/3), so that b = 3√3 is
+    # as 3 above, and a = 1, b = √3 fill both directions alike: 1/√2 each
     [summarise] = analyze.FIGURES["spectra"].whole
-    pooled = np.float32([[[0, 1], [5, 5]], [[4, 1], [5, 9]], [[2, 1], [5, 7]]])
-    images = summarise({"pooled": pooled})
-    # 0, 4, 2 around 2: √8 in one direction, none in the other
-    assert images["image volume"].shape == (2,)
-    assert images["image spectrum"][0, 0] == 0 and images["image spectrum"][0, -1] < -9
+    triangles = [[[a, 0], [-a, 0], [0, b]] for a, b in ((4, 3 * 3**0.5), (1, 3**0.5))]
+    rows = summarise({"pooled": np.float32(triangles).swapaxes(0, 1)})
+    assert close(rows["image volume"], [volume, -math.log(2) / 2])
 
 
 def test_shape_bias_by_hand():
@@ -230,9 +226,10 @@ def test_states_begin_with_the_embedding():
         assert close(values["fourier"][:, place], amplitude)
         rows = patches - patches.mean(dim=1, keepdim=True)
         # 16 rows around their mean fill 15 directions
-        log = torch.linalg.svdvals(rows.double())[:, :15].log()
-        absolute = values["token volume, absolute"][:, place]
-        assert close(absolute, log.mean(dim=1), 1e-3)
+        values_of_rows = torch.linalg.svdvals(rows.double())[:, :15]
+        free = values_of_rows / values_of_rows.norm(dim=1, keepdim=True)
+        volume = values["token volume"][:, place]
+        assert close(volume, free.log().mean(dim=1), 1e-3)
     # what probes read of the whole network: mean patch token, and CLS
     assert close(values["output"][:, 0], tokens[:, 1:].mean(dim=1))
     assert close(values["output"][:, 1], tokens[:, 0])
@@ -284,7 +281,6 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
         "depths": 0.361704,
         "tokens": 0.999642,
         "token volume": -4.784363,
-        "token volume, absolute": 0.252215,
         "image volume": -2.271438,
     }
     found = {key: float(values[key][-1].mean()) for key in pinned}
