@@ -58,9 +58,9 @@ def test_attention_nmi_by_hand():
     # two queries on key 0, two on key 1: H(q) = log 4, H(k) = I = log 2
     pairs = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
     assert nmi(pairs) == pytest.approx(1 / math.sqrt(2), abs=1e-12)
-    # per head and image: the NMI of a mean of maps would be 0
-    heads = torch.stack([torch.eye(2), torch.eye(2).flip(0)])[None]
-    assert close(analyze.attention_nmi(heads), torch.ones(1, 2))
+    # of each head: the first tells the query, the second does not
+    heads = torch.stack([torch.eye(2), torch.tensor([[1.0, 0], [1, 0]])])[None]
+    assert close(analyze.attention_nmi(heads), torch.tensor([[1.0, 0]]))
 
 
 def test_similarities_by_hand():
@@ -100,15 +100,11 @@ def test_fourier_finds_a_diagonal_wave(side, bin):
     assert amplitude.shape == (1, last + 1) and amplitude[0].argmax() == bin
     if (side, bin) == (8, 4):  # a checkerboard of ±1 on a mean of 0.01
         assert close(amplitude[0, -1], math.log(1 / 0.01))
-
-
-def test_fourier_is_the_diagonal_of_the_fft():
-    tokens = torch.randn(2, 36, 5)
-    fft = torch.fft.fft2(tokens.reshape(2, 6, 6, 5), dim=(1, 2)).abs().log().mean(-1)
-    diagonal = torch.stack([fft[:, k, k] for k in range(4)], dim=1)
-    assert close(analyze.fourier_amplitude(tokens, 6), diagonal - diagonal[:, :1], 1e-4)
-    flat = analyze.fourier_amplitude(torch.ones(1, 16, 2), 4)
-    assert flat.isfinite().all() and (flat[0, 1:] < -10).all()
+        # a second channel of ±3: the mean of logs
+        both = analyze.fourier_amplitude(0.01 + torch.cat([wave, 3 * wave], 2), side)
+        assert close(both[0, -1], math.log(1 / 0.01) + math.log(3) / 2)
+        flat = analyze.fourier_amplitude(torch.ones(1, 64, 2), side)
+        assert flat.isfinite().all() and (flat[0, 1:] < -10).all()
 
 
 def test_singular_spectrum_by_hand():
@@ -118,11 +114,6 @@ def test_singular_spectrum_by_hand():
     log = analyze.singular_spectrum(x + torch.tensor([5.0, -1, 7]))
     assert log.shape == (1, 3)
     assert close(log[0, :2], [math.log(18) / 2, math.log(8) / 2]) and log[0, 2] < -15
-    for n, width in ((5, 9), (9, 5)):
-        y = torch.randn(2, n, width)
-        exact = torch.linalg.svdvals((y - y.mean(1, keepdim=True)).double()).log()
-        rank = min(n - 1, width)
-        assert close(analyze.singular_spectrum(y)[:, :rank], exact[:, :rank], 1e-6)
     assert analyze.singular_spectrum(torch.zeros(1, 3, 3)).isfinite().all()
 
 
@@ -224,12 +215,6 @@ def test_states_begin_with_the_embedding():
         assert close(values["cls"][:, place], state[:, 0])
         amplitude = analyze.fourier_amplitude(patches, 4)
         assert close(values["fourier"][:, place], amplitude)
-        rows = patches - patches.mean(dim=1, keepdim=True)
-        # 16 rows around their mean fill 15 directions
-        values_of_rows = torch.linalg.svdvals(rows.double())[:, :15]
-        free = values_of_rows / values_of_rows.norm(dim=1, keepdim=True)
-        volume = values["token volume"][:, place]
-        assert close(volume, free.log().mean(dim=1), 1e-3)
     # what probes read of the whole network: mean patch token, and CLS
     assert close(values["output"][:, 0], tokens[:, 1:].mean(dim=1))
     assert close(values["output"][:, 1], tokens[:, 0])
@@ -237,22 +222,20 @@ def test_states_begin_with_the_embedding():
 
 def test_what_attention_adds_includes_layer_scale():
     vit = sslvit.ViT(**TINY, layer_scale=0.5).eval()
-    layers = []
+    x, layers = torch.randn(2, 3, 16, 16), []
 
     def watch(layer):
         layers.append(layer)
-        return {"rows": layer.attn.sum(dim=-1)}
+        return {}
 
-    x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         for block in vit.blocks:
             block.ls1.gamma.copy_(torch.linspace(-1, 2, 32))
-        values = analyze.measure_batch(vit, x, [watch], [])
+        analyze.measure_batch(vit, x, [watch], [])
         _, records = vit(x, record=True)
         for block, record, layer in zip(vit.blocks, records, layers, strict=True):
             output = block.attn.proj(record.heads.transpose(1, 2).flatten(2))
             assert close(layer.added, (output * block.ls1.gamma)[:, 1:], 1e-4)
-    assert close(values["rows"], torch.ones(2, 3, 2, 16))
     # the neighbour in depth is the layer before
     assert layers[0].above is None and layers[2].above is layers[1].added
 
@@ -274,15 +257,9 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     network = results["networks"][0]["values"]
     values = {key: np.array(rows)[0] for key, rows in network.items()}
-    pinned = {
-        "distance": 15.646579,
-        "nmi": 0.001150,
-        "heads": 0.214765,
-        "depths": 0.361704,
-        "tokens": 0.999642,
-        "token volume": -4.784363,
-        "image volume": -2.271438,
-    }
+    last = [15.646579, 0.001150, 0.214765, 0.361704, 0.999642, -4.784363, -2.271438]
+    keys = ["distance", "nmi", "heads", "depths", "tokens"]
+    pinned = dict(zip([*keys, "token volume", "image volume"], last, strict=True))
     found = {key: float(values[key][-1].mean()) for key in pinned}
     assert found == pytest.approx(pinned, abs=2e-5)
     assert values["fourier"][-1, -1] == pytest.approx(-4.053218, abs=2e-4)
@@ -375,25 +352,20 @@ def test_what_is_no_mean_is_computed_again():
     assert sorted(ious) == pytest.approx([9 / 39] * 10 + [10 / 40] + [10 / 37] * 10)
 
 
-def alone(rows):
-    """(21,) of one network."""
-    return np.asarray(rows, dtype=float)[:, None]
-
-
 def steady(values):
     """Networks whose values no image changes: (21, networks)."""
-    return np.tile(np.asarray(values, dtype=float), (21, 1))
+    return np.tile(np.array(values, dtype=float), (21, 1))
 
 
 def test_jackknife_of_a_mean_by_hand():
     # images 1 .. 20 in groups of one: the t interval of a mean, 2.09·s/√20, with
     # s² = (20² - 1)/12 · 20/19 = 35
-    rows = analyze.leave_out({"x": np.arange(1.0, 21)})["x"]
-    difference, reach = analyze.interval(alone(rows), alone(0 * rows))
+    rows = analyze.leave_out({"x": np.arange(1.0, 21)[:, None]})["x"]
+    difference, reach = analyze.interval(rows, 0 * rows)
     assert difference == pytest.approx(10.5)
     assert reach == pytest.approx(2.09 * math.sqrt(35 / 20))
     # what all networks share with their images cancels
-    _, reach = analyze.interval(alone(rows + 1), alone(rows))
+    _, reach = analyze.interval(rows + 1, rows)
     assert reach == pytest.approx(0)
 
 
@@ -411,15 +383,10 @@ def test_welch_by_a_published_example():
 def test_reach_adds_images_and_networks_as_squares():
     # rows ±0.1 around the mean: √(19/20 · 20 · 0.01) = √0.19, times 2.09
     images = 2.09 * math.sqrt(0.19)
-    wiggle = alone([0] + [0.1, -0.1] * 10)
+    wiggle = np.array([[0]] + [[0.1], [-0.1]] * 10)
     # two groups of s = 0.04: four degrees of freedom, t = 2.776
     networks = 2.776 * math.sqrt(2 * 0.04**2 / 3)
     cl, mim = steady([0.80, 0.84, 0.88]), steady([0.70, 0.74, 0.78])
-    assert analyze.interval(cl, mim) == pytest.approx((0.1, networks), abs=1e-4)
-    # nothing is paired: the order does not matter
-    assert analyze.interval(cl[:, ::-1], mim) == pytest.approx(
-        (0.1, networks), abs=1e-4
-    )
     reach = math.sqrt(images**2 + networks**2)
     assert analyze.interval(cl + wiggle, mim) == pytest.approx((0.1, reach), abs=1e-4)
     # two networks on one side: images only
@@ -463,24 +430,18 @@ def similarities(heads, depths, tokens):
     return {"heads": [heads] * 6, "depths": [depths] * 5, "tokens": [tokens] * 6}
 
 
-@pytest.mark.parametrize(
-    "differences, verdict",
-    [
-        ((0.1, 0.1, 0.1), "agrees"),
-        ((0.1, 0.1, 0), "partly"),
-        ((0.1, -0.1, 0), "mixed"),
-        ((-0.1, -0.1, 0), "opposed"),
-        ((0, 0, 0), "undecided"),
+def test_verdicts():
+    for differences, verdict in (
+        ((0.1, 0.1, 0.1), "agrees (one network)"),
+        ((0.1, 0.1, 0), "partly (one network)"),
+        ((0.1, -0.1, 0), "mixed (one network)"),
+        ((-0.1, -0.1, 0), "opposed (one network)"),
+        ((0, 0, 0), "undecided (one network)"),
         ((0.1, 0.1, math.nan), "not testable"),
-    ],
-)
-def test_verdicts(differences, verdict):
-    pair = [network("CL", similarities(*differences))]
-    pair.append(network("MIM", similarities(0, 0, 0)))
-    [claim] = judged(pair, "similarity")
-    assert claim["verdict"] == f"{verdict} (one network)".replace(
-        "le (one network)", "le"
-    )
+    ):
+        cl = network("CL", similarities(*differences))
+        [claim] = judged([cl, network("MIM", similarities(0, 0, 0))], "similarity")
+        assert claim["verdict"] == verdict
 
 
 def test_a_part_holds_with_its_whole_interval():
@@ -541,6 +502,7 @@ def test_the_distance_from_untrained_stands_in_the_row():
 # ---- What each claim reads: six layers, so that early and late are two ----
 
 POOLED = "probe of pooled tokens"
+zeros = [0] * 12  # of all states but the last
 
 
 def layers(early, middle, late):
@@ -554,10 +516,6 @@ def heads(early, middle, late):
 def states(early, middle, late, trap):
     """After each of six MLPs; `trap` after the embedding and each attention."""
     return [trap] + [x for value in layers(early, middle, late) for x in (trap, value)]
-
-
-def last(value):
-    return [0] * 12 + [value]
 
 
 def at_pi(early, late):
@@ -590,8 +548,8 @@ def rings(low, high):
         ("similarity", "heads", layers(0, 0, 0.9), layers(1, 1, 0.5), [0.4]),
         ("similarity", "depths", [0, 0, 0, 0.7, 0.9], [1, 1, 1, 0.2, 0.2], [0.6]),
         ("similarity", "tokens", layers(0, 0, 0.9), layers(1, 1, 0.4), [0.5]),
-        ("spectra", "token volume", last(-3), last(-1), [2]),
-        ("spectra", "image volume", last(-2), last(-5), [3]),
+        ("spectra", "token volume", zeros + [-3], zeros + [-1], [2]),
+        ("spectra", "image volume", zeros + [-2], zeros + [-5], [3]),
         ("fourier", "fourier", at_pi(0, -4), at_pi(0, -1.5), [2.5]),
         # shape, texture; photographs have one label set
         ("accuracy", "linear probe", [0.9, 0.5], [0.7, 0.6], [0.2, -0.1]),
@@ -638,13 +596,10 @@ def test_claims_2_and_3_need_networks_that_are_better_than_new_ones():
     assert large["difference"] == pytest.approx(0.2)
     assert "not above a new network" in large["outcome"]
     assert claim["verdict"] == "not testable"
-    networks = []
-    for role, number in {"CL": 0.5, "MIM": 0.5, "untrained": 0.4}.items():
-        values = {"overlap, linear": overlap(number), "overlap, fine-tuned": overlap(1)}
-        networks.append(network(role, values))
-    linear, fine = judged(networks, "dense")[0]["parts"]
-    assert linear["outcome"] == "undecided"
-    assert "not above a new network" in fine["outcome"]
+    # half of the pixels, as in an untrained network here, is the same IoU
+    dense = {"overlap, linear": overlap(0.5), "overlap, fine-tuned": overlap(0.5)}
+    [claim] = judged([network(role, dense) for role in ("CL", "MIM")], "dense")
+    assert all("not above a new" in row["outcome"] for row in claim["parts"])
 
 
 def test_equal_images_and_equal_work_compare_other_networks():

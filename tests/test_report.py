@@ -7,6 +7,7 @@ import re
 import shutil
 import weakref
 from html import unescape
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -163,30 +164,28 @@ def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
     def measure_largest(layer):
         return {"largest": layer.attn.amax(dim=(1, 2, 3))}
 
-    def read_all(values):
-        return values["largest"]
-
-    def read_last(values):
+    def largest_of_last(values):
         return values["largest"][-1]
 
     def draw(networks):
         fig, axis = analyze.plt.subplots()
-        analyze.curves(axis, networks, read_all, "weight")
+        analyze.curves(axis, networks, itemgetter("largest"), "weight")
         return fig
 
-    toy = analyze.Figure("13", 13, "CL looks hardest", "A toy.", draw)
+    toy = analyze.Figure("13", 13, "CL <b>looks</b> hard", "A <i>toy.", draw)
     toy.measure = (measure_largest,)
-    toy.parts = (analyze.Part("largest weight", "CL", "MIM", read_last),)
+    toy.parts = (analyze.Part("largest weight", "CL", "MIM", largest_of_last),)
     monkeypatch.setitem(analyze.FIGURES, "toy", toy)
     with pytest.raises(SystemExit):
         analyze.main(["--help"])
-    assert "CL looks hardest" in capsys.readouterr().out
+    assert "CL <b>looks</b> hard" in capsys.readouterr().out
     files = [runs["moco"], runs["simmim"]]
     results, printed = analysed(tmp_path, files, "--only", "toy")
     assert [claim["claim"] for claim in results["claims"]] == [13]
     assert "largest weight" in printed
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "A toy." in report and "largest weight" in report and "<img" in report
+    assert "<img" in report and not re.search("<[bi]>", report)
+    assert "A <i>toy." in unescape(report) and "largest weight" in report
 
 
 # ==== Which networks ================================================================
@@ -253,28 +252,25 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
         assert "other" in fails("--from", *files, "--out", tmp_path / "d")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"edition": 2},
-        {"networks": None},
-        {"networks": []},
-        {"networks": [{"facts": {"name": "a"}, "values": {}}]},
-        {"values": {"nmi": [[0.5]] * 20}},
-        {"values": {"nmi": "many"}},
-        "cut",
-    ],
-    ids=str,
-)
-def test_results_that_were_cut_or_edited_are_one_line(change, tmp_path):
-    one = vars(network("CL", {})) | {"values": {}, "pictures": {}}
+EDITS = [
+    {"edition": 2},
+    {"networks": None},
+    {"networks": []},
+    {"networks": [{"facts": {"name": "a"}, "values": {}}]},
+    {"values": {"nmi": [[0.5]] * 20}},
+    {"values": {"nmi": "many"}},
+]
+
+
+@pytest.mark.parametrize("edit", [*EDITS, "cut"], ids=str)
+def test_results_that_were_cut_or_edited_are_one_line(edit, tmp_path):
+    one = vars(network("CL", {}))
     content = {"edition": 3, "settings": {}, "data": [], "networks": [one]}
-    if change == "cut":
-        text = json.dumps(content)[:-20]
-    elif "values" in change:
-        text = json.dumps(content | {"networks": [one | change]})
-    else:
-        text = json.dumps(content | change)
+    text = json.dumps(content)[:-20]
+    if "values" in edit:
+        text = json.dumps(content | {"networks": [one | edit]})
+    elif edit != "cut":
+        text = json.dumps(content | edit)
     (tmp_path / "results.json").write_text(text)
     argv = ["--from", tmp_path / "results.json", "--only", "nmi"]
     assert "results.json" in fails(*argv, "--out", tmp_path / "out")
@@ -312,23 +308,13 @@ def test_a_fault_costs_one_figure(runs, tmp_path, monkeypatch):
     assert "skipped distance" in printed and "skipped nmi" in printed
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--out FOLDER/file/out",
-        "--only everything",
-        "--nonsense",
-        "--images 5",
-        "--from FOLDER/file",
-        "FOLDER/missing.pt",
-        "FOLDER/file",
-        "--data FOLDER/empty",
-        "--data FOLDER/nowhere",
-        "--device abacus",
-        "--workers -1",
-        "--heads 2 3",
-    ],
-)
+BAD_FLAGS = """\
+    --out FOLDER/file/out, --only everything, --nonsense, --images 5, --heads 2 3,
+    --from FOLDER/file, FOLDER/missing.pt, FOLDER/file, --data FOLDER/empty,
+    --data FOLDER/nowhere, --device abacus, --workers -1"""
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS.split(","))
 def test_what_would_fail_late_fails_first(flags, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze, "measure_batch", None)  # nothing is measured
     (tmp_path / "file").write_text("no folder")
