@@ -1500,9 +1500,9 @@ def draw_sweep(networks):
             against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
         say_range(axis, label)
-    left, right = below.subplots(1, 2)
-    plot_nmi(left, networks)
-    plot_high_frequencies(right, networks)
+    first, second = below.subplots(1, 2)
+    plot_nmi(first, networks)
+    plot_high_frequencies(second, networks)
     return fig
 
 
