@@ -72,8 +72,8 @@ def test_low_pass():
     slow = torch.cos(2 * math.pi * x / 8).expand(1, 3, 8, 8)
     # |ω| = √2·π
     checks = torch.cos(math.pi * (x + x[:, None])).expand(1, 3, 8, 8)
-    kept = low_pass(3 + slow + checks, math.pi / 2)
-    assert torch.allclose(kept, 3 + slow, atol=1e-5)
+    filtered = low_pass(3 + slow + checks, math.pi / 2)
+    assert torch.allclose(filtered, 3 + slow, atol=1e-5)
     mean = low_pass(3 + slow, 0.1)
     assert torch.allclose(mean, torch.full((1, 3, 8, 8), 3.0), atol=1e-5)
 
@@ -126,10 +126,10 @@ def print_keys(path, images=200):
     """Your looked_at_keys in every layer of a network, for stimuli it has not seen."""
     vit = analyze.load_encoder(path)
     _, test = sslvit.find_data(sslvit.Config())
-    source = analyze.Source(test, range(images), size=vit.facts["image_size"])
-    batch = next(source.batches(images))
+    crops = sslvit.CenterCrops(test, vit.facts["image_size"])
+    pixels = torch.stack([torch.from_numpy(crops[i][0]) for i in range(images)])
     with torch.no_grad():
-        _, layers = vit(analyze.normalise(batch["images"], "cpu"), record=True)
+        _, layers = vit((pixels / 255 - sslvit.MEAN) / sslvit.STD, record=True)
     for number, layer in enumerate(layers, 1):
         attn = layer.attn[:, :, 1:, 1:]  # without CLS
         keys = looked_at_keys(attn / attn.sum(dim=-1, keepdim=True))
@@ -139,24 +139,23 @@ def print_keys(path, images=200):
 def print_cosines(path, batches=10):
     """Your gradient_cosine in every block of the hybrid that was saved at `path`."""
     state = sslvit.load_checkpoint(path)
-    cfg = sslvit.Config(**state["config"])
-    cfg.device = "cpu"
-    cfg.workers = 0
+    settings = {name: state["config"].get(name) for name in vars(sslvit.Config())}
+    cfg = sslvit.Config(**(settings | {"device": "cpu", "workers": 0, "accum": 1}))
     model = sslvit.SSL(cfg)
     lacks = model.load_state_dict(state["model"], strict=False).missing_keys
     whole = "a hybrid as sslvit.py left it, with heads for both losses"
     sslvit.require(0 < cfg.lam < 1 and not lacks, f"{path}: give {whole}")
     train, _ = sslvit.find_data(cfg)
-    found = []
+    rows = []
     for micro_batch in sslvit.make_loader(cfg, train, range(batches)):
-        losses = model(*sslvit.augment(micro_batch, cfg, "cpu"))
+        losses = model(*sslvit.augment(micro_batch, cfg))
         cosines = []
         for block in model.encoder.blocks:
             parameters = list(block.parameters())
             cosine = gradient_cosine(losses["cl"], losses["mim"], parameters)
             cosines.append(float(cosine))
-        found.append(cosines)
-    for number, cosines in enumerate(torch.tensor(found).T, 1):
+        rows.append(cosines)
+    for number, cosines in enumerate(torch.tensor(rows).T, 1):
         mean, spread = cosines.mean(), cosines.std()
         print(f"block {number}: {mean:+.3f} ± {spread:.3f} over {batches} batches")
 

@@ -168,13 +168,13 @@ def test_exercises_fail_until_solved(solution, monkeypatch):
 
 def test_exercises_print_their_answers_for_a_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exercises, "gradient_cosine", gradient_cosine)
-    sizes = {"batch_size": 4, "proj_hidden": 16, "model": "nano", "accum": 1}
+    sizes = {"batch_size": 4, "proj_hidden": 16, "model": "nano"}
     cfg = sslvit.Config(lam=0.2, **sizes)
     model = sslvit.SSL(cfg)
     # queries of zeros look everywhere alike
     for block in model.encoder.blocks:
         torch.nn.init.zeros_(block.attn.qkv.weight)
-    state = {"config": asdict(cfg), "model": model.state_dict()}
+    state = {"config": asdict(cfg), "step": 0, "model": model.state_dict()}
     torch.save(state, tmp_path / "ckpt.pt")
     exercises.print_cosines(tmp_path / "ckpt.pt", batches=2)
     lines = capsys.readouterr().out.splitlines()
