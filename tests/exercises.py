@@ -83,7 +83,7 @@ def cka(x, y):
 
     Linear CKA of features of the same images, x (n, D) and y (n, E), each centred over
     the images first: ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖), Frobenius norms -> 1: the same up to
-    rotation and scale, 0: nothing in common. The mean may be far larger than the spread.
+    rotation and scale, 0: nothing in common. A mean may be far larger than the spread.
     Predict first: is MIM's layer 1 more like its own layer 6, or like CL's layer 1?
     """
     raise NotImplementedError
