@@ -177,10 +177,10 @@ TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_hea
 
 
 def measured(vit, x, *names):
-    """What some figures measure on a batch -> {key: (B, layers or states, ...)}."""
-    figures = [analyze.FIGURES[name] for name in names]
-    measures = [measure for figure in figures for measure in figure.measure]
-    token_measures = [m for figure in figures for m in figure.measure_tokens]
+    """What two figures measure on a batch -> {key: (B, layers or states, ...)}."""
+    first, second = [analyze.FIGURES[name] for name in names]
+    measures = first.measure + second.measure
+    token_measures = first.measure_tokens + second.measure_tokens
     with torch.no_grad():
         return analyze.measure_batch(vit, x, measures, token_measures)
 
@@ -217,21 +217,18 @@ def test_states_begin_with_the_embedding():
 
 
 def test_what_attention_adds_includes_layer_scale():
-    vit = sslvit.ViT(**TINY, layer_scale=0.5).eval()
-    x, layers = torch.randn(2, 3, 16, 16), []
+    vit, layers = sslvit.ViT(**TINY, layer_scale=0.5).eval(), []
 
     def watch(layer):
         layers.append(layer)
         return {}
 
+    x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        for block in vit.blocks:
-            block.ls1.gamma.copy_(torch.linspace(-1, 2, 32))
         analyze.measure_batch(vit, x, [watch], [])
         _, records = vit(x, record=True)
-        for block, record, layer in zip(vit.blocks, records, layers, strict=True):
-            output = block.attn.proj(record.heads.transpose(1, 2).flatten(2))
-            assert close(layer.added, (output * block.ls1.gamma)[:, 1:], 1e-4)
+        output = vit.blocks[1].attn.proj(records[1].heads.transpose(1, 2).flatten(2))
+    assert close(layers[1].added, 0.5 * output[:, 1:], 1e-4)
     # the neighbour in depth is the layer before
     assert layers[0].above is None and layers[2].above is layers[1].added
 
@@ -287,19 +284,13 @@ def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
 
 
 def test_pooled_or_cls_is_chosen_on_validation():
-    def coded(labels):
-        return np.eye(2, dtype=np.float32)[labels]
-
     truth = np.arange(80) % 2
-    wrong = 1 - truth
-    learnt = np.stack([coded(truth), coded(truth)], axis=1)  # (n, 2, D): pooled, CLS
-    learnt[60:, 0] = coded(wrong)[60:]  # in validation only CLS tells the class
-    test = np.stack([coded(truth), coded(wrong)], axis=1)  # in the test only pooled
-    study = SimpleNamespace(
-        learnt=(learnt, truth[:, None]),
-        rows={"output": test, "labels": truth[:, None]},
-        device="cpu",
-    )
+    cue = np.eye(2, dtype=np.float32)[truth]  # (n, 2)
+    learnt = np.stack([cue, cue], axis=1)  # (n, 2, D): pooled, CLS
+    learnt[60:, 0] = 1 - cue[60:]  # in validation only CLS tells the class
+    study = SimpleNamespace(learnt=(learnt, truth[:, None]), device="cpu")
+    test = np.stack([cue, 1 - cue], axis=1)  # in the test only pooled
+    study.rows = {"output": test, "labels": truth[:, None]}
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
 
 
@@ -400,27 +391,23 @@ LAMS = {"CL": 1.0, "MIM": 0.0, "hybrid": 0.2}
 def network(role, values, seed=0, **facts):
     """As it stands in results.json; no image changes its values."""
     facts = SHAPE | {"decoder_depth": 0, "images": 0, "work": 0, "seed": seed} | facts
-    facts |= {"role": role, "lam": LAMS.get(role), "given": "", "one_view": False}
-    facts["name"] = f"{role}, {facts['embed_dim']} × {facts['depth']}"
-    facts["name"] += f", {facts['images']} images"
-    facts |= {"path": f"{facts['name']}/{seed}", "config": {}}
+    name = f"{role}, {facts['embed_dim']} × {facts['depth']}, {facts['images']} images"
+    facts |= {"role": role, "name": name, "lam": LAMS.get(role), "given": ""}
+    facts |= {"path": f"{name}/{seed}", "config": {}, "one_view": False}
     facts["label_names"] = ["shape", "texture"]
     rows = {key: np.array([value] * 21, dtype=float) for key, value in values.items()}
     return analyze.Network(facts, rows)
 
 
 def judged(networks, *names):
-    """-> the claims, with an untrained network of each shape, of half the values."""
-    networks = list(networks)
-    shapes = {n.shape: n for n in networks}
+    """-> the claims; if there are no untrained networks, such of half the values."""
+    new = []
     for n in networks:
-        if n.role == "untrained":
-            shapes.pop(n.shape, None)
-    for shape, n in shapes.items():
+        shape = {key: n.facts[key] for key in SHAPE}
         values = {key: rows[0] / 2 for key, rows in n.values.items()}
-        shape = dict(zip(SHAPE, shape, strict=True))
-        networks.append(network("untrained", values, **shape))
-    return analyze.judge(networks, list(names))
+        new.append(network("untrained", values, **shape))
+    has_untrained = any(n.role == "untrained" for n in networks)
+    return analyze.judge(networks + (not has_untrained) * new, list(names))
 
 
 def similarities(heads, depths, tokens):
