@@ -162,15 +162,14 @@ def canvas(columns, rows=1, height=4.6, **axis):
 
 def readings(networks, read):
     """-> for each name (its first network, what is read of its seeds (seeds, ...))."""
-    values = defaultdict(list)
+    names = {}
     for network in longest(networks):
         with contextlib.suppress(KeyError):
-            y = read(network.row(0))
-            values[network.name].append((network, y))
-    require(values, "needs values that no network has")
-    for pairs in values.values():
-        seeds, numbers = zip(*pairs, strict=True)
-        yield seeds[0], np.stack(numbers)
+            number = read(network.row(0))
+            _, numbers = names.setdefault(network.name, (network, []))
+            numbers.append(number)
+    require(names, "needs values that no network has")
+    return [(network, np.stack(numbers)) for network, numbers in names.values()]
 
 
 def curves(axis, networks, read, label, x="layer", end=None):
@@ -192,21 +191,30 @@ def curves(axis, networks, read, label, x="layer", end=None):
             band = heads.min(axis=1), heads.max(axis=1)
             axis.fill_between(places, *band, alpha=0.12, lw=0, fc=style["color"])
             y = y.mean(axis=2)
-        if len(y) > 1:
-            axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
+        axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
     axis.set(xlabel=x, ylabel=label)
 
 
-def points(axis, networks, read, label):
-    """A column per name: a circle for each seed, a bar at their mean."""
-    for place, (network, y) in enumerate(readings(networks, read)):
-        colour = style_of(network)["color"]
-        axis.plot([place] * len(y), y, "o", color=colour, mfc="none", ms=9)
-        ends = (place - 0.3, place + 0.3)
-        axis.hlines(y.mean(), *ends, color=colour, lw=3, label=network.name)
-    axis.set_xticks([])
-    say_range(axis, label)
+def points(axis, networks, read, fact=""):
+    """A circle for each seed, a bar at their mean -> places, means of the names.
+
+    Each name has a column, or the place of a fact of its network.
+    """
+    places, means = [], []
+    for x, (network, y) in enumerate(readings(networks, read)):
+        name = network.name
+        if fact:
+            x, name = network.facts[fact], ""
+        style = {"color": style_of(network)["color"], "mfc": "none"}
+        axis.plot([x] * len(y), y, "o", ms=9, **style)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=name, **style)
+        places.append(x)
+        means.append(y.mean())
+    axis.margins(x=0.2)
+    if not fact:
+        axis.set_xticks([])
+    return places, means
 
 
 def say_range(axis, label):
@@ -215,17 +223,21 @@ def say_range(axis, label):
     axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
 
 
-def of_label(key, place, values):
-    """The accuracy of one label set, the last dimension of values[key]."""
-    return values[key][..., place]
+def of_label(key, place):
+    """What a part reads: the accuracy of one label set, the last dimension."""
+    return of(itemgetter((..., place)), key)
 
 
 def label_axes(networks, keys, axes):
-    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
+    """-> axis, read for each of the keys and of the label sets (shape, ...).
+
+    An axis is labelled after the caller has drawn on it.
+    """
     labels = networks[0].facts["label_names"]
     pairs = [(key, place) for key in keys for place in range(len(labels))]
     for axis, (key, place) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, partial(of_label, key, place), f"{key}, {labels[place]}"
+        yield axis, of_label(key, place)
+        say_range(axis, f"{key}, {labels[place]}")
 
 
 def label_count(networks):
@@ -235,6 +247,13 @@ def label_count(networks):
 def reference(axis, y, text):
     """A dotted line that says what a value would mean; its name is in the legend."""
     axis.axhline(y, color="black", lw=1, ls=(0, (1, 3)), label=text, zorder=0)
+
+
+def alone(plot, networks):
+    """A figure of one axis."""
+    fig, [[axis]] = canvas(1)
+    plot(axis, networks)
+    return fig
 
 
 def legend(fig):
@@ -282,20 +301,20 @@ def draw_maps(networks):
     maps = {"": np.repeat(first["photographs"][:2], 4, axis=0)}
     maps |= {network.name: np.array(network.pictures["maps"]) for network in networks}
     highest = max(np.percentile(row, 99) for row in list(maps.values())[1:])
-    # pixels, patches and outlines in the same coordinates: shares of the image
-    extent = (0, 1, 1, 0)
+    scale = {"cmap": "magma", "vmin": 0, "vmax": highest}
     fig, axes = canvas(8, len(maps), height=1.5, xticks=[], yticks=[])
     for line, (name, row) in zip(axes, maps.items(), strict=True):
         line[0].set_ylabel(name.replace(", ", ",\n"))
         side = row.shape[1]
+        # pixels, patches and outlines in the same coordinates: shares of the image
         for column, (image, query, _) in enumerate(np.ndindex(2, 2, 2)):
             axis = line[column]
-            shown = axis.imshow(row[column], "magma", vmax=highest, extent=extent)
+            shown = axis.imshow(row[column], extent=(0, 1, 1, 0), **scale)
             place = (queries_of(side)[query] + 0.5) / side
             axis.plot(place, place, "+", color="cyan", ms=9, mew=2)
             if "objects" in first:
                 outline = first["objects"][image]
-                axis.contour(outline, [0.5], colors="w", extent=extent)
+                axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
     for axis, title in zip(axes[0], 4 * ["first layer", "last layer"], strict=True):
         axis.set_title(title, fontsize=12)
     fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
@@ -354,16 +373,9 @@ def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
     curves(axis, networks, itemgetter("distance"), label)
     facts = networks[0].facts
-    side = facts["image_size"] // facts["patch_size"]
-    uniform = torch.ones(1, 1, side**2, side**2) / side**2
-    far = attention_distance(uniform, side, facts["patch_size"]).item()
+    patches = grid_points(facts["image_size"] // facts["patch_size"], torch.ones(1))
+    far = torch.cdist(patches, patches).mean().item() * facts["patch_size"]
     reference(axis, far, "uniform attention")
-
-
-def draw_distance(networks):
-    fig, [[axis]] = canvas(1)
-    plot_distance(axis, networks)
-    return fig
 
 
 FIGURES["distance"] = Figure(
@@ -371,7 +383,7 @@ FIGURES["distance"] = Figure(
     4,
     "CL attends globally, MIM locally, most in later layers",
     distance_lesson,
-    draw_distance,
+    partial(alone, plot_distance),
     parts=(
         Part("attention distance, px", "CL", "MIM", of(np.mean, "distance")),
         Part("the same, late - early", "CL", "MIM", of(rise, "distance")),
@@ -427,18 +439,12 @@ def plot_nmi(axis, networks):
     reference(axis, 0, "one map for all queries")
 
 
-def draw_nmi(networks):
-    fig, [[axis]] = canvas(1)
-    plot_nmi(axis, networks)
-    return fig
-
-
 FIGURES["nmi"] = Figure(
     "4",
     5,
     "CL's later attention collapses into one map for all queries",
     nmi_lesson,
-    draw_nmi,
+    partial(alone, plot_nmi),
     parts=(
         Part("NMI, late", "MIM", "CL", of(late, "nmi")),
         Part("NMI of CL, early - late", "CL", "", nmi_fall),
@@ -609,10 +615,8 @@ def singular_spectrum(x):
     as an SVD in float32 and faster; the floor, 1e-8 of the largest, is rounding.
     """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
-    if x.shape[-2] <= x.shape[-1]:
-        gram = x @ x.mT
-    else:
-        gram = x.mT @ x
+    n, width = x.shape[-2:]
+    gram = x @ x.mT if n <= width else x.mT @ x
     square = torch.linalg.eigvalsh(gram).flip(-1)
     floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.maximum(square, floor).log() / 2
@@ -823,30 +827,23 @@ def minimise(head, strength, x, labels):
     solver.step(loss)
 
 
-def probe_labels(features, labels, test, device):
-    """A probe for each column of labels (n, label sets).
+def probe(features, labels, test, device):
+    """Linear probes of the token, pooled or CLS, that is better on validation.
 
-    -> predicted (m, label sets), mean accuracy on validation.
+    features (n, tokens, D), labels (n, label sets), test (m, tokens, D) -> predicted
+    (m, label sets), a probe for each column.
     """
-    probes = [linear_probe(features, column, test, device) for column in labels.T]
-    predicted, accuracies = zip(*probes, strict=True)
-    return np.stack(predicted, axis=1), np.mean(accuracies)
-
-
-def probe_output(features, labels, test, device):
-    """The same of the last layer's pooled tokens or CLS, what is better on validation.
-
-    features (n, 2, D), test (m, 2, D) -> predicted (m, label sets).
-    """
-    probes = []
-    for token in (0, 1):
-        pair = features[:, token], labels, test[:, token]
-        probes.append(probe_labels(*pair, device))
-    return max(probes, key=itemgetter(1))[0]
+    results = []
+    for place in range(features.shape[1]):
+        x, test_x = features[:, place], test[:, place]
+        probes = [linear_probe(x, column, test_x, device) for column in labels.T]
+        predicted, accuracies = zip(*probes, strict=True)
+        results.append((np.mean(accuracies), np.stack(predicted, axis=1)))
+    return max(results, key=itemgetter(0))[1]
 
 
 def learn_probe(study):
-    predicted = probe_output(*study.learnt, study.rows["output"], study.device)
+    predicted = probe(*study.learnt, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -869,16 +866,16 @@ class Tuned(nn.Module):
         self.head = nn.Linear(vit.embed_dim, classes * answers)
         self.to(vit.cls_token.device)
 
-    def forward(self, x):
+    def forward(self, pixels):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
-        tokens = self.vit(x)[:, 1:]
+        tokens = self.vit(normalise(pixels, self.vit))[:, 1:]
         if not self.is_dense:
             tokens = tokens.mean(dim=1, keepdim=True)
         tokens = self.norm(tokens.mT).mT
         logits = self.head(tokens).float().mT  # (B, outputs, N or 1)
         if self.is_dense:
             p = self.vit.patch_size
-            return F.fold(logits, x.shape[2:], p, stride=p)
+            return F.fold(logits, pixels.shape[2:], p, stride=p)
         return logits.unflatten(1, (self.classes, -1))[..., 0]
 
 
@@ -918,7 +915,7 @@ def fit(network, images, epochs, lr, decay=1.0):
         for pixels, labels in batches:
             solver.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = network(normalise(pixels, network.vit))
+                logits = network(pixels)
             F.cross_entropy(logits, labels.to(device)).backward()
             solver.step()
             schedule.step()
@@ -930,7 +927,7 @@ def predict(network, images):
     """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
     pairs = []
     for pixels, labels in images.batches(BATCH):
-        logits = network(normalise(pixels, network.vit))
+        logits = network(pixels)
         pairs.append((logits.argmax(dim=1).cpu(), labels))
     return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
 
@@ -965,15 +962,15 @@ def learn_tuned(study):
 
 def draw_accuracy(networks):
     fig, axes = canvas(2 * label_count(networks))
-    for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
-        points(axis, networks, read, label)
+    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes):
+        points(axis, networks, read)
     return fig
 
 
 def accuracy_parts(place, label):
     """For a label set: shape (or the classes of photographs), texture."""
-    probe = partial(of_label, "linear probe", place)
-    tuned = partial(of_label, "fine-tuned", place)
+    probe = of_label("linear probe", place)
+    tuned = of_label("fine-tuned", place)
     return (
         Part(f"linear probe, last layer, {label}", "CL", "MIM", probe),
         Part(f"fine-tune accuracy, {label}", "MIM", "CL", tuned),
@@ -1013,13 +1010,9 @@ def scaling_parts(setting):
 
 def against(axis, networks, fact, read, label, **style):
     """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    means = defaultdict(list)
-    for network in sorted(networks, key=lambda network: network.facts[fact]):
-        x, y = network.facts[fact], read(network.row(0))
-        axis.plot(x, y, "o", color=style_of(network)["color"], mfc="none", ms=8)
-        means[x].append(y)
-    y = [np.mean(seeds) for seeds in means.values()]
-    axis.plot(list(means), y, label=label, lw=2, zorder=0, **style)
+    networks = sorted(networks, key=lambda network: network.facts[fact])
+    means = points(axis, networks, read, fact)
+    axis.plot(*means, label=label, lw=2, zorder=0, **style)
 
 
 def draw_scaling(networks):
@@ -1031,11 +1024,10 @@ def draw_scaling(networks):
         name = f"{network.role}, {network.facts['images']:,} images"
         lines[name].append(network)
     fig, axes = canvas(label_count(networks))
-    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
+    for axis, read in label_axes(networks, ["fine-tuned"], axes):
         for name, group in lines.items():
             against(axis, group, "embed_dim", read, name, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
-        say_range(axis, label)
     return fig
 
 
@@ -1082,7 +1074,8 @@ def overlaps(predicted, true, classes):
     """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
     p = predicted[..., None] == np.arange(classes)  # (n, S, S, classes)
     t = true[..., None] == np.arange(classes)
-    return np.stack([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))], axis=2)
+    intersection, union = (p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))
+    return np.stack([intersection, union], axis=2)
 
 
 def learn_dense(study):
@@ -1099,16 +1092,17 @@ def learn_dense(study):
     return values | {"overlap, fine-tuned": overlaps(*tuned, classes)}
 
 
-LINEAR_IOU, TUNED_IOU = (
-    of(mean_iou, "overlap, linear"),
-    of(mean_iou, "overlap, fine-tuned"),
-)
+IOUS = {
+    "mIoU, linear": of(mean_iou, "overlap, linear"),
+    "mIoU, fine-tuned": of(mean_iou, "overlap, fine-tuned"),
+}
 
 
 def draw_dense(networks):
     fig, [axes] = canvas(2)
-    points(axes[0], networks, LINEAR_IOU, "mIoU, linear")
-    points(axes[1], networks, TUNED_IOU, "mIoU, fine-tuned")
+    for axis, (label, read) in zip(axes, IOUS.items(), strict=True):
+        points(axis, networks, read)
+        say_range(axis, label)
     return fig
 
 
@@ -1118,10 +1112,7 @@ FIGURES["dense"] = Figure(
     "MIM wins dense prediction",
     dense_lesson,
     draw_dense,
-    parts=(
-        Part("mIoU, linear", "MIM", "CL", LINEAR_IOU, trained=True),
-        Part("mIoU, fine-tuned", "MIM", "CL", TUNED_IOU, trained=True),
-    ),
+    parts=tuple(Part(text, "MIM", "CL", IOUS[text], trained=True) for text in IOUS),
     learn=(learn_dense,),
 )
 
@@ -1158,7 +1149,7 @@ def learn_bias(study):
     features, labels = study.learnt
     if not study.on_stimuli:
         rows, cues = cue_conflict(study)
-        decisions = probe_output(features, labels, rows, study.device)
+        decisions = probe(features, labels, rows, study.device)
         return {"cues": (decisions == cues)[:, None]}
     shapes, textures = labels.T
     pairings = []
@@ -1166,7 +1157,7 @@ def learn_bias(study):
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (textures - shapes) % 8 == offset
         pairs = features[taught], labels[taught, :1]
-        decisions = probe_output(*pairs, study.rows["output"], study.device)
+        decisions = probe(*pairs, study.rows["output"], study.device)
         cues = (study.rows["labels"] - [0, offset]) % 8
         conflict = cues[:, :1] != cues[:, 1:]
         pairings.append((decisions == cues) & conflict)
@@ -1190,11 +1181,10 @@ def cue_conflict(study):
     return one_pass(study.vit, images)["output"], cues[conflict]
 
 
-def draw_bias(networks):
-    fig, [[axis]] = canvas(1)
+def plot_bias(axis, networks):
     reference(axis, 0.5, "no preference")
-    points(axis, networks, of(shape_bias, "cues"), "share of shape decisions")
-    return fig
+    points(axis, networks, of(shape_bias, "cues"))
+    say_range(axis, "share of shape decisions")
 
 
 FIGURES["bias"] = Figure(
@@ -1202,7 +1192,7 @@ FIGURES["bias"] = Figure(
     9,
     "CL is shape-biased, MIM texture-biased",
     bias_lesson,
-    draw_bias,
+    partial(alone, plot_bias),
     parts=(Part("shape bias", "CL", "MIM", of(shape_bias, "cues")),),
     learn=(learn_bias,),
 )
@@ -1264,7 +1254,7 @@ def learn_noise(study):
             outputs.append(study.output((pixels + noise).clamp(0, 255)))
         rows.append(torch.stack(outputs, dim=1))
     rows = torch.cat(rows)  # (n / 2, 1 + bands, 2, D)
-    predicted = probe_output(*study.learnt, rows.flatten(0, 1), study.device)
+    predicted = probe(*study.learnt, rows.flatten(0, 1), study.device)
     predicted = predicted.reshape(len(rows), 1 + len(BANDS), -1)
     return {"noise": predicted == study.rows["labels"][: len(rows), None]}
 
@@ -1277,12 +1267,10 @@ def noise_slope(values):
     return rise(noise_drop(values))
 
 
-def draw_noise(networks):
-    fig, [[axis]] = canvas(1)
+def plot_noise(axis, networks):
     x = "noise frequency, upper end (π per pixel)"
     curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
     reference(axis, 0, "no loss")
-    return fig
 
 
 FIGURES["noise"] = Figure(
@@ -1290,7 +1278,7 @@ FIGURES["noise"] = Figure(
     9,
     "high-frequency noise hurts MIM more",
     noise_lesson,
-    draw_noise,
+    partial(alone, plot_noise),
     parts=(Part("noise: drop, high - low", "MIM", "CL", noise_slope),),
     learn=(learn_noise,),
 )
@@ -1315,8 +1303,8 @@ def learn_layers(study):
     for token in ("pooled", "cls"):
         probes = []
         for state in range(train[token].shape[1]):
-            features, test = train[token][:, state], study.rows[token][:, state]
-            predicted, _ = probe_labels(features, labels, test, study.device)
+            features, test = train[token][:, [state]], study.rows[token][:, [state]]
+            predicted = probe(features, labels, test, study.device)
             probes.append(predicted == study.rows["labels"])
         values[f"probe of {token} tokens"] = np.stack(probes, axis=1)
     return values
@@ -1343,9 +1331,8 @@ def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
     fig, axes = canvas(label_count(networks), rows=2, height=4.2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
-    for axis, read, label in label_axes(networks, keys, axes):
+    for axis, read in label_axes(networks, keys, axes):
         curves(axis, networks, read, "")
-        say_range(axis, label)
     return fig
 
 
@@ -1449,12 +1436,11 @@ def draw_sweep(networks):
     alike = [n for n in networks if n.shape == first.shape and not n.facts["one_view"]]
     fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
     keys = ("linear probe", "fine-tuned")
-    for axis, read, label in label_axes(networks, keys, axes[:-1]):
+    for axis, read in label_axes(networks, keys, axes[:-1]):
         for fact, dashes in (("work", ":"), ("images", "-")):
             swept = [n for n in alike if near(n.facts[fact], first.facts[fact])]
             against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
-        say_range(axis, label)
     plot_nmi(axes[-1, 0], networks)
     plot_high_frequencies(axes[-1, 1], networks)
     return fig
@@ -1752,23 +1738,17 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def roles_of(networks):
-    """Networks of one shape -> {role: [seeds of a network, of a longer run, ...]}."""
-    names = defaultdict(list)
-    for network in networks:
-        names[network.facts["images"], network.name].append(network)
-    roles = defaultdict(list)
-    for key in sorted(names):
-        roles[names[key][0].role].append(names[key])
-    return roles
-
-
 def groups_of(networks):
-    """-> {role: [seeds of one network, ...]}; all of a size have one shape."""
-    shapes = defaultdict(list)
+    """-> {role: [seeds of a network, of a longer run, ...]}; all of a size one shape."""
+    runs = defaultdict(list)
     for network in networks:
-        shapes[network.shape].append(network)
-    sizes = {shape: roles_of(shapes[shape]) for shape in sorted(shapes)}
+        images, name = network.facts["images"], network.name
+        runs[network.shape, network.role, images, name].append(network)
+    sizes = {}
+    for key in sorted(runs):
+        shape, role, *_ = key
+        roles = sizes.setdefault(shape, {})
+        roles.setdefault(role, []).append(runs[key])
     groups = dict(max(sizes.values(), key=len, default={}))
     if DECODED in groups:
         first = groups[DECODED][0][0]
@@ -1791,7 +1771,7 @@ def compared(part, groups):
     more = groups[part.more]
     if not part.less:
         return {part.more: more[-1]}
-    fact = {"equal images": "images", "equal work": "work"}.get(part.setting)
+    fact = part.setting.removeprefix("equal ")
     for a in more[::-1]:
         for b in groups[part.less][::-1]:
             if not fact or near(a[0].facts[fact], b[0].facts[fact]):
@@ -1862,11 +1842,12 @@ def judge(networks, names):
         figure = FIGURES[name]
         for part in figure.parts:
             for row in judge_part(part, groups, networks):
-                table[figure.claim, part.setting].append(row | {"figure": name})
+                row |= {"figure": name}
+                table[figure.claim, part.setting].append(row)
     claims = []
     for (number, setting), rows in sorted(table.items()):
-        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
-        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
+        texts = "; ".join(dict.fromkeys(FIGURES[row["figure"]].text for row in rows))
+        claim = {"claim": number, "setting": setting, "text": texts}
         claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
     return claims
 
@@ -1982,16 +1963,10 @@ def load(text, heads=None, grid=None, pixels=None):
     facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
     facts |= {"images": images, "work": work, "name": given}
     if given.lower() in {"", *GIVEN}:
-        facts["name"] = name_of(facts)
+        name = f"{role}, λ = 0.2" if lam == 0.2 else role
+        name += f", {facts['embed_dim']} × {facts['depth']}"
+        facts["name"] = f"{name}, {images:,} images".removesuffix(", 0 images")
     return vit
-
-
-def name_of(facts):
-    name = facts["role"]
-    if facts["lam"] == 0.2:
-        name += ", λ = 0.2"
-    name += f", {facts['embed_dim']} × {facts['depth']}"
-    return f"{name}, {facts['images']:,} images".removesuffix(", 0 images")
 
 
 def load_companions(vits):
@@ -2035,9 +2010,7 @@ def load_networks(options):
         vits.append(load(text, *[values[place % len(values)] for values in answers]))
     if vits[0].facts["config"] and not options.alone:
         vits += load_companions(vits)
-    twins = {}
-    for vit in vits:
-        twins[tuple(vit.facts[key] for key in (*SHAPE, "seed"))] = vit
+    twins = {tuple(vit.facts[key] for key in (*SHAPE, "seed")): vit for vit in vits}
     return vits + [untrained_like(vit) for vit in twins.values()]
 
 
