@@ -814,8 +814,9 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
 
 def minimise(head, strength, x, labels):
     """Mean cross-entropy + strength/2·|W|², by L-BFGS."""
+    limits = {"max_iter": 100, "history_size": 10}
     search = "strong_wolfe"
-    solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn=search)
+    solver = torch.optim.LBFGS(head.parameters(), line_search_fn=search, **limits)
 
     def loss():
         solver.zero_grad()
@@ -1047,8 +1048,8 @@ FIGURES["scaling"] = Figure(
 dense_lesson = """\
 Segmentation asks every token for the classes of its own p × p pixels: one of eight
 shapes, or ground. One linear layer does it, on a frozen network or trained with it, its
-learning rate chosen on validation as before; the paper used COCO boxes and Mask R-CNN,
-which need a GPU for days. The score, with sums over all test images, is the mean over
+learning rate chosen on validation as before, in a quarter of the epochs; the paper used
+COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums over all test images, is the mean over
 classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
@@ -1739,7 +1740,8 @@ def near(a, b):
 
 
 def groups_of(networks):
-    """-> {role: [seeds of a network, of a longer run, ...]}; all of a size one shape."""
+    """-> {role: [seeds of a network, of a longer run, ...]}, of the size that has most
+    roles; "smallest CL" ... of others; all of a size have one shape."""
     runs = defaultdict(list)
     for network in networks:
         images, name = network.facts["images"], network.name
