@@ -1049,8 +1049,8 @@ dense_lesson = """\
 Segmentation asks every token for the classes of its own p × p pixels: one of eight
 shapes, or ground. One linear layer does it, on a frozen network or trained with it, its
 learning rate chosen on validation as before, in a quarter of the epochs; the paper used
-COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums over all test images, is the mean over
-classes of
+COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums over all test
+images, is the mean over classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
 
@@ -1811,7 +1811,7 @@ def judge_part(part, groups, networks):
     row["outcome"] = "undecided"
     if math.isnan(reach):
         row["outcome"] = "needs a number"
-    elif part.trained and any(gain <= far for gain, far in row["gains"].values()):
+    elif part.trained and not all(gain > far for gain, far in row["gains"].values()):
         row["outcome"] = "needs more training: not above a new network"
     elif abs(difference) > reach:
         row["outcome"] = "holds" if difference > 0 else "opposed"
