@@ -84,7 +84,7 @@ class Figure:
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
-    # picture(vit, batch) -> {key: array}, of the first test images
+    # picture(vit, three test images (3, 3, S, S)) -> {key: array}
     picture: Callable | None = None
 
 
@@ -107,6 +107,19 @@ def middle(x):
 
 def last(x):
     return np.mean(x[-1])
+
+
+def rise(x):
+    return late(x) - early(x)
+
+
+def of(summary, key):
+    """What a part reads: of(late, "nmi") takes late(values["nmi"])."""
+
+    def read(values):
+        return summary(values[key])
+
+    return read
 
 
 def after_mlp(states):
@@ -149,15 +162,14 @@ def canvas(columns, rows=1, height=4.6, **axis):
 
 def readings(networks, read):
     """-> for each name (its first network, what is read of its seeds (seeds, ...))."""
-    values = defaultdict(list)
+    names = {}
     for network in longest(networks):
         with contextlib.suppress(KeyError):
-            y = read(network.row(0))
-            values[network.name].append((network, y))
-    require(values, "needs values that no network has")
-    for pairs in values.values():
-        seeds, numbers = zip(*pairs, strict=True)
-        yield seeds[0], np.stack(numbers)
+            number = read(network.row(0))
+            _, numbers = names.setdefault(network.name, (network, []))
+            numbers.append(number)
+    require(names, "needs values that no network has")
+    return [(network, np.stack(numbers)) for network, numbers in names.values()]
 
 
 def curves(axis, networks, read, label, x="layer", end=None):
@@ -179,21 +191,30 @@ def curves(axis, networks, read, label, x="layer", end=None):
             band = heads.min(axis=1), heads.max(axis=1)
             axis.fill_between(places, *band, alpha=0.12, lw=0, fc=style["color"])
             y = y.mean(axis=2)
-        if len(y) > 1:
-            axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
+        axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
     axis.set(xlabel=x, ylabel=label)
 
 
-def points(axis, networks, read, label):
-    """A column per name: a circle for each seed, a bar at their mean."""
-    for place, (network, y) in enumerate(readings(networks, read)):
-        colour = style_of(network)["color"]
-        axis.plot([place] * len(y), y, "o", color=colour, mfc="none", ms=9)
-        ends = (place - 0.3, place + 0.3)
-        axis.hlines(y.mean(), *ends, color=colour, lw=3, label=network.name)
-    axis.set_xticks([])
-    say_range(axis, label)
+def points(axis, networks, read, fact=""):
+    """A circle for each seed, a bar at their mean -> places, means of the names.
+
+    Each name has a column, or the place of a fact of its network.
+    """
+    places, means = [], []
+    for x, (network, y) in enumerate(readings(networks, read)):
+        name = network.name
+        if fact:
+            x, name = network.facts[fact], ""
+        style = {"color": style_of(network)["color"], "mfc": "none"}
+        axis.plot([x] * len(y), y, "o", ms=9, **style)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=name, **style)
+        places.append(x)
+        means.append(y.mean())
+    axis.margins(x=0.2)
+    if not fact:
+        axis.set_xticks([])
+    return places, means
 
 
 def say_range(axis, label):
@@ -202,17 +223,21 @@ def say_range(axis, label):
     axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
 
 
-def of_label(key, place, values):
-    """The accuracy of one label set, the last dimension of values[key]."""
-    return values[key][..., place]
+def of_label(key, place):
+    """What a part reads: the accuracy of one label set, the last dimension."""
+    return of(itemgetter((..., place)), key)
 
 
 def label_axes(networks, keys, axes):
-    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
+    """-> axis, read for each of the keys and of the label sets (shape, ...).
+
+    An axis is labelled after the caller has drawn on it.
+    """
     labels = networks[0].facts["label_names"]
     pairs = [(key, place) for key in keys for place in range(len(labels))]
     for axis, (key, place) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, partial(of_label, key, place), f"{key}, {labels[place]}"
+        yield axis, of_label(key, place)
+        say_range(axis, f"{key}, {labels[place]}")
 
 
 def label_count(networks):
@@ -222,6 +247,13 @@ def label_count(networks):
 def reference(axis, y, text):
     """A dotted line that says what a value would mean; its name is in the legend."""
     axis.axhline(y, color="black", lw=1, ls=(0, (1, 3)), label=text, zorder=0)
+
+
+def alone(plot, networks):
+    """A figure of one axis."""
+    fig, [[axis]] = canvas(1)
+    plot(axis, networks)
+    return fig
 
 
 def legend(fig):
@@ -246,60 +278,47 @@ What to look at: are the maps of two queries (crosses) of one network equal? Do 
 follow the white outline? And how much of that does the untrained network have?"""
 
 
-def queries_of(rows, cols):
-    """Patches (row, column): in the middle, and near a corner."""
-    return [(rows // 2, cols // 2), (rows // 8, cols // 8)]
+def queries_of(side):
+    """Row and column of two patches: in the middle, and near a corner."""
+    return (side // 2, side // 8)
 
 
-def picture_maps(vit, batch):
-    """-> maps (8, rows, cols): attention relative to uniform, of two images, two
+def picture_maps(vit, x):
+    """-> maps (8, side, side): attention relative to uniform, of two images, two
     queries, the first and the last layer."""
-    _, records = vit(batch["x"][:2], record=True)
-    grid = (vit.grid, vit.grid)
-    queries = [row * vit.grid + col for row, col in queries_of(*grid)]
+    _, records = vit(x[:2], record=True)
+    queries = [place * vit.grid + place for place in queries_of(vit.grid)]
     attn = torch.stack([records[0].attn, records[-1].attn], dim=2)
     attn = attn[..., 1:, 1:].mean(dim=1)[:, :, queries]  # (images, layers, queries, N)
     maps = attn / attn.mean(dim=-1, keepdim=True)
-    return to_pictures(batch) | {"maps": maps.transpose(1, 2).reshape(8, *grid)}
-
-
-def to_pictures(batch):
-    """Three images of at most 64 px, and where the objects of stimuli are."""
-    pixels = batch["pixels"].float()
-    small = F.adaptive_avg_pool2d(pixels, min(64, pixels.shape[-1]))
-    pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
-    if "mask" in batch:
-        pictures["objects"] = (batch["mask"] > 0).byte()
-    return pictures
+    return {"maps": maps.transpose(1, 2).reshape(8, vit.grid, vit.grid)}
 
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
     networks = [n for n in longest(networks) if "maps" in n.pictures]
-    maps = np.array([network.pictures["maps"] for network in networks])
-    rows, cols = maps.shape[2:]
-    # pixels, patches and outlines in the same coordinates: patches
-    extent = (-0.5, cols - 0.5, rows - 0.5, -0.5)
-    scale = {"cmap": "magma", "vmin": 0, "vmax": np.percentile(maps, 99)}
-    fig, axes = canvas(8, 1 + len(networks), height=1.5, xticks=[], yticks=[])
     first = networks[0].pictures
-    for column, (image, query, layer) in enumerate(np.ndindex(2, 2, 2)):
-        row, col = queries_of(rows, cols)[query]
-        pictures = [first["photographs"][image], *maps[:, column]]
-        for axis, picture in zip(axes[:, column], pictures, strict=True):
-            shown = axis.imshow(picture, extent=extent, **scale)
-            axis.plot(col, row, "+", color="cyan", ms=9, mew=2)
+    maps = {"": np.repeat(first["photographs"][:2], 4, axis=0)}
+    maps |= {network.name: np.array(network.pictures["maps"]) for network in networks}
+    highest = max(np.percentile(row, 99) for row in list(maps.values())[1:])
+    scale = {"cmap": "magma", "vmin": 0, "vmax": highest}
+    fig, axes = canvas(8, len(maps), height=1.5, xticks=[], yticks=[])
+    for line, (name, row) in zip(axes, maps.items(), strict=True):
+        line[0].set_ylabel(name.replace(", ", ",\n"))
+        side = row.shape[1]
+        # pixels, patches and outlines in the same coordinates: shares of the image
+        for column, (image, query, _) in enumerate(np.ndindex(2, 2, 2)):
+            axis = line[column]
+            shown = axis.imshow(row[column], extent=(0, 1, 1, 0), **scale)
+            place = (queries_of(side)[query] + 0.5) / side
+            axis.plot(place, place, "+", color="cyan", ms=9, mew=2)
             if "objects" in first:
-                axis.contour(first["objects"][image], [0.5], colors="w", extent=extent)
-        axes[0, column].set_title(("first layer", "last layer")[layer], fontsize=12)
-    for axis, network in zip(axes[1:, 0], networks, strict=True):
-        axis.set_ylabel(wrapped(network.name))
+                outline = first["objects"][image]
+                axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
+    for axis, title in zip(axes[0], 4 * ["first layer", "last layer"], strict=True):
+        axis.set_title(title, fontsize=12)
     fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
     return fig
-
-
-def wrapped(name):
-    return name.replace(", ", ",\n")
 
 
 FIGURES["maps"] = Figure(
@@ -350,28 +369,13 @@ def measure_distance(layer):
     return {"distance": attention_distance(layer.attn, layer.grid, layer.patch_size)}
 
 
-def mean_distance(values):
-    return np.mean(values["distance"])
-
-
-def distance_gap(values):
-    return late(values["distance"]) - early(values["distance"])
-
-
 def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
     curves(axis, networks, itemgetter("distance"), label)
     facts = networks[0].facts
-    side = facts["image_size"] // facts["patch_size"]
-    uniform = torch.ones(1, 1, side**2, side**2) / side**2
-    far = attention_distance(uniform, side, facts["patch_size"]).item()
+    patches = grid_points(facts["image_size"] // facts["patch_size"], torch.ones(1))
+    far = torch.cdist(patches, patches).mean().item() * facts["patch_size"]
     reference(axis, far, "uniform attention")
-
-
-def draw_distance(networks):
-    fig, [[axis]] = canvas(1)
-    plot_distance(axis, networks)
-    return fig
 
 
 FIGURES["distance"] = Figure(
@@ -379,10 +383,10 @@ FIGURES["distance"] = Figure(
     4,
     "CL attends globally, MIM locally, most in later layers",
     distance_lesson,
-    draw_distance,
+    partial(alone, plot_distance),
     parts=(
-        Part("attention distance, px", "CL", "MIM", mean_distance),
-        Part("the same, late - early", "CL", "MIM", distance_gap),
+        Part("attention distance, px", "CL", "MIM", of(np.mean, "distance")),
+        Part("the same, late - early", "CL", "MIM", of(rise, "distance")),
     ),
     measure=(measure_distance,),
 )
@@ -426,16 +430,8 @@ def measure_nmi(layer):
     return {"nmi": attention_nmi(layer.attn)}
 
 
-def late_nmi(values):
-    return late(values["nmi"])
-
-
-def last_nmi(values):
-    return last(values["nmi"])
-
-
 def nmi_fall(values):
-    return early(values["nmi"]) - late(values["nmi"])
+    return -rise(values["nmi"])
 
 
 def plot_nmi(axis, networks):
@@ -443,20 +439,14 @@ def plot_nmi(axis, networks):
     reference(axis, 0, "one map for all queries")
 
 
-def draw_nmi(networks):
-    fig, [[axis]] = canvas(1)
-    plot_nmi(axis, networks)
-    return fig
-
-
 FIGURES["nmi"] = Figure(
     "4",
     5,
     "CL's later attention collapses into one map for all queries",
     nmi_lesson,
-    draw_nmi,
+    partial(alone, plot_nmi),
     parts=(
-        Part("NMI, late", "MIM", "CL", late_nmi),
+        Part("NMI, late", "MIM", "CL", of(late, "nmi")),
         Part("NMI of CL, early - late", "CL", "", nmi_fall),
     ),
     measure=(measure_nmi,),
@@ -518,18 +508,6 @@ def measure_similarity(layer):
     return values
 
 
-def late_heads(values):
-    return late(values["heads"])
-
-
-def late_depths(values):
-    return late(values["depths"])
-
-
-def late_tokens(values):
-    return late(values["tokens"])
-
-
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
     names = {"heads": "heads", "depths": "neighbouring layers", "tokens": "tokens"}
@@ -545,9 +523,9 @@ FIGURES["similarity"] = Figure(
     similarity_lesson,
     draw_similarity,
     parts=(
-        Part("cosine between heads, late", "CL", "MIM", late_heads),
-        Part("cosine between depths, late", "CL", "MIM", late_depths),
-        Part("cosine between tokens, late", "CL", "MIM", late_tokens),
+        Part("cosine between heads, late", "CL", "MIM", of(late, "heads")),
+        Part("cosine between depths, late", "CL", "MIM", of(late, "depths")),
+        Part("cosine between tokens, late", "CL", "MIM", of(late, "tokens")),
     ),
     measure=(measure_similarity,),
 )
@@ -561,46 +539,43 @@ after (full) the last attention. A network that works on whole images moves all 
 of one image together, in parallel lines; one that works on tokens moves each its own
 way. The paper saw the first in CL and the second in MIM.
 
-What to look at: whether a colour is an island, and whether its lines are parallel. Each
-network has a scale of its own, and the axes say how much of the variance they show: two
-directions can hide most of it. The next figure counts all."""
+What to look at: whether a colour, which is an image, is an island, and whether its
+lines are parallel. Each network has a scale of its own, and the axes say how much of
+the variance they show: two directions can hide most of it. The next figure counts all.
+"""
 
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
 
-def picture_plane(vit, batch):
+def picture_plane(vit, x):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
-    _, records = vit(batch["x"][:3], record=True)
+    _, records = vit(x, record=True)
     before = records[max(len(records) - 2, 0)].out[:, 1:]
     tokens = torch.cat([before, records[-1].mid[:, 1:]], dim=1).cpu()  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = sizes.square() / sizes.square().sum()
-    plane = {"plane": tokens @ directions[:2].T, "shares": shares[:2]}
-    return to_pictures(batch) | plane
+    return {"plane": tokens @ directions[:2].T, "shares": shares[:2]}
 
 
 def draw_plane(networks):
     networks = [n for n in longest(networks) if "plane" in n.pictures]
-    rows = math.ceil((1 + len(networks)) / 5)
-    fig, axes = canvas(math.ceil((1 + len(networks)) / rows), rows, height=4.2)
-    left, *axes = axes.flat
-    left.imshow(np.concatenate(networks[0].pictures["photographs"]))
-    for axis in (left, *axes[len(networks) :]):
+    columns = min(4, len(networks))
+    fig, axes = canvas(columns, math.ceil(len(networks) / columns))
+    for axis in axes.flat[len(networks) :]:
         axis.axis("off")
-    for axis, network in zip(axes, networks, strict=False):
-        pictures = network.pictures
-        for place, colour in enumerate(IMAGE_COLOURS):
-            before, after = np.split(np.array(pictures["plane"][place]), 2)
+    for axis, network in zip(axes.flat, networks, strict=False):
+        planes = np.array(network.pictures["plane"])
+        for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
+            before, after = np.split(tokens, 2)
             x, y = np.stack([before, after], axis=1).T  # (2, N) each
             axis.plot(x, y, color=colour, lw=0.5)  # N lines, from before to after
             axis.scatter(*before.T, s=12, ec=colour, fc="none")
             axis.scatter(*after.T, s=12, color=colour)
-            # beside its image: the three stand one below the other
-            left.axvline(-2, 2 / 3 - place / 3, 1 - place / 3, color=colour, lw=8)
-        first, second = pictures["shares"]
+        first, second = network.pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
-        axis.set_title(wrapped(network.name), color=style_of(network)["color"])
+        title = network.name.replace(", ", ",\n")
+        axis.set_title(title, color=style_of(network)["color"])
         axis.axis("equal")
     return fig
 
@@ -640,10 +615,8 @@ def singular_spectrum(x):
     as an SVD in float32 and faster; the floor, 1e-8 of the largest, is rounding.
     """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
-    if x.shape[-2] <= x.shape[-1]:
-        gram = x @ x.mT
-    else:
-        gram = x.mT @ x
+    n, width = x.shape[-2:]
+    gram = x @ x.mT if n <= width else x.mT @ x
     square = torch.linalg.eigvalsh(gram).flip(-1)
     floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.maximum(square, floor).log() / 2
@@ -653,19 +626,18 @@ def log_volume(x):
     """Mean log singular value of centred rows (..., n, D), divided by √Σ σ² -> (...).
 
     From the log-determinant of the Gram matrix, which is Σ log σ², at a tenth of the
-    cost of the spectrum. Centred rows leave one direction empty; by the matrix-tree
-    theorem the others have n times the determinant without one row and column.
+    cost of the spectrum. Centred rows leave the direction (1, 1, ... 1) empty: adding
+    1/n gives it a σ² of 1, whose logarithm is 0.
     """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
     x = x / x.norm(dim=(-2, -1), keepdim=True)
-    n = x.shape[-2]
-    if n <= x.shape[-1]:
-        gram, empty = (x @ x.mT)[..., 1:, 1:], math.log(n)
+    n, width = x.shape[-2:]
+    if n <= width:
+        gram, count = x @ x.mT + 1 / n, n - 1
     else:
-        gram, empty = x.mT @ x, 0.0
+        gram, count = x.mT @ x, width
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)  # what is smaller is rounding
-    pivots = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1)
-    return (2 * pivots.log().sum(dim=-1) + empty) / (2 * gram.shape[-1])
+    return torch.logdet(gram) / (2 * count)
 
 
 def measure_volume(state):
@@ -686,18 +658,6 @@ def image_spectra(rows):
         "image volume": log_volume(states).numpy(),
         "spectrum": spectrum[0, 0].numpy(),
     }
-
-
-def token_volume(values):
-    return last(values["token volume"])
-
-
-def image_volume(values):
-    return last(values["image volume"])
-
-
-def last_of(key, values):
-    return values[key][-1]
 
 
 def draw_spectra(networks):
@@ -722,8 +682,8 @@ FIGURES["spectra"] = Figure(
     spectra_lesson,
     draw_spectra,
     parts=(
-        Part("log volume, tokens of an image", "MIM", "CL", token_volume),
-        Part("log volume, images", "CL", "MIM", image_volume),
+        Part("log volume, tokens of an image", "MIM", "CL", of(last, "token volume")),
+        Part("log volume, images", "CL", "MIM", of(last, "image volume")),
     ),
     measure_tokens=(measure_volume, measure_features),
     whole=(image_spectra,),
@@ -793,7 +753,7 @@ def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
     curves(axes[1], networks, above_lowest, "log amplitude at π - at lowest above 0")
-    read, label = partial(last_of, "fourier"), "Δ log amplitude, last layer"
+    read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
     curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
     return fig
 
@@ -833,21 +793,23 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     (m,), and the accuracy on a quarter of the n rows, which chooses the strength.
     """
     cut = 3 * len(labels) // 4
-    x, test = [torch.as_tensor(rows).float().to(device) for rows in (features, test)]
-    labels = torch.as_tensor(labels).long().to(device)
+    x = torch.as_tensor(features, dtype=torch.float32, device=device)
+    test = torch.as_tensor(test, dtype=torch.float32, device=device)
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
     mean, std = x[:cut].mean(dim=0), x[:cut].std(dim=0).clamp(min=1e-6)
     x, test = (x - mean) / std, (test - mean) / std
     head = nn.Linear(x.shape[1], 1 + int(labels.max())).to(device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    best = -1.0
+    results = []
     for strength in strengths:  # from strong to weak, each from the last solution
         minimise(head, strength, x[:cut], labels[:cut])
-        decisions = head(x[cut:]).argmax(dim=1)
-        accuracy = (decisions == labels[cut:]).float().mean().item()
-        if accuracy > best:
-            best, predicted = accuracy, head(test).argmax(dim=1).cpu().numpy()
-    return predicted, best
+        correct = head(x[cut:]).argmax(dim=1) == labels[cut:]
+        results.append((correct.float().mean().item(), strength, head(test)))
+    accuracy, strength, logits = max(results, key=itemgetter(0))
+    if strength in (strengths[0], strengths[-1]):
+        say_once(f"  a linear probe chose strength {strength:g}, an end of the grid")
+    return logits.argmax(dim=1).cpu().numpy(), accuracy
 
 
 def minimise(head, strength, x, labels):
@@ -866,30 +828,23 @@ def minimise(head, strength, x, labels):
     solver.step(loss)
 
 
-def probe_labels(features, labels, test, device):
-    """A probe for each column of labels (n, label sets).
+def probe(features, labels, test, device):
+    """Linear probes of the token, pooled or CLS, that is better on validation.
 
-    -> predicted (m, label sets), mean accuracy on validation.
+    features (n, tokens, D), labels (n, label sets), test (m, tokens, D) -> predicted
+    (m, label sets), a probe for each column.
     """
-    probes = [linear_probe(features, column, test, device) for column in labels.T]
-    predicted, accuracies = zip(*probes, strict=True)
-    return np.stack(predicted, axis=1), np.mean(accuracies)
-
-
-def probe_output(features, labels, test, device):
-    """The same of the last layer's pooled tokens or CLS, what is better on validation.
-
-    features (n, 2, D), test (m, 2, D) -> predicted (m, label sets).
-    """
-    probes = []
-    for token in (0, 1):
-        pair = features[:, token], labels, test[:, token]
-        probes.append(probe_labels(*pair, device))
-    return max(probes, key=itemgetter(1))[0]
+    results = []
+    for place in range(features.shape[1]):
+        x, test_x = features[:, place], test[:, place]
+        probes = [linear_probe(x, column, test_x, device) for column in labels.T]
+        predicted, accuracies = zip(*probes, strict=True)
+        results.append((np.mean(accuracies), np.stack(predicted, axis=1)))
+    return max(results, key=itemgetter(0))[1]
 
 
 def learn_probe(study):
-    predicted = probe_output(*study.learnt, study.rows["output"], study.device)
+    predicted = probe(*study.learnt, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -902,27 +857,27 @@ BATCH = 64
 class Tuned(nn.Module):
     """A copy of a network with a linear head: classes of images, or of pixels."""
 
-    def __init__(self, vit, classes, target="labels", label_sets=1, frozen=False):
+    def __init__(self, vit, classes, label_sets=1, is_dense=False, frozen=False):
         super().__init__()
         torch.manual_seed(0)
         self.vit = deepcopy(vit).requires_grad_(not frozen)
         self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
-        self.classes, self.target = classes, target  # target: its key in a batch
-        answers = vit.patch_size**2 if target == "mask" else label_sets
+        self.classes, self.is_dense = classes, is_dense
+        answers = vit.patch_size**2 if is_dense else label_sets
         self.head = nn.Linear(vit.embed_dim, classes * answers)
         self.to(vit.cls_token.device)
 
-    def forward(self, x):
+    def forward(self, pixels):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
-        tokens = self.vit(x)[:, 1:]
-        if self.target == "labels":
+        tokens = self.vit(normalise(pixels, self.vit))[:, 1:]
+        if not self.is_dense:
             tokens = tokens.mean(dim=1, keepdim=True)
-        logits = self.head(self.norm(tokens.flatten(0, 1))).float()
-        logits = logits.unflatten(0, tokens.shape[:2]).mT  # (B, outputs, N or 1)
-        if self.target == "labels":
-            return logits[..., 0].unflatten(1, (self.classes, -1))
-        p = self.vit.patch_size
-        return F.fold(logits, x.shape[2:], p, stride=p)
+        tokens = self.norm(tokens.mT).mT
+        logits = self.head(tokens).float().mT  # (B, outputs, N or 1)
+        if self.is_dense:
+            p = self.vit.patch_size
+            return F.fold(logits, pixels.shape[2:], p, stride=p)
+        return logits.unflatten(1, (self.classes, -1))[..., 0]
 
 
 def parameter_groups(network, lr, decay):
@@ -933,14 +888,13 @@ def parameter_groups(network, lr, decay):
     """
     depth = len(network.vit.blocks)
     groups = []
-    for name, p in network.named_parameters():
-        stage = name.split(".")[1:]
+    for name, weight in network.named_parameters():
         layer = depth
-        if stage[0] == "blocks":
-            layer = int(stage[1]) + 1
-        elif stage[0] in ("patch_embed", "cls_token", "pos_embed"):
+        if block := re.match(r"vit\.blocks\.(\d+)", name):
+            layer = int(block[1]) + 1
+        elif re.match(r"vit\.(patch_embed|cls_token|pos_embed)", name):
             layer = 0
-        groups.append({"params": [p], "lr": lr * decay ** (depth - layer)})
+        groups.append({"params": [weight], "lr": lr * decay ** (depth - layer)})
     return groups
 
 
@@ -959,11 +913,11 @@ def fit(network, images, epochs, lr, decay=1.0):
     device = network.head.weight.device
     bf16 = sslvit.has_bf16(device.type == "cuda")
     for _ in range(epochs):
-        for batch in batches:
+        for pixels, labels in batches:
             solver.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = network(normalise(batch["pixels"], network.vit))
-            F.cross_entropy(logits, batch[network.target].to(device)).backward()
+                logits = network(pixels)
+            F.cross_entropy(logits, labels.to(device)).backward()
             solver.step()
             schedule.step()
     return network.eval()
@@ -973,13 +927,13 @@ def fit(network, images, epochs, lr, decay=1.0):
 def predict(network, images):
     """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
     pairs = []
-    for batch in images.batches(BATCH):
-        logits = network(normalise(batch["pixels"], network.vit))
-        pairs.append((logits.argmax(dim=1).cpu(), batch[network.target]))
+    for pixels, labels in images.batches(BATCH):
+        logits = network(pixels)
+        pairs.append((logits.argmax(dim=1).cpu(), labels))
     return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
 
 
-def tune(study, key, make, train, test, settings):
+def tune(study, key, make, train, test, settings, epochs):
     """Trains make() with the setting that is best on validation -> predict(test).
 
     The last quarter of `train` chooses, after trainings of a third of the epochs; the
@@ -987,33 +941,37 @@ def tune(study, key, make, train, test, settings):
     """
     cut = 3 * len(train) // 4
     train, val = train.part(0, cut), train.part(cut, None)
-    epochs = study.options.epochs
     if key not in study.choices:
         scores = []
         for setting in settings:
             network = fit(make(), train, max(1, epochs // 3), **setting)
             scores.append(np.mean(np.equal(*predict(network, val))))
         study.choices[key] = settings[np.argmax(scores)]
+        lr = study.choices[key]["lr"]
+        if lr in (settings[0]["lr"], settings[-1]["lr"]):
+            print(f"  {key}: learning rate {lr:g}, an end of the grid, is best")
     return predict(fit(make(), train, epochs, **study.choices[key]), test)
 
 
 def learn_tuned(study):
-    make = partial(Tuned, study.vit, study.classes, label_sets=len(study.label_names))
-    tuned = tune(study, "fine-tuned", make, study.train, study.test, FINE_TUNING)
+    make = partial(Tuned, study.vit, study.classes, len(study.label_names))
+    images = study.train, study.test
+    epochs = study.options.epochs
+    tuned = tune(study, "fine-tuned", make, *images, FINE_TUNING, epochs)
     return {"fine-tuned": np.equal(*tuned)}
 
 
 def draw_accuracy(networks):
     fig, axes = canvas(2 * label_count(networks))
-    for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
-        points(axis, networks, read, label)
+    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes):
+        points(axis, networks, read)
     return fig
 
 
 def accuracy_parts(place, label):
     """For a label set: shape (or the classes of photographs), texture."""
-    probe = partial(of_label, "linear probe", place)
-    tuned = partial(of_label, "fine-tuned", place)
+    probe = of_label("linear probe", place)
+    tuned = of_label("fine-tuned", place)
     return (
         Part(f"linear probe, last layer, {label}", "CL", "MIM", probe),
         Part(f"fine-tune accuracy, {label}", "MIM", "CL", tuned),
@@ -1044,12 +1002,8 @@ size (grey), else the verdict is 'not testable'.
 What to look at: the slopes rather than the points, and grey's slope too."""
 
 
-def mean_tuned(values):
-    return np.mean(values["fine-tuned"])
-
-
 def scaling_parts(setting):
-    common = mean_tuned, setting, True
+    common = of(np.mean, "fine-tuned"), setting, True
     smallest = "fine-tune accuracy, smallest size", "smallest CL", "smallest MIM"
     largest = "fine-tune accuracy, largest size", "largest MIM", "largest CL"
     return Part(*smallest, *common), Part(*largest, *common)
@@ -1057,13 +1011,9 @@ def scaling_parts(setting):
 
 def against(axis, networks, fact, read, label, **style):
     """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    means = defaultdict(list)
-    for network in sorted(networks, key=lambda network: network.facts[fact]):
-        x, y = network.facts[fact], read(network.row(0))
-        axis.plot(x, y, "o", color=style_of(network)["color"], mfc="none", ms=8)
-        means[x].append(y)
-    y = [np.mean(seeds) for seeds in means.values()]
-    axis.plot(list(means), y, label=label, lw=2, zorder=0, **style)
+    networks = sorted(networks, key=lambda network: network.facts[fact])
+    means = points(axis, networks, read, fact)
+    axis.plot(*means, label=label, lw=2, zorder=0, **style)
 
 
 def draw_scaling(networks):
@@ -1072,17 +1022,13 @@ def draw_scaling(networks):
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in networks:
-        lines[
-            f"{network.role}, {network.facts['images']:,} images".removesuffix(
-                ", 0 images"
-            )
-        ].append(network)
+        name = f"{network.role}, {network.facts['images']:,} images"
+        lines[name].append(network)
     fig, axes = canvas(label_count(networks))
-    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
+    for axis, read in label_axes(networks, ["fine-tuned"], axes):
         for name, group in lines.items():
             against(axis, group, "embed_dim", read, name, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
-        say_range(axis, label)
     return fig
 
 
@@ -1102,9 +1048,9 @@ FIGURES["scaling"] = Figure(
 dense_lesson = """\
 Segmentation asks every token for the classes of its own p × p pixels: one of eight
 shapes, or ground. One linear layer does it, on a frozen network or trained with it, its
-learning rate chosen on validation as before; the paper used COCO boxes and Mask R-CNN,
-which need a GPU for days. The score, with sums over all test images, is the mean over
-classes of
+learning rate chosen on validation as before, in a quarter of the epochs; the paper used
+COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums over all test
+images, is the mean over classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
 
@@ -1129,34 +1075,35 @@ def overlaps(predicted, true, classes):
     """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
     p = predicted[..., None] == np.arange(classes)  # (n, S, S, classes)
     t = true[..., None] == np.arange(classes)
-    return np.stack([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))], axis=2)
+    intersection, union = (p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))
+    return np.stack([intersection, union], axis=2)
 
 
 def learn_dense(study):
     require(study.on_stimuli, "segmentation needs the stimuli, whose masks are given")
-    train = replace(study.train.part(0, len(study.train) // 4), masks=True)
-    test = replace(study.test, masks=True)
+    images = [replace(images, masks=True) for images in (study.train, study.test)]
     classes = 1 + study.classes  # 0 is the ground
-    tuned = partial(Tuned, study.vit, classes, target="mask")
+    # fewer than of fine-tuning, as each image has as many labels as pixels
+    epochs = math.ceil(study.options.epochs / 4)
+    tuned = partial(Tuned, study.vit, classes, is_dense=True)
     linear = partial(tuned, frozen=True)
-    linear = tune(study, "mIoU, linear", linear, train, test, LINEAR_HEADS)
-    tuned = tune(study, "mIoU, fine-tuned", tuned, train, test, FINE_TUNING)
+    linear = tune(study, "mIoU, linear", linear, *images, LINEAR_HEADS, epochs)
+    tuned = tune(study, "mIoU, fine-tuned", tuned, *images, FINE_TUNING, epochs)
     values = {"overlap, linear": overlaps(*linear, classes)}
     return values | {"overlap, fine-tuned": overlaps(*tuned, classes)}
 
 
-def linear_iou(values):
-    return mean_iou(values["overlap, linear"])
-
-
-def tuned_iou(values):
-    return mean_iou(values["overlap, fine-tuned"])
+IOUS = {
+    "mIoU, linear": of(mean_iou, "overlap, linear"),
+    "mIoU, fine-tuned": of(mean_iou, "overlap, fine-tuned"),
+}
 
 
 def draw_dense(networks):
     fig, [axes] = canvas(2)
-    points(axes[0], networks, linear_iou, "mIoU, linear")
-    points(axes[1], networks, tuned_iou, "mIoU, fine-tuned")
+    for axis, (label, read) in zip(axes, IOUS.items(), strict=True):
+        points(axis, networks, read)
+        say_range(axis, label)
     return fig
 
 
@@ -1166,10 +1113,7 @@ FIGURES["dense"] = Figure(
     "MIM wins dense prediction",
     dense_lesson,
     draw_dense,
-    parts=(
-        Part("mIoU, linear", "MIM", "CL", linear_iou, trained=True),
-        Part("mIoU, fine-tuned", "MIM", "CL", tuned_iou, trained=True),
-    ),
+    parts=tuple(Part(text, "MIM", "CL", IOUS[text], trained=True) for text in IOUS),
     learn=(learn_dense,),
 )
 
@@ -1205,34 +1149,43 @@ def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
     features, labels = study.learnt
     if not study.on_stimuli:
-        rows, cues = study.cue_conflict()
-        return {
-            "cues": (probe_output(features, labels, rows, study.device) == cues)[
-                :, None
-            ]
-        }
+        rows, cues = cue_conflict(study)
+        decisions = probe(features, labels, rows, study.device)
+        return {"cues": (decisions == cues)[:, None]}
     shapes, textures = labels.T
     pairings = []
     for offset in range(8):
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (textures - shapes) % 8 == offset
         pairs = features[taught], labels[taught, :1]
-        decisions = probe_output(*pairs, study.rows["output"], study.device)
+        decisions = probe(*pairs, study.rows["output"], study.device)
         cues = (study.rows["labels"] - [0, offset]) % 8
         conflict = cues[:, :1] != cues[:, 1:]
         pairings.append((decisions == cues) & conflict)
     return {"cues": np.stack(pairings, axis=1)}
 
 
-def read_bias(values):
-    return shape_bias(values["cues"])
+def cue_conflict(study):
+    """Geirhos' images, cat1-elephant2.png: a cat's shape -> output, cues (n, 2)."""
+    folder = study.options.cue_conflict
+    require(folder, "shape bias needs the stimuli or --cue-conflict")
+    images, classes = sslvit.ImageFolder(folder), study.test.source.classes[0]
+    cues = []
+    for path, _ in images:
+        names = re.findall("[a-z]+", Path(path).stem)
+        fits = len(names) == 2 and set(names) <= set(classes)
+        require(fits, f"{path}: no <shape><n>-<texture><n>.png of --data's classes")
+        cues.append([classes.index(name) for name in names])
+    cues = np.array(cues)
+    conflict = np.flatnonzero(cues[:, 0] != cues[:, 1]).tolist()
+    images = replace(study.test, source=images, indices=conflict)
+    return one_pass(study.vit, images)["output"], cues[conflict]
 
 
-def draw_bias(networks):
-    fig, [[axis]] = canvas(1)
+def plot_bias(axis, networks):
     reference(axis, 0.5, "no preference")
-    points(axis, networks, read_bias, "share of shape decisions")
-    return fig
+    points(axis, networks, of(shape_bias, "cues"))
+    say_range(axis, "share of shape decisions")
 
 
 FIGURES["bias"] = Figure(
@@ -1240,8 +1193,8 @@ FIGURES["bias"] = Figure(
     9,
     "CL is shape-biased, MIM texture-biased",
     bias_lesson,
-    draw_bias,
-    parts=(Part("shape bias", "CL", "MIM", read_bias),),
+    partial(alone, plot_bias),
+    parts=(Part("shape bias", "CL", "MIM", of(shape_bias, "cues")),),
     learn=(learn_bias,),
 )
 
@@ -1266,7 +1219,7 @@ def band_noise(size, low, high, generator=None):
     """Gaussian noise of the frequencies low ≤ |ω| < high (rad/px), without the mean.
 
     (B, 3, h, w) like `size`: each image's root mean square is 1 ([P] figure 9 right).
-    Images so small that no frequency lies in the ring have those nearest to it.
+    Images so small that no frequency lies in the ring have the next higher ones.
     """
     noise = torch.fft.fft2(torch.randn(size, generator=generator))
     y = torch.fft.fftfreq(size[-2])[:, None] * 2 * math.pi
@@ -1275,7 +1228,8 @@ def band_noise(size, low, high, generator=None):
     radius[0, 0] = math.inf  # the mean
     ring = (radius >= low) & (radius < high)
     if not ring.any():
-        ring = radius <= radius[radius >= low].min() + 1e-4
+        nearest = radius[radius >= low].min()
+        ring = (radius - nearest).abs() < 1e-4
     noise = torch.fft.ifft2(noise * ring).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
@@ -1293,16 +1247,15 @@ def learn_noise(study):
     """-> noise (n / 2, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
     half = study.test.part(0, max(GROUPS, len(study.test) // 2))
-    outputs = []
-    for batch in half.batches(BATCH):
-        clean = batch["pixels"].float()
-        versions = [clean]
+    rows = []
+    for pixels, _ in half.batches(BATCH):
+        outputs = [study.output(pixels)]
         for low, high in BANDS:
-            noise = NOISE * band_noise(clean.shape, low, high, generator)
-            versions.append((clean + noise).clamp(0, 255))
-        outputs.append(torch.stack([study.output(x) for x in versions], dim=1))
-    rows = torch.cat(outputs)  # (n / 2, 1 + bands, 2, D)
-    predicted = probe_output(*study.learnt, rows.flatten(0, 1), study.device)
+            noise = NOISE * band_noise(pixels.shape, low, high, generator)
+            outputs.append(study.output((pixels + noise).clamp(0, 255)))
+        rows.append(torch.stack(outputs, dim=1))
+    rows = torch.cat(rows)  # (n / 2, 1 + bands, 2, D)
+    predicted = probe(*study.learnt, rows.flatten(0, 1), study.device)
     predicted = predicted.reshape(len(rows), 1 + len(BANDS), -1)
     return {"noise": predicted == study.rows["labels"][: len(rows), None]}
 
@@ -1312,15 +1265,13 @@ def noise_drop(values):
 
 
 def noise_slope(values):
-    return late(noise_drop(values)) - early(noise_drop(values))
+    return rise(noise_drop(values))
 
 
-def draw_noise(networks):
-    fig, [[axis]] = canvas(1)
+def plot_noise(axis, networks):
     x = "noise frequency, upper end (π per pixel)"
     curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
     reference(axis, 0, "no loss")
-    return fig
 
 
 FIGURES["noise"] = Figure(
@@ -1328,7 +1279,7 @@ FIGURES["noise"] = Figure(
     9,
     "high-frequency noise hurts MIM more",
     noise_lesson,
-    draw_noise,
+    partial(alone, plot_noise),
     parts=(Part("noise: drop, high - low", "MIM", "CL", noise_slope),),
     learn=(learn_noise,),
 )
@@ -1348,16 +1299,15 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
     train = one_pass(study.vit, study.train, (), (measure_features,))
+    labels = train["labels"]
     values = {}
     for token in ("pooled", "cls"):
         probes = []
         for state in range(train[token].shape[1]):
-            features, test = train[token][:, state], study.rows[token][:, state]
-            probes.append(
-                probe_labels(features, train["labels"], test, study.device)[0]
-            )
-        correct = np.stack(probes, axis=1) == study.rows["labels"][:, None]
-        values[f"probe of {token} tokens"] = correct
+            features, test = train[token][:, [state]], study.rows[token][:, [state]]
+            predicted = probe(features, labels, test, study.device)
+            probes.append(predicted == study.rows["labels"])
+        values[f"probe of {token} tokens"] = np.stack(probes, axis=1)
     return values
 
 
@@ -1382,9 +1332,8 @@ def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
     fig, axes = canvas(label_count(networks), rows=2, height=4.2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
-    for axis, read, label in label_axes(networks, keys, axes):
+    for axis, read in label_axes(networks, keys, axes):
         curves(axis, networks, read, "")
-        say_range(axis, label)
     return fig
 
 
@@ -1442,7 +1391,7 @@ FIGURES["decoder"] = Figure(
     parts=(
         Part("last layer - middle", DECODED, "MIM", last_minus_middle),
         Part("the same, as deep", DECODED, "MIM as deep", last_minus_middle),
-        Part("NMI, last layer", DECODED, "MIM", last_nmi),
+        Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
     measure=(measure_nmi,),
     measure_tokens=(measure_features, measure_fourier),
@@ -1463,20 +1412,17 @@ What to look at: whether λ = 0.2 is above both ends by more than the seeds scat
 whether its NMI follows blue at first and orange at the end."""
 
 
-def mean_probe(values):
-    return np.mean(values["linear probe"])
-
-
 def nmi_end(values):
-    return middle(values["nmi"]) - last_nmi(values)
+    return middle(values["nmi"]) - last(values["nmi"])
 
 
 def hybrid_parts(setting):
+    probe, tuned = of(np.mean, "linear probe"), of(np.mean, "fine-tuned")
     return (
-        Part("linear probe", "hybrid", "CL", mean_probe, setting),
-        Part("linear probe", "hybrid", "MIM", mean_probe, setting),
-        Part("fine-tune accuracy", "hybrid", "CL", mean_tuned, setting),
-        Part("fine-tune accuracy", "hybrid", "MIM", mean_tuned, setting),
+        Part("linear probe", "hybrid", "CL", probe, setting),
+        Part("linear probe", "hybrid", "MIM", probe, setting),
+        Part("fine-tune accuracy", "hybrid", "CL", tuned, setting),
+        Part("fine-tune accuracy", "hybrid", "MIM", tuned, setting),
         Part("NMI of hybrid, middle - last", "hybrid", "", nmi_end, setting),
         Part("Δ at π, early", "hybrid", "CL", early_high, setting),
         Part("Δ at π, late", "MIM", "hybrid", late_high, setting),
@@ -1484,25 +1430,20 @@ def hybrid_parts(setting):
 
 
 def draw_sweep(networks):
-    """Above, accuracy against λ; below, NMI and high frequencies."""
+    """Accuracy against λ; below, NMI and high frequencies."""
     hybrids = [network for network in networks if network.role == "hybrid"]
     require(hybrids, "needs a hybrid of λ = 0.2")
-    facts = hybrids[0].facts
-    alike = [
-        n for n in networks if n.shape == hybrids[0].shape and not n.facts["one_view"]
-    ]
-    fig = plt.figure(figsize=(32 / 3, 8.8))
-    above, below = fig.subfigures(2)
-    axes = above.subplots(1, 2 * label_count(networks))
-    for axis, read, label in label_axes(networks, ("linear probe", "fine-tuned"), axes):
+    first = hybrids[0]
+    alike = [n for n in networks if n.shape == first.shape and not n.facts["one_view"]]
+    fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
+    keys = ("linear probe", "fine-tuned")
+    for axis, read in label_axes(networks, keys, axes[:-1]):
         for fact, dashes in (("work", ":"), ("images", "-")):
-            swept = [n for n in alike if near(n.facts[fact], facts[fact])]
+            swept = [n for n in alike if near(n.facts[fact], first.facts[fact])]
             against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
-        say_range(axis, label)
-    first, second = below.subplots(1, 2)
-    plot_nmi(first, networks)
-    plot_high_frequencies(second, networks)
+    plot_nmi(axes[-1, 0], networks)
+    plot_high_frequencies(axes[-1, 1], networks)
     return fig
 
 
@@ -1530,7 +1471,8 @@ FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
 class Images:
     """Some images of a set (Stimuli, ImageFolder): centre squares, in an order.
 
-    training: in random order, cropped and mirrored. masks: of stimuli, not cropped.
+    training: in random order, cropped and mirrored. masks: of stimuli, whose pixels are
+    the labels: 0 for the ground, else 1 + the shape; not cropped.
     """
 
     source: object
@@ -1547,18 +1489,20 @@ class Images:
         return replace(self, indices=self.indices[start:end])
 
     def __getitem__(self, place):
-        """The image there, or the next that can be read."""
+        """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        pixels, labels = sslvit.CenterCrops(self.source, self.size)[index]
-        item = {"pixels": torch.from_numpy(pixels)}
-        if self.masks:  # of each pixel: 0 for the ground, else 1 + the shape
+        pair = sslvit.CenterCrops(self.source, self.size)[index]
+        pixels, labels = map(torch.from_numpy, pair)
+        if self.masks:
             _, shape, _, inside = self.source[index]
-            item["mask"] = torch.from_numpy(inside) * (1 + shape)
+            labels = torch.from_numpy(inside) * (1 + shape)
         elif self.training:
-            item["pixels"] = random_square(item["pixels"])
+            pixels = random_square(pixels)
         if self.training and torch.rand(()) < 0.5:
-            item = {key: x.flip(-1) for key, x in item.items()}
-        return item | {"labels": torch.as_tensor(labels)}
+            pixels = pixels.flip(-1)
+            if self.masks:
+                labels = labels.flip(-1)
+        return pixels, labels
 
     def batches(self, size):
         return DataLoader(
@@ -1650,27 +1594,25 @@ say_once = cache(print)
 def one_pass(vit, images, measures=(), token_measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     # at most 200 MB of attention weights
-    tokens = 1 + (images.size // vit.patch_size) ** 2
-    weights = len(vit.blocks) * vit.facts["num_heads"] * tokens**2
+    weights = len(vit.blocks) * vit.facts["num_heads"] * (1 + vit.grid**2) ** 2
     rows = defaultdict(list)
-    for batch in images.batches(max(1, min(BATCH, 5 * 10**7 // weights))):
-        x = normalise(batch["pixels"], vit)
+    for pixels, labels in images.batches(max(1, min(BATCH, 5 * 10**7 // weights))):
+        x = normalise(pixels, vit)
         values = measure_batch(vit, x, measures, token_measures)
-        values["labels"] = batch["labels"]
-        for key, value in values.items():
+        for key, value in (values | {"labels": labels}).items():
             rows[key].append(value.cpu().numpy())
     return {key: np.concatenate(parts) for key, parts in rows.items()}
 
 
 @cache
 def find_data(data, size):
-    """-> training set, test set, and whether there are labels to learn from."""
+    """-> training set, test set, number of classes to learn; 0: there are no labels."""
     train, test = sslvit.find_data(Config(data=data, image_size=size))
-    is_labelled = test is not None and train.classes == test.classes != ()
     if test is None or min(len(train), len(test)) < GROUPS:
-        test, is_labelled = train, False
-    require(len(test) >= GROUPS, f"--data {data}: at least {GROUPS} images are needed")
-    return train, test, is_labelled
+        test, classes = train, ()
+    else:
+        classes = train.classes if train.classes == test.classes else ()
+    return train, test, len(classes[0]) if classes else 0
 
 
 class Study:
@@ -1680,15 +1622,16 @@ class Study:
         self.vit, self.options, self.device = vit, options, options.device
         self.choices = choices  # of learning rates, shared by the seeds of a network
         size = vit.facts["image_size"]
-        train, test, self.is_labelled = find_data(options.data, size)
+        train, test, self.classes = find_data(options.data, size)
         self.on_stimuli = isinstance(test, Stimuli)
         self.label_names = test.label_names
-        self.classes = len(test.classes[0]) if self.is_labelled else 0
         rng = np.random.default_rng(0)
-        order = rng.permutation(len(test)).tolist()
-        self.test = Images(test, order, size, options.workers).part(0, options.images)
-        order = rng.permutation(len(train)).tolist()
-        self.train = Images(train, order, size, options.workers).part(0, options.labels)
+        order = rng.permutation(len(test))[: options.images].tolist()
+        self.test = Images(test, order, size, options.workers)
+        order = rng.permutation(len(train))[: options.labels].tolist()
+        self.train = Images(train, order, size, options.workers)
+        few = f"{len(self.test)} test images: at least {GROUPS} are needed"
+        require(len(self.test) >= GROUPS, few)
         # what analyses must share to be joined
         sizes = len(self.test), len(self.train), options.epochs
         self.data = [test.identity().replace(f"of {size} px", ""), *sizes]
@@ -1706,43 +1649,28 @@ class Study:
 
     def measure(self, figures):
         """-> {key: (21, ...)}, everything that the figures need."""
-        slots = ("measure", "measure_tokens", "learn", "whole")
-        measure, measure_tokens, learn, whole = [
-            unique(figures, slot) for slot in slots
-        ]
-        self.rows = one_pass(self.vit, self.test, measure, measure_tokens)
-        for function in learn if self.is_labelled else []:
+        measures = unique(figures, "measure"), unique(figures, "measure_tokens")
+        self.rows = one_pass(self.vit, self.test, *measures)
+        for function in unique(figures, "learn") if self.classes else []:
             print(f"  {function.__name__}", flush=True)
             self.rows |= attempt(function, self)
-        values = leave_out(self.rows, whole)
+        values = leave_out(self.rows, unique(figures, "whole"))
         return {key: values[key] for key in values.keys() - FEATURES}
 
     @torch.no_grad()
     def pictures(self, figures):
-        [batch] = replace(self.test.part(0, 3), masks=self.on_stimuli).batches(3)
-        batch["x"] = normalise(batch["pixels"], self.vit)
-        pictures = {}
+        """Three images, at most 64 px wide, and what the figures show of them."""
+        images = replace(self.test.part(0, 3), masks=self.on_stimuli)
+        [(pixels, labels)] = images.batches(3)
+        small = F.adaptive_avg_pool2d(pixels.float(), min(64, images.size))
+        pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
+        if self.on_stimuli:
+            pictures["objects"] = (labels > 0).byte()
+        x = normalise(pixels, self.vit)
         for figure in figures:
             if figure.picture is not None:
-                pictures |= attempt(figure.picture, self.vit, batch)
+                pictures |= attempt(figure.picture, self.vit, x)
         return pictures
-
-    def cue_conflict(self):
-        """Geirhos' images, cat1-elephant2.png: a cat's shape -> output, cues (n, 2)."""
-        folder = self.options.cue_conflict
-        require(folder, "shape bias needs the stimuli or --cue-conflict")
-        images, classes = sslvit.ImageFolder(folder), self.test.source.classes[0]
-        cues = {}
-        for index, (path, _) in enumerate(images):
-            names = re.findall("[a-z]+", Path(path).stem)
-            fits = len(names) == 2 and set(names) <= set(classes)
-            require(
-                fits, f"{path} is no <shape><n>-<texture><n>.png of --data's classes"
-            )
-            if names[0] != names[1]:  # congruent images say nothing
-                cues[index] = [classes.index(name) for name in names]
-        images = replace(self.test, source=images, indices=list(cues))
-        return one_pass(self.vit, images)["output"], np.array(list(cues.values()))
 
 
 def unique(figures, slot):
@@ -1811,36 +1739,28 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def roles_of(networks):
-    """Networks of one shape -> {role: [seeds of a network, of a longer run, ...]}."""
-    names = defaultdict(list)
-    for network in networks:
-        names[network.facts["images"], network.name].append(network)
-    roles = defaultdict(list)
-    for key in sorted(names):
-        roles[names[key][0].role].append(names[key])
-    return roles
-
-
 def groups_of(networks):
-    """-> {role: [seeds of one network, ...]}; all of a size have one shape."""
-    shapes = defaultdict(list)
+    """-> {role: [seeds of a network, of a longer run, ...]}, of the size that has most
+    roles; "smallest CL" ... of others; all of a size have one shape."""
+    runs = defaultdict(list)
     for network in networks:
-        shapes[network.shape].append(network)
-    sizes = [roles_of(shapes[shape]) for shape in sorted(shapes)]
-    groups = dict(max(sizes, key=len))
+        images, name = network.facts["images"], network.name
+        runs[network.shape, network.role, images, name].append(network)
+    sizes = {}
+    for key in sorted(runs):
+        shape, role, *_ = key
+        roles = sizes.setdefault(shape, {})
+        roles.setdefault(role, []).append(runs[key])
+    groups = dict(max(sizes.values(), key=len, default={}))
     if DECODED in groups:
         first = groups[DECODED][0][0]
         *shape, depth = first.shape
-        deeper = roles_of(shapes[*shape, depth + first.facts["decoder_depth"]])
+        deeper = sizes.get((*shape, depth + first.facts["decoder_depth"]), {})
         groups |= {f"{role} as deep": names for role, names in deeper.items()}
-    both = [roles for roles in sizes if {"CL", "MIM"} <= roles.keys()]
+    both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
     if len(both) > 1:
-        for role in ("CL", "MIM"):
-            groups |= {
-                f"smallest {role}": both[0][role],
-                f"largest {role}": both[-1][role],
-            }
+        for size, roles in (("smallest", both[0]), ("largest", both[-1])):
+            groups |= {f"{size} {role}": roles[role] for role in ("CL", "MIM")}
     return groups
 
 
@@ -1853,7 +1773,7 @@ def compared(part, groups):
     more = groups[part.more]
     if not part.less:
         return {part.more: more[-1]}
-    fact = {"equal images": "images", "equal work": "work"}.get(part.setting)
+    fact = part.setting.removeprefix("equal ")
     for a in more[::-1]:
         for b in groups[part.less][::-1]:
             if not fact or near(a[0].facts[fact], b[0].facts[fact]):
@@ -1877,30 +1797,25 @@ def judge_part(part, groups, networks):
         values = {role: numbers(part.read, group) for role, group in pair.items()}
         untrained = numbers(part.read, new)
     except KeyError as error:
-        return [row | {"outcome": f"needs {error.args[0]}"}]
+        missing = error.args[0].replace("hybrid", "hybrid, λ = 0.2")
+        return [row | {"outcome": f"needs {missing}"}]
     except IndexError:
         return []
     more = values[part.more]
     less = values.get(part.less, 0 * more)
-    row["values"] = {role: x[0].mean() for role, x in values.items()}
-    row["untrained"] = untrained[0].mean()
-    row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
+    difference, reach = interval(more, less)
+    row |= {"difference": difference, "reach": reach, "untrained": untrained[0].mean()}
     row["networks"] = min(more.shape[1], less.shape[1])
-    row["difference"], row["reach"] = interval(more, less)
-    row["outcome"] = outcome_of(row["difference"], row["reach"])
-    if part.trained and not all(gain > reach for gain, reach in row["gains"].values()):
-        row["outcome"] = "needs more training: not above a new network"
-    return [row]
-
-
-def outcome_of(difference, reach):
+    row["values"] = {role: x[0].mean() for role, x in values.items()}
+    row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
+    row["outcome"] = "undecided"
     if math.isnan(reach):
-        return "needs a number"
-    if difference > reach:
-        return "holds"
-    if -difference > reach:
-        return "opposed"
-    return "undecided"
+        row["outcome"] = "needs a number"
+    elif part.trained and not all(gain > far for gain, far in row["gains"].values()):
+        row["outcome"] = "needs more training: not above a new network"
+    elif abs(difference) > reach:
+        row["outcome"] = "holds" if difference > 0 else "opposed"
+    return [row]
 
 
 def verdict_of(rows):
@@ -1929,11 +1844,12 @@ def judge(networks, names):
         figure = FIGURES[name]
         for part in figure.parts:
             for row in judge_part(part, groups, networks):
-                table[figure.claim, part.setting].append(row | {"figure": name})
+                row |= {"figure": name}
+                table[figure.claim, part.setting].append(row)
     claims = []
     for (number, setting), rows in sorted(table.items()):
-        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
-        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
+        texts = "; ".join(dict.fromkeys(FIGURES[row["figure"]].text for row in rows))
+        claim = {"claim": number, "setting": setting, "text": texts}
         claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
     return claims
 
@@ -1948,10 +1864,10 @@ def table_of(claims):
             lines.append(f"   {row['part']:34} {words_of(row)}")
             outcomes.append(row["outcome"])
     tested = sum(not outcome.startswith("needs") for outcome in outcomes)
-    text = (
+    lines.append(
         f"{tested} parts were tested, {outcomes.count('holds')} hold; if nothing were "
+        f"true, {tested / 40:.1f} would by chance (one in forty)"
     )
-    lines.append(text + f"true, {tested / 40:.1f} would by chance (one in forty)")
     return "\n".join(lines)
 
 
@@ -1959,12 +1875,15 @@ def words_of(row):
     """Values, difference [its interval], outcome; how far each is from untrained."""
     if "values" not in row:
         return row["outcome"]
-    text = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
-    text += f": {between(row['difference'], row['reach'])} {row['outcome']}; from "
-    text += f"untrained {row['untrained']:.3f}:"
+    text = f"{words_of_values(row)}: {between(row['difference'], row['reach'])} "
+    text += f"{row['outcome']}; from untrained {row['untrained']:.3f}:"
     for role, gain in row["gains"].items():
         text += f" {role} {between(*gain)}"
     return text
+
+
+def words_of_values(row):
+    return ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
 
 
 def between(difference, reach):
@@ -2010,7 +1929,7 @@ class Network:
 
 
 def role_of(lam, one_view, decoder_depth):
-    """The hybrid of λ = 0.2, which the paper analyses, is simply the hybrid."""
+    """The hybrid of λ = 0.2, which the paper analyses, is simply "hybrid"."""
     role = {None: "other", 0: "MIM", 1: "CL"}.get(lam, "hybrid")
     if one_view:
         role = "one-view hybrid"
@@ -2021,14 +1940,19 @@ def role_of(lam, one_view, decoder_depth):
     return role
 
 
+def name_and_path(text):
+    """FILE or NAME=FILE -> NAME or "", FILE, which may hold a = itself."""
+    if os.path.exists(text) or "=" not in text:
+        return "", text
+    return text.split("=", 1)
+
+
 def load(text, heads=None, grid=None, pixels=None):
     """FILE or NAME=FILE -> ViT with all the facts of a Network.
 
     Without NAME it is called by role, width × depth, and number of training images.
     """
-    given, path = "", text
-    if not os.path.exists(text):
-        given, _, path = text.rpartition("=")
+    given, path = name_and_path(text)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
     facts, config = vit.facts, vit.facts["config"]
     lam = GIVEN.get(given.lower(), facts["lam"])
@@ -2037,46 +1961,46 @@ def load(text, heads=None, grid=None, pixels=None):
     images = 0
     if config:
         images = sslvit.load_checkpoint(path)["step"] * config["batch_size"]
+    work = images * PASSES.get(role.partition(",")[0], 0)
     facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
-    facts |= {"images": images, "work": images * PASSES.get(role.partition(",")[0], 0)}
-    facts["name"] = given
+    facts |= {"images": images, "work": work, "name": given}
     if given.lower() in {"", *GIVEN}:
-        facts["name"] = name_of(facts)
+        name = f"{role}, λ = 0.2" if lam == 0.2 else role
+        name += f", {facts['embed_dim']} × {facts['depth']}"
+        facts["name"] = f"{name}, {images:,} images".removesuffix(", 0 images")
     return vit
 
 
-def name_of(facts):
-    name = facts["role"]
-    if facts["lam"] == 0.2:
-        name += ", λ = 0.2"
-    name += f", {facts['embed_dim']} × {facts['depth']}"
-    return f"{name}, {facts['images']:,} images".removesuffix(", 0 images")
-
-
-def load_companions(facts, roles):
-    """Shipped networks of other roles, of the same size and training images."""
+def load_companions(vits):
+    """Shipped networks of another λ, of the same size and training images."""
+    first = run_of(vits[0].facts["path"])
     companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
-        config = sslvit.load_checkpoint(path)["config"]
-        alike = all(config[key] == facts["config"].get(key) for key in ALIKE)
-        if alike and role_of(config["lam"], False, 0) not in roles:
+        run = run_of(path)
+        is_new = run["lam"] not in [vit.facts["lam"] for vit in vits]
+        if is_new and all(run[key] == first[key] for key in ALIKE):
             companions.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
     return companions
 
 
+def run_of(path):
+    """Config of a checkpoint, with the identity of its training set as `data`."""
+    state = sslvit.load_checkpoint(path)
+    data = state.get("data", state["config"]["data"] or "stimuli")
+    if "stimuli of" in data:
+        data = "stimuli"  # of any seed
+    return state["config"] | {"data": data}
+
+
 def untrained_like(vit):
     """A network of the same shape and seed that was never trained."""
     torch.manual_seed(vit.facts["seed"] or 0)
-    new = ViT(
-        *[vit.facts[key] for key in (*SHAPE, "num_heads")],
-        positions="none" if vit.pos_embed is None else "sincos",
-        rel_pos_bias=vit.rel_pos_bias is not None,
-        layer_scale=0.1 if hasattr(vit.blocks[0].ls1, "gamma") else None,
-    )
+    new = ViT(*[vit.facts[key] for key in (*SHAPE, "num_heads")], **vit.options)
     new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
     new.facts |= {"decoder_depth": 0, "images": 0, "work": 0, "given": ""}
-    new.facts["name"] = name_of(new.facts)
+    name = "untrained, {embed_dim} × {depth}, {image_size}/{patch_size} px"
+    new.facts["name"] = name.format(**new.facts)
     return new.eval().requires_grad_(False)
 
 
@@ -2086,11 +2010,9 @@ def load_networks(options):
     for place, text in enumerate(options.checkpoints):
         answers = (options.heads, options.grid, options.pixels)
         vits.append(load(text, *[values[place % len(values)] for values in answers]))
-    if not options.alone:
-        vits += load_companions(vits[0].facts, [vit.facts["role"] for vit in vits])
-    twins = {}
-    for vit in vits:
-        twins[tuple(vit.facts[key] for key in (*SHAPE, "seed"))] = vit
+    if vits[0].facts["config"] and not options.alone:
+        vits += load_companions(vits)
+    twins = {tuple(vit.facts[key] for key in (*SHAPE, "seed")): vit for vit in vits}
     return vits + [untrained_like(vit) for vit in twins.values()]
 
 
@@ -2138,23 +2060,22 @@ def longest(networks):
 def analyse(options):
     """Measures every network; results.json is whole after each."""
     vits = load_networks(options)
-    networks = [Network(vit.facts) for vit in vits]
+    networks = [Network(vit.facts | {"choices": {}}) for vit in vits]
     require_seeds(networks)
-    choices = {network.name: {} for network in networks}
     for vit in vits:
-        *_, is_labelled = find_data(options.data, vit.facts["image_size"])
-    if not is_labelled:
+        *_, classes = find_data(options.data, vit.facts["image_size"])
+    if not classes:
         print("no accuracies: they need classes, the same in train and val")
     figures = [FIGURES[name] for name in options.only]
     results = {"edition": 3, "settings": vars(options), "networks": []}
-    drawn = set()
     for vit, network in zip(vits, networks, strict=True):
         print(network.name, flush=True)
-        study = Study(vit.to(options.device), options, choices[network.name])
+        say_once.cache_clear()
+        first = next(seed for seed in networks if seed.name == network.name)
+        study = Study(vit.to(options.device), options, first.facts["choices"])
         network.values = study.measure(figures)
-        if network.name not in drawn:
+        if network is first:
             network.pictures = study.pictures(figures)
-        drawn.add(network.name)
         network.facts |= {"label_names": study.label_names, "choices": study.choices}
         results["data"] = study.data
         results["networks"].append(vars(network))
@@ -2173,46 +2094,29 @@ def to_list(array):
     return np.round(np.asarray(array), 6).tolist()
 
 
-FACTS = {
-    "name",
-    "role",
-    "given",
-    "lam",
-    "one_view",
-    "images",
-    "work",
-    "label_names",
-    *SHAPE,
-}
-
-
 def read_results(paths):
-    """results.json of one analysis or several -> results, networks."""
+    """results.json of one analysis or several -> results of the last, networks."""
     runs = {}
-    first = None
-    for path in paths:
-        try:
-            results = json.loads(Path(path).read_text(encoding="utf-8"))
-            first = first or results
+    try:
+        analyses = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths]
+        for results in analyses:
             require(results["edition"] == 3, "of another edition: analyse again")
-            require(results["data"] == first["data"], f"other images than {paths[0]}")
+            is_joined = results["data"] == analyses[0]["data"]
+            require(is_joined, "other images, labels or epochs than the first")
             for entry in results["networks"]:
                 network = Network(**entry)
-                require(network.facts.keys() >= FACTS, "facts are missing")
                 for key, value in network.values.items():
-                    network.values[key] = np.array(value, dtype=float)
-                    require(
-                        len(network.values[key]) == GROUPS + 1, f"{key}: not 21 rows"
-                    )
+                    rows = network.values[key] = np.array(value, dtype=float)
+                    require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
                 run = (network.facts["path"], network.facts["seed"], network.shape)
                 runs.setdefault(run, network).values |= network.values
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            fault = f"{type(error).__name__}: {error}"
-            raise UserError(f"--from {path}: no results to use ({fault})") from error
-    networks = list(runs.values())
-    require_seeds(networks)
-    return results, networks
+        require(runs, "no networks")
+        require_seeds(runs.values())
+    except Exception as error:  # a file that was cut or edited can raise anything
+        fault = f"{type(error).__name__}: {error}"
+        raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
+    return results, list(runs.values())
 
 
 def title_of(name, claims):
@@ -2220,8 +2124,7 @@ def title_of(name, claims):
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                values = [f"{role} {x:.3f}" for role, x in row["values"].items()]
-                line = f"{row['part']}: {', '.join(values)}: {row['outcome']}"
+                line = f"{row['part']}: {words_of_values(row)}: {row['outcome']}"
                 line += f". Claim {claim['claim']}: {claim['verdict']}"
                 return f"{FIGURES[name].text}\n{textwrap.fill(line, 100)}"
     return FIGURES[name].text
@@ -2259,7 +2162,6 @@ FLAGS = {
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "one"),
     "workers": (0, "processes that read images"),
 }
-LEAST = {"images": GROUPS, "labels": GROUPS, "epochs": 1, "workers": 0}
 
 
 def parse(argv):
@@ -2271,8 +2173,8 @@ def parse(argv):
         description="\n".join([__doc__, *table]),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
     )
+    parser.error = refuse
     add = parser.add_argument
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
     add("checkpoints", nargs="*", help=text)
@@ -2285,17 +2187,18 @@ def parse(argv):
     text = "results.json of one analysis or several, to judge and draw again (--only)"
     add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    unsaid = {
-        "nargs": "+",
-        "default": [None],
-        "help": "where no file tells; for all or each",
-    }
-    add("--heads", type=int, **unsaid)
-    add("--grid", type=rows_and_cols, metavar="ROWSxCOLS", **unsaid)
-    add("--pixels", choices=("imagenet", "half"), **unsaid)
+    more = {"nargs": "+", "default": [None]}
+    text = "where no file tells; one value, or one for each file"
+    add("--heads", type=int, help=text, **more)
+    add("--grid", type=rows_and_cols, metavar="ROWSxCOLS", help=text, **more)
+    add("--pixels", choices=("imagenet", "half"), help=text, **more)
     options = parser.parse_args(argv)
     check(options)
     return options
+
+
+def refuse(message):
+    raise UserError(message)
 
 
 def rows_and_cols(text):
@@ -2308,20 +2211,14 @@ def check(options):
     files = options.checkpoints or options.results
     one = bool(options.checkpoints) != bool(options.results)
     require(one, "give checkpoints, or --from results")
-    try:
-        torch.zeros(1, device=options.device)
-    except Exception as error:  # torch has many kinds
-        raise UserError(f"--device {options.device}: there is none here") from error
+    torch.zeros(1, device=options.device)
     for values in (options.heads, options.grid, options.pixels):
         fits = len(values) in (1, len(files))
         require(fits, f"{values}: give one value, or one for each file")
     options.images = options.images or None
     options.labels = options.labels or (options.images and 4 * options.images)
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        require(value is None or value >= least, f"--{name}: {least} or more")
     if not options.out:
-        folder = Path(files[0].rpartition("=")[-1]).parent
+        folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
@@ -2349,7 +2246,8 @@ def main(argv=None):
         text = "interrupted: results.json in --out has the networks that were measured"
         print(f"analyze.py: {text}; --from draws them", file=sys.stderr)
         return 130
-    except (UserError, argparse.ArgumentError, OSError) as error:
+    # of ours, of files, and of torch: memory, a device that is not there
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # a loading process sends its traceback, whose last line is the message
         print(f"analyze.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
@@ -2662,9 +2560,9 @@ def find_sizes(weights, side, heads, form):
 def build(weights, sizes):
     """The ViT that has these weights and no others; UserError if there is none."""
     options = {
-        "positions": "learned" if "pos_embed" in weights else "none",
+        "positions": "sincos" if "pos_embed" in weights else "none",
         "rel_pos_bias": TABLE in weights,
-        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in weights else None,
+        "layer_scale": 0.1 if "blocks.0.ls1.gamma" in weights else None,
     }
     with torch.device("meta"):  # shapes without memory
         vit = ViT(**sizes, **options)

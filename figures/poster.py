@@ -44,7 +44,7 @@ def finding(name, claims):
             if row["figure"] == name and "values" in row:
                 values = [f"{role} {x:.2f}" for role, x in row["values"].items()]
                 values.append(f"untrained {row['untrained']:.2f}")
-                return f"{', '.join(values)}: {row['outcome']}"
+                return f"{', '.join(values)}:\n{row['outcome']}"
     return ""
 
 
