@@ -2,7 +2,6 @@
 and the table of claims says what results.json says."""
 
 import json
-import os
 import re
 import subprocess
 import sys

@@ -415,9 +415,9 @@ def test_masks_are_mirrored_with_their_images():
     images = analyze.Images(stimuli, list(range(20)), 32, 0, training=True, masks=True)
     mirrored = 0
     for i, (image, shape, _, inside) in enumerate(map(stimuli.__getitem__, range(20))):
-        item = images[i]
-        is_mirrored = not np.array_equal(item["pixels"].permute(1, 2, 0), image)
-        mask = item["mask"].flip(-1) if is_mirrored else item["mask"]
+        pixels, mask = images[i]
+        is_mirrored = not np.array_equal(pixels.permute(1, 2, 0), image)
+        mask = mask.flip(-1) if is_mirrored else mask
         assert np.array_equal(mask, inside * (1 + shape))
         mirrored += is_mirrored
     assert 0 < mirrored < 20
