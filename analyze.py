@@ -311,7 +311,7 @@ def draw_maps(networks):
             axis = line[column]
             shown = axis.imshow(row[column], extent=(0, 1, 1, 0), **scale)
             place = (queries_of(side)[query] + 0.5) / side
-            axis.plot(place, place, "+", color="cyan", ms=9, mew=2)
+            axis.plot(place, place, "P", mfc="white", mec="black", ms=9)
             if "objects" in first:
                 outline = first["objects"][image]
                 axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
@@ -752,7 +752,7 @@ def plot_high_frequencies(axis, networks):
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
-    curves(axes[1], networks, above_lowest, "log amplitude at π - at lowest above 0")
+    curves(axes[1], networks, above_lowest, "the same, relative to lowest bin")
     read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
     curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
     return fig
@@ -1948,10 +1948,7 @@ def name_and_path(text):
 
 
 def load(text, heads=None, grid=None, pixels=None):
-    """FILE or NAME=FILE -> ViT with all the facts of a Network.
-
-    Without NAME it is called by role, width × depth, and number of training images.
-    """
+    """FILE or NAME=FILE -> ViT with all the facts of a Network."""
     given, path = name_and_path(text)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
     facts, config = vit.facts, vit.facts["config"]
@@ -1963,12 +1960,24 @@ def load(text, heads=None, grid=None, pixels=None):
         images = sslvit.load_checkpoint(path)["step"] * config["batch_size"]
     work = images * PASSES.get(role.partition(",")[0], 0)
     facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
-    facts |= {"images": images, "work": work, "name": given}
-    if given.lower() in {"", *GIVEN}:
-        name = f"{role}, λ = 0.2" if lam == 0.2 else role
-        name += f", {facts['embed_dim']} × {facts['depth']}"
-        facts["name"] = f"{name}, {images:,} images".removesuffix(", 0 images")
+    facts |= {"images": images, "work": work}
+    facts["name"] = name_of(facts)
     return vit
+
+
+def name_of(facts, has_sizes=True, has_lengths=True):
+    """NAME, or role and λ, with size and training images where networks differ."""
+    if facts["given"].lower() not in {"", *GIVEN}:
+        return facts["given"]
+    name = facts["role"]
+    if facts["lam"] == 0.2:
+        name += ", λ = 0.2"
+    if has_sizes:
+        name += f", {facts['embed_dim']} × {facts['depth']}"
+        name += f", {facts['image_size']}/{facts['patch_size']} px"
+    if has_lengths and facts["images"]:
+        name += f", {facts['images']:,} images"
+    return name
 
 
 def load_companions(vits):
@@ -1999,8 +2008,7 @@ def untrained_like(vit):
     new = ViT(*[vit.facts[key] for key in (*SHAPE, "num_heads")], **vit.options)
     new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
     new.facts |= {"decoder_depth": 0, "images": 0, "work": 0, "given": ""}
-    name = "untrained, {embed_dim} × {depth}, {image_size}/{patch_size} px"
-    new.facts["name"] = name.format(**new.facts)
+    new.facts["name"] = name_of(new.facts)
     return new.eval().requires_grad_(False)
 
 
@@ -2112,20 +2120,28 @@ def read_results(paths):
                 run = (network.facts["path"], network.facts["seed"], network.shape)
                 runs.setdefault(run, network).values |= network.values
         require(runs, "no networks")
-        require_seeds(runs.values())
+        networks = list(runs.values())
+        sizes = {network.shape for network in networks}
+        for network in networks:
+            same = [n.facts["images"] for n in networks if n.kind == network.kind]
+            has_lengths = len(set(same)) > 1
+            network.facts["name"] = name_of(network.facts, len(sizes) > 1, has_lengths)
+        require_seeds(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         fault = f"{type(error).__name__}: {error}"
         raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
-    return results, list(runs.values())
+    return results, networks
 
 
 def title_of(name, claims):
     """What the claim says; the first part's numbers and outcome; the verdict."""
-    for claim in claims:
+    testable = [claim for claim in claims if claim["verdict"] != "not testable"]
+    for claim in testable + claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 line = f"{row['part']}: {words_of_values(row)}: {row['outcome']}"
-                line += f". Claim {claim['claim']}: {claim['verdict']}"
+                which = f"{claim['claim']}, {claim['setting']}".removesuffix(", ")
+                line += f". Claim {which}: {claim['verdict']}"
                 return f"{FIGURES[name].text}\n{textwrap.fill(line, 100)}"
     return FIGURES[name].text
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import analyze
 
 # Text sizes in points on a picture 20 inches wide; half that size is still legible.
-TITLE, TEXT, SMALL = 22, 17, 16
+TITLE, TEXT, SMALL = 22, 15, 15
 
 
 def plot_layers(axis, networks):
@@ -31,7 +31,7 @@ def plot_layers(axis, networks):
 # name in analyze.FIGURES, question, what draws it on an axis
 COLUMNS = (
     ("distance", "How far does a token look?", analyze.plot_distance),
-    ("nmi", "Does it matter which token asks?", analyze.plot_nmi),
+    ("nmi", "Does it matter who asks? Grey was there first", analyze.plot_nmi),
     ("fourier", "Does detail survive?", analyze.plot_high_frequencies),
     ("layers", "What can be read out?", plot_layers),
 )
