@@ -2020,6 +2020,8 @@ def load_networks(options):
         vits.append(load(text, *[values[place % len(values)] for values in answers]))
     if vits[0].facts["config"] and not options.alone:
         vits += load_companions(vits)
+    # the first seed chooses settings for the others, whatever the order of the files
+    vits.sort(key=lambda vit: vit.facts["seed"] or 0)
     twins = {tuple(vit.facts[key] for key in (*SHAPE, "seed")): vit for vit in vits}
     return vits + [untrained_like(vit) for vit in twins.values()]
 
@@ -2238,6 +2240,7 @@ def check(options):
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
+    Path(options.out, "results.new").unlink()
 
 
 def main(argv=None):
