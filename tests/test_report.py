@@ -356,11 +356,11 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
     # in the test set red is called black: a setting that learns is worse there
     paint(tmp_path / "photos" / "train", {"a": "black", "b": "red"}, count=50)
     paint(tmp_path / "photos" / "val", {"a": "red", "b": "black"})
-    settings = [{"lr": 1e-9, "decay": 1.0}, {"lr": 0.1, "decay": 1e-3}]
+    settings = [{"lr": 1e-9, "decay": 1.0}, {"lr": 0.03, "decay": 0.1}]
     monkeypatch.setattr(analyze, "FINE_TUNING", settings)
     monkeypatch.setattr(torch.optim, "AdamW", Counted)
     files = [runs["moco"], runs["moco1"]]
-    flags = ["--data", tmp_path / "photos", "--only", "accuracy", "--epochs", 12]
+    flags = ["--data", tmp_path / "photos", "--only", "accuracy", "--epochs", 20]
     results, printed = analysed(tmp_path, files, *flags, "--images", 40)
     for cl in results["networks"][:2]:
         assert cl["facts"]["choices"] == {"fine-tuned": settings[1]}
