@@ -2043,7 +2043,7 @@ def require_seeds(networks):
 
 # what seeds of one network may differ in
 FREE = """
-    seed device dtype accum workers compile checkpointing out resume overwrite dry_run
+    seed device dtype accum workers compile keep out resume overwrite dry_run
     save_every log_every knn_images""".split()
 
 
