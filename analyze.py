@@ -35,6 +35,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from html import escape
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -278,45 +279,43 @@ What to look at: are the maps of two queries (crosses) of one network equal? Do 
 follow the white outline? And how much of that does the untrained network have?"""
 
 
-def queries_of(side):
-    """Row and column of two patches: in the middle, and near a corner."""
-    return (side // 2, side // 8)
+# Two places on the diagonal, as shares of the side: near the middle, near a corner.
+QUERIES = (9 / 16, 3 / 16)
 
 
 def picture_maps(vit, x):
     """-> maps (8, side, side): attention relative to uniform, of two images, two
     queries, the first and the last layer."""
     _, records = vit(x[:2], record=True)
-    queries = [place * vit.grid + place for place in queries_of(vit.grid)]
-    attn = torch.stack([records[0].attn, records[-1].attn], dim=2)
-    attn = attn[..., 1:, 1:].mean(dim=1)[:, :, queries]  # (images, layers, queries, N)
-    maps = attn / attn.mean(dim=-1, keepdim=True)
-    return {"maps": maps.transpose(1, 2).reshape(8, vit.grid, vit.grid)}
+    side = vit.grid
+    queries = [int(share * side) * (side + 1) for share in QUERIES]
+    attn = torch.stack([records[0].attn, records[-1].attn], dim=-1)
+    attn = attn[:, :, 1:, 1:].mean(dim=1)[:, queries]  # (images, queries, N, layers)
+    maps = attn / attn.mean(dim=2, keepdim=True)
+    return {"maps": maps.mT.reshape(8, side, side)}
 
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
     networks = [n for n in longest(networks) if "maps" in n.pictures]
-    first = networks[0].pictures
-    maps = {"": np.repeat(first["photographs"][:2], 4, axis=0)}
-    maps |= {network.name: np.array(network.pictures["maps"]) for network in networks}
-    highest = max(np.percentile(row, 99) for row in list(maps.values())[1:])
-    scale = {"cmap": "magma", "vmin": 0, "vmax": highest}
-    fig, axes = canvas(8, len(maps), height=1.5, xticks=[], yticks=[])
-    for line, (name, row) in zip(axes, maps.items(), strict=True):
-        line[0].set_ylabel(name.replace(", ", ",\n"))
-        side = row.shape[1]
-        # pixels, patches and outlines in the same coordinates: shares of the image
-        for column, (image, query, _) in enumerate(np.ndindex(2, 2, 2)):
-            axis = line[column]
-            shown = axis.imshow(row[column], extent=(0, 1, 1, 0), **scale)
-            place = (queries_of(side)[query] + 0.5) / side
-            axis.plot(place, place, "P", mfc="white", mec="black", ms=9)
-            if "objects" in first:
-                outline = first["objects"][image]
+    pictures = networks[0].pictures
+    maps = [np.array(network.pictures["maps"]) for network in networks]
+    highest = max(np.percentile(row, 99) for row in maps)
+    rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
+    fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
+    style = {"cmap": "magma", "vmin": 0, "vmax": highest, "extent": (0, 1, 1, 0)}
+    columns = product(range(2), QUERIES, ("first", "last"))
+    # pixels, patches and outlines in the same coordinates: shares of the image
+    for column, (image, query, layer) in enumerate(columns):
+        axes[0, column].set_title(f"{layer} layer", fontsize=12)
+        for axis, row in zip(axes[:, column], rows, strict=True):
+            shown = axis.imshow(row[column], **style)
+            axis.plot(query, query, "P", mfc="white", mec="black", ms=9)
+            if "objects" in pictures:
+                outline = pictures["objects"][image]
                 axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
-    for axis, title in zip(axes[0], 4 * ["first layer", "last layer"], strict=True):
-        axis.set_title(title, fontsize=12)
+    for axis, network in zip(axes[1:, 0], networks, strict=True):
+        axis.set_ylabel(network.name.replace(", ", ",\n"))
     fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
     return fig
 
@@ -358,11 +357,9 @@ def attention_distance(attn, grid, patch_size):
 
 def grid_points(grid, like):
     """Row and column of every token of a grid -> (N, 2)."""
-    if isinstance(grid, int):
-        grid = (grid, grid)
-    rows, cols = grid
-    n = torch.arange(rows * cols, device=like.device)
-    return torch.stack([n // cols, n % cols], dim=1).to(like.dtype)
+    rows, cols = np.broadcast_to(grid, 2).tolist()
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
+    return places.to(like)
 
 
 def measure_distance(layer):
@@ -406,9 +403,8 @@ starts collapsed. What to look at: which layers leave the grey curve, and how fa
 
 
 def entropy(p):
-    """-Σ p·log p over the last dimension; in place, as weights are many."""
-    tiny = torch.finfo(p.dtype).tiny  # 0·log 0 is 0
-    return -p.clamp(min=tiny).log_().mul_(p).sum(dim=-1)
+    """-Σ p·log p over the last dimension, where 0·log 0 is 0."""
+    return torch.special.entr(p).sum(dim=-1)
 
 
 def attention_nmi(attn):
@@ -474,9 +470,9 @@ def token_similarity(tokens):
     """
     unit = F.normalize(tokens, dim=-1)
     n = tokens.shape[-2]
-    total = unit.sum(dim=-2).square().sum(dim=-1)
-    alone = unit.square().sum(dim=(-2, -1))
-    return (total - alone) / (n * (n - 1) or math.nan)
+    all_pairs = unit.sum(dim=-2).square().sum(dim=-1)
+    with_itself = unit.square().sum(dim=(-2, -1))
+    return (all_pairs - with_itself) / (n * (n - 1) or math.nan)
 
 
 def head_similarity(heads):
@@ -499,8 +495,7 @@ def depth_similarity(a, b):
 
 def measure_similarity(layer):
     heads = layer.heads[:, :, ::4]  # H times as large as tokens: a quarter is enough
-    count, width = heads.shape[1], heads.shape[3]
-    slices = layer.output_weight.unflatten(1, (count, width))  # (D, H, d)
+    slices = layer.output_weight.unflatten(1, (heads.shape[1], -1))  # (D, H, d)
     heads = torch.einsum("bhnd,ehd->bhne", heads, slices)  # A_h·V_h·W_h: (B, H, N/4, D)
     values = {"heads": head_similarity(heads), "tokens": token_similarity(layer.added)}
     if layer.above is not None:
@@ -510,9 +505,8 @@ def measure_similarity(layer):
 
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    names = {"heads": "heads", "depths": "neighbouring layers", "tokens": "tokens"}
-    for axis, (key, name) in zip(axes, names.items(), strict=True):
-        curves(axis, networks, itemgetter(key), f"cosine between {name}")
+    for axis, key in zip(axes, ("heads", "depths", "tokens"), strict=True):
+        curves(axis, networks, itemgetter(key), f"cosine between {key}")
     return fig
 
 
@@ -550,8 +544,8 @@ IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 def picture_plane(vit, x):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
     _, records = vit(x, record=True)
-    before = records[max(len(records) - 2, 0)].out[:, 1:]
-    tokens = torch.cat([before, records[-1].mid[:, 1:]], dim=1).cpu()  # (3, 2N, D)
+    before, after = records[-2].out[:, 1:], records[-1].mid[:, 1:]
+    tokens = torch.cat([before, after], dim=1)  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = sizes.square() / sizes.square().sum()
@@ -567,11 +561,10 @@ def draw_plane(networks):
     for axis, network in zip(axes.flat, networks, strict=False):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
-            before, after = np.split(tokens, 2)
-            x, y = np.stack([before, after], axis=1).T  # (2, N) each
-            axis.plot(x, y, color=colour, lw=0.5)  # N lines, from before to after
-            axis.scatter(*before.T, s=12, ec=colour, fc="none")
-            axis.scatter(*after.T, s=12, color=colour)
+            x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
+            axis.plot(x, y, color=colour, lw=0.5)  # N lines
+            axis.scatter(x[0], y[0], s=12, ec=colour, fc="none")
+            axis.scatter(x[1], y[1], s=12, color=colour)
         first, second = network.pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
         title = network.name.replace(", ", ",\n")
@@ -615,29 +608,21 @@ def singular_spectrum(x):
     as an SVD in float32 and faster; the floor, 1e-8 of the largest, is rounding.
     """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
-    n, width = x.shape[-2:]
-    gram = x @ x.mT if n <= width else x.mT @ x
-    square = torch.linalg.eigvalsh(gram).flip(-1)
-    floor = (square[..., :1] * 1e-16).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.maximum(square, floor).log() / 2
+    if x.shape[-2] > x.shape[-1]:
+        x = x.mT  # the smaller Gram matrix
+    square = torch.linalg.eigvalsh(x @ x.mT).flip(-1)
+    floor = 1e-16 * square[..., :1].clamp(min=1e-280)
+    return square.clamp(min=floor).log() / 2
 
 
 def log_volume(x):
     """Mean log singular value of centred rows (..., n, D), divided by √Σ σ² -> (...).
 
-    From the log-determinant of the Gram matrix, which is Σ log σ², at a tenth of the
-    cost of the spectrum. Centred rows leave the direction (1, 1, ... 1) empty: adding
-    1/n gives it a σ² of 1, whose logarithm is 0.
+    n rows around their mean fill n - 1 directions at most.
     """
-    x = (x - x.mean(dim=-2, keepdim=True)).double()
-    x = x / x.norm(dim=(-2, -1), keepdim=True)
-    n, width = x.shape[-2:]
-    if n <= width:
-        gram, count = x @ x.mT + 1 / n, n - 1
-    else:
-        gram, count = x.mT @ x, width
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)  # what is smaller is rounding
-    return torch.logdet(gram) / (2 * count)
+    log = singular_spectrum(x)
+    size = torch.logsumexp(2 * log, dim=-1) / 2  # log √Σ σ²
+    return log[..., : x.shape[-2] - 1].mean(dim=-1) - size
 
 
 def measure_volume(state):
@@ -714,13 +699,11 @@ def fourier_amplitude(tokens, grid):
     only low frequencies left (blurred), about 0 = as much detail as mean.
     """
     place = grid_points(grid, tokens).double().sum(dim=1)  # r + c: (N,)
-    short_side = min(grid) if isinstance(grid, tuple) else grid
-    omega = torch.linspace(0, math.pi, short_side // 2 + 1, dtype=torch.float64)
-    phase = omega.to(tokens.device)[:, None] * place  # (F, N)
-    real = phase.cos().to(tokens.dtype) @ tokens  # (..., F, D)
-    imag = phase.sin().to(tokens.dtype) @ tokens
-    amplitude = torch.hypot(real, imag).clamp(min=1e-37)  # keeps log 0 finite
-    log = amplitude.log().mean(dim=-1)
+    omega = np.linspace(0, math.pi, np.min(grid) // 2 + 1)
+    phase = torch.from_numpy(omega).to(place)[:, None] * place  # (F, N)
+    wave = torch.exp(-1j * phase).to(tokens.dtype.to_complex())
+    amplitude = (wave @ tokens.to(wave.dtype)).abs()  # (..., F, D)
+    log = amplitude.clamp(min=1e-37).log().mean(dim=-1)  # keeps log 0 finite
     return log - log[..., :1]
 
 
