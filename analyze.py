@@ -292,7 +292,7 @@ def picture_maps(vit, x):
     attn = torch.stack([records[0].attn, records[-1].attn], dim=-1)
     attn = attn[:, :, 1:, 1:].mean(dim=1)[:, queries]  # (images, queries, N, layers)
     maps = attn / attn.mean(dim=2, keepdim=True)
-    return {"maps": maps.mT.reshape(8, side, side)}
+    return {"maps": maps.mT.reshape(8, side, side).cpu()}
 
 
 def draw_maps(networks):
@@ -545,20 +545,17 @@ def picture_plane(vit, x):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
     _, records = vit(x, record=True)
     before, after = records[-2].out[:, 1:], records[-1].mid[:, 1:]
-    tokens = torch.cat([before, after], dim=1)  # (3, 2N, D)
+    tokens = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
-    shares = sizes.square() / sizes.square().sum()
+    shares = (sizes / sizes.norm()).square()
     return {"plane": tokens @ directions[:2].T, "shares": shares[:2]}
 
 
 def draw_plane(networks):
     networks = [n for n in longest(networks) if "plane" in n.pictures]
-    columns = min(4, len(networks))
-    fig, axes = canvas(columns, math.ceil(len(networks) / columns))
-    for axis in axes.flat[len(networks) :]:
-        axis.axis("off")
-    for axis, network in zip(axes.flat, networks, strict=False):
+    fig, [axes] = canvas(len(networks))
+    for axis, network in zip(axes, networks, strict=True):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
@@ -647,9 +644,8 @@ def image_spectra(rows):
 
 def draw_spectra(networks):
     fig, [axes] = canvas(3)
-    for axis, name in zip(axes, ("token", "image"), strict=False):
-        label = f"mean log singular value, {name}s"
-        curves(axis, networks, itemgetter(f"{name} volume"), label)
+    for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
+        curves(axis, networks, itemgetter(key), f"{key} (mean log singular value)")
         # what enters may be empty in half of the directions
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
@@ -775,31 +771,27 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     features (n, D) and labels (n,) to learn from, test (m, D) -> predicted classes
     (m,), and the accuracy on a quarter of the n rows, which chooses the strength.
     """
+    parts = features, labels, test
+    x, labels, test = [torch.as_tensor(part, device=device) for part in parts]
     cut = 3 * len(labels) // 4
-    x = torch.as_tensor(features, dtype=torch.float32, device=device)
-    test = torch.as_tensor(test, dtype=torch.float32, device=device)
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-    mean, std = x[:cut].mean(dim=0), x[:cut].std(dim=0).clamp(min=1e-6)
-    x, test = (x - mean) / std, (test - mean) / std
+    std, mean = torch.std_mean(x[:cut], dim=0)
+    x, test = [(part - mean) / std.clamp(min=1e-6) for part in (x, test)]
     head = nn.Linear(x.shape[1], 1 + int(labels.max())).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    for weights in head.parameters():
+        nn.init.zeros_(weights)
     results = []
     for strength in strengths:  # from strong to weak, each from the last solution
         minimise(head, strength, x[:cut], labels[:cut])
         correct = head(x[cut:]).argmax(dim=1) == labels[cut:]
-        results.append((correct.float().mean().item(), strength, head(test)))
-    accuracy, strength, logits = max(results, key=itemgetter(0))
-    if strength in (strengths[0], strengths[-1]):
-        say_once(f"  a linear probe chose strength {strength:g}, an end of the grid")
-    return logits.argmax(dim=1).cpu().numpy(), accuracy
+        results.append((correct.float().mean().item(), head(test).argmax(dim=1)))
+    accuracy, predicted = max(results, key=itemgetter(0))
+    return predicted.cpu().numpy(), accuracy
 
 
 def minimise(head, strength, x, labels):
     """Mean cross-entropy + strength/2·|W|², by L-BFGS."""
-    limits = {"max_iter": 100, "history_size": 10}
-    search = "strong_wolfe"
-    solver = torch.optim.LBFGS(head.parameters(), line_search_fn=search, **limits)
+    method = {"max_iter": 100, "history_size": 10, "line_search_fn": "strong_wolfe"}
+    solver = torch.optim.LBFGS(head.parameters(), **method)
 
     def loss():
         solver.zero_grad()
@@ -811,19 +803,23 @@ def minimise(head, strength, x, labels):
     solver.step(loss)
 
 
-def probe(features, labels, test, device):
-    """Linear probes of the token, pooled or CLS, that is better on validation.
+def probes(features, labels, test, device):
+    """Linear probes, one for each place (a token or state) and label set.
 
-    features (n, tokens, D), labels (n, label sets), test (m, tokens, D) -> predicted
-    (m, label sets), a probe for each column.
+    features (n, places, D), labels (n, label sets), test (m, places, D) -> of each
+    place: accuracy on validation, predicted (m, label sets).
     """
-    results = []
     for place in range(features.shape[1]):
         x, test_x = features[:, place], test[:, place]
-        probes = [linear_probe(x, column, test_x, device) for column in labels.T]
-        predicted, accuracies = zip(*probes, strict=True)
-        results.append((np.mean(accuracies), np.stack(predicted, axis=1)))
-    return max(results, key=itemgetter(0))[1]
+        results = [linear_probe(x, column, test_x, device) for column in labels.T]
+        predicted, accuracies = zip(*results, strict=True)
+        yield np.mean(accuracies), np.stack(predicted, axis=1)
+
+
+def probe(*data):
+    """What the token, pooled or CLS, predicts that is better on validation."""
+    _, predicted = max(probes(*data), key=itemgetter(0))
+    return predicted
 
 
 def learn_probe(study):
@@ -840,15 +836,17 @@ BATCH = 64
 class Tuned(nn.Module):
     """A copy of a network with a linear head: classes of images, or of pixels."""
 
-    def __init__(self, vit, classes, label_sets=1, is_dense=False, frozen=False):
+    def __init__(self, study, is_dense, is_frozen):
         super().__init__()
         torch.manual_seed(0)
-        self.vit = deepcopy(vit).requires_grad_(not frozen)
-        self.norm = nn.BatchNorm1d(vit.embed_dim, affine=False)
-        self.classes, self.is_dense = classes, is_dense
-        answers = vit.patch_size**2 if is_dense else label_sets
-        self.head = nn.Linear(vit.embed_dim, classes * answers)
-        self.to(vit.cls_token.device)
+        self.vit = deepcopy(study.vit).requires_grad_(not is_frozen)
+        self.norm = nn.BatchNorm1d(self.vit.embed_dim, affine=False)
+        self.is_dense = is_dense
+        self.classes, answers = study.classes, len(study.label_names)
+        if is_dense:
+            self.classes, answers = 1 + study.classes, self.vit.patch_size**2
+        self.head = nn.Linear(self.vit.embed_dim, self.classes * answers)
+        self.to(study.device)
 
     def forward(self, pixels):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
@@ -856,11 +854,11 @@ class Tuned(nn.Module):
         if not self.is_dense:
             tokens = tokens.mean(dim=1, keepdim=True)
         tokens = self.norm(tokens.mT).mT
-        logits = self.head(tokens).float().mT  # (B, outputs, N or 1)
+        logits = self.head(tokens).float().mT  # (B, classes · answers, N or 1)
         if self.is_dense:
             p = self.vit.patch_size
             return F.fold(logits, pixels.shape[2:], p, stride=p)
-        return logits.unflatten(1, (self.classes, -1))[..., 0]
+        return logits.reshape(len(pixels), self.classes, -1)
 
 
 def parameter_groups(network, lr, decay):
@@ -893,12 +891,12 @@ def fit(network, images, epochs, lr, decay=1.0):
     solver = torch.optim.AdamW(parameter_groups(network, lr, decay), weight_decay=0.05)
     rates = partial(rate_at, epochs * len(batches))
     schedule = torch.optim.lr_scheduler.LambdaLR(solver, rates)
-    device = network.head.weight.device
-    bf16 = sslvit.has_bf16(device.type == "cuda")
+    device = network.head.weight.device.type
+    bf16 = sslvit.has_bf16(device == "cuda")
     for _ in range(epochs):
         for pixels, labels in batches:
             solver.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 logits = network(pixels)
             F.cross_entropy(logits, labels.to(device)).backward()
             solver.step()
@@ -911,19 +909,23 @@ def predict(network, images):
     """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
     pairs = []
     for pixels, labels in images.batches(BATCH):
-        logits = network(pixels)
-        pairs.append((logits.argmax(dim=1).cpu(), labels))
+        pairs.append((network(pixels).argmax(dim=1).cpu(), labels))
     return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
 
 
-def tune(study, key, make, train, test, settings, epochs):
-    """Trains make() with the setting that is best on validation -> predict(test).
+def tune(study, key, settings, is_dense=False, is_frozen=False):
+    """Trains with the setting that is best on validation -> predict() of test images.
 
-    The last quarter of `train` chooses, after trainings of a third of the epochs; the
-    seeds of a network share the choice.
+    The last quarter of the images to learn from chooses, after trainings of a third of
+    the epochs; the seeds of a network share the choice.
     """
-    cut = 3 * len(train) // 4
-    train, val = train.part(0, cut), train.part(cut, None)
+    make = partial(Tuned, study, is_dense, is_frozen)
+    images, test = [replace(x, masks=is_dense) for x in (study.train, study.test)]
+    cut = 3 * len(images) // 4
+    train, val = images.part(0, cut), images.part(cut, None)
+    epochs = study.options.epochs
+    if is_dense:  # an image has as many labels as pixels
+        epochs = math.ceil(epochs / 4)
     if key not in study.choices:
         scores = []
         for setting in settings:
@@ -937,11 +939,7 @@ def tune(study, key, make, train, test, settings, epochs):
 
 
 def learn_tuned(study):
-    make = partial(Tuned, study.vit, study.classes, len(study.label_names))
-    images = study.train, study.test
-    epochs = study.options.epochs
-    tuned = tune(study, "fine-tuned", make, *images, FINE_TUNING, epochs)
-    return {"fine-tuned": np.equal(*tuned)}
+    return {"fine-tuned": np.equal(*tune(study, "fine-tuned", FINE_TUNING))}
 
 
 def draw_accuracy(networks):
@@ -951,15 +949,7 @@ def draw_accuracy(networks):
     return fig
 
 
-def accuracy_parts(place, label):
-    """For a label set: shape (or the classes of photographs), texture."""
-    probe = of_label("linear probe", place)
-    tuned = of_label("fine-tuned", place)
-    return (
-        Part(f"linear probe, last layer, {label}", "CL", "MIM", probe),
-        Part(f"fine-tune accuracy, {label}", "MIM", "CL", tuned),
-    )
-
+PROBE, TUNED = "linear probe, last layer", "fine-tune accuracy"
 
 FIGURES["accuracy"] = Figure(
     "1 left",
@@ -967,7 +957,12 @@ FIGURES["accuracy"] = Figure(
     "CL wins linear probing, MIM wins fine-tuning",
     accuracy_lesson,
     draw_accuracy,
-    parts=accuracy_parts(0, "shape or class") + accuracy_parts(1, "texture"),
+    parts=(
+        Part(f"{PROBE}, shape or class", "CL", "MIM", of_label("linear probe", 0)),
+        Part(f"{TUNED}, shape or class", "MIM", "CL", of_label("fine-tuned", 0)),
+        Part(f"{PROBE}, texture", "CL", "MIM", of_label("linear probe", 1)),
+        Part(f"{TUNED}, texture", "MIM", "CL", of_label("fine-tuned", 1)),
+    ),
     learn=(learn_probe, learn_tuned),
 )
 
@@ -1056,37 +1051,34 @@ def mean_iou(counts):
 
 def overlaps(predicted, true, classes):
     """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
-    p = predicted[..., None] == np.arange(classes)  # (n, S, S, classes)
-    t = true[..., None] == np.arange(classes)
-    intersection, union = (p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))
-    return np.stack([intersection, union], axis=2)
+    counts = []
+    for label in range(classes):
+        p, t = predicted == label, true == label
+        pixels = np.stack([p & t, p | t], axis=3)  # (n, S, S, 2)
+        counts.append(pixels.sum(axis=(1, 2)))
+    return np.stack(counts, axis=1)
 
 
 def learn_dense(study):
     require(study.on_stimuli, "segmentation needs the stimuli, whose masks are given")
-    images = [replace(images, masks=True) for images in (study.train, study.test)]
     classes = 1 + study.classes  # 0 is the ground
-    # fewer than of fine-tuning, as each image has as many labels as pixels
-    epochs = math.ceil(study.options.epochs / 4)
-    tuned = partial(Tuned, study.vit, classes, is_dense=True)
-    linear = partial(tuned, frozen=True)
-    linear = tune(study, "mIoU, linear", linear, *images, LINEAR_HEADS, epochs)
-    tuned = tune(study, "mIoU, fine-tuned", tuned, *images, FINE_TUNING, epochs)
-    values = {"overlap, linear": overlaps(*linear, classes)}
-    return values | {"overlap, fine-tuned": overlaps(*tuned, classes)}
+    linear = tune(study, "mIoU, linear", LINEAR_HEADS, is_dense=True, is_frozen=True)
+    tuned = tune(study, "mIoU, fine-tuned", FINE_TUNING, is_dense=True)
+    return {
+        "overlap, linear": overlaps(*linear, classes),
+        "overlap, fine-tuned": overlaps(*tuned, classes),
+    }
 
 
-IOUS = {
-    "mIoU, linear": of(mean_iou, "overlap, linear"),
-    "mIoU, fine-tuned": of(mean_iou, "overlap, fine-tuned"),
-}
+iou_linear = of(mean_iou, "overlap, linear")
+iou_tuned = of(mean_iou, "overlap, fine-tuned")
 
 
 def draw_dense(networks):
     fig, [axes] = canvas(2)
-    for axis, (label, read) in zip(axes, IOUS.items(), strict=True):
-        points(axis, networks, read)
-        say_range(axis, label)
+    for axis, part in zip(axes, FIGURES["dense"].parts, strict=True):
+        points(axis, networks, part.read)
+        say_range(axis, part.text)
     return fig
 
 
@@ -1096,7 +1088,10 @@ FIGURES["dense"] = Figure(
     "MIM wins dense prediction",
     dense_lesson,
     draw_dense,
-    parts=tuple(Part(text, "MIM", "CL", IOUS[text], trained=True) for text in IOUS),
+    parts=(
+        Part("mIoU, linear", "MIM", "CL", iou_linear, trained=True),
+        Part("mIoU, fine-tuned", "MIM", "CL", iou_tuned, trained=True),
+    ),
     learn=(learn_dense,),
 )
 
@@ -1132,20 +1127,22 @@ def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
     features, labels = study.learnt
     if not study.on_stimuli:
-        rows, cues = cue_conflict(study)
-        decisions = probe(features, labels, rows, study.device)
-        return {"cues": (decisions == cues)[:, None]}
-    shapes, textures = labels.T
+        correct = matches(study.learnt, *cue_conflict(study), study.device)
+        return {"cues": correct[:, None]}
     pairings = []
     for offset in range(8):
         # taught: class c is shape c with texture c + offset; tested: all other pairs
-        taught = (textures - shapes) % 8 == offset
-        pairs = features[taught], labels[taught, :1]
-        decisions = probe(*pairs, study.rows["output"], study.device)
+        is_taught = (labels[:, 1] - labels[:, 0]) % 8 == offset
+        taught = features[is_taught], labels[is_taught, :1]
         cues = (study.rows["labels"] - [0, offset]) % 8
-        conflict = cues[:, :1] != cues[:, 1:]
-        pairings.append((decisions == cues) & conflict)
+        pairings.append(matches(taught, study.rows["output"], cues, study.device))
     return {"cues": np.stack(pairings, axis=1)}
+
+
+def matches(taught, test, cues, device):
+    """Is a decision of either cue's class? No where both are one class. (n, 2)"""
+    decisions = probe(*taught, test, device)
+    return (decisions == cues) & (cues[:, :1] != cues[:, 1:])
 
 
 def cue_conflict(study):
@@ -1159,10 +1156,8 @@ def cue_conflict(study):
         fits = len(names) == 2 and set(names) <= set(classes)
         require(fits, f"{path}: no <shape><n>-<texture><n>.png of --data's classes")
         cues.append([classes.index(name) for name in names])
-    cues = np.array(cues)
-    conflict = np.flatnonzero(cues[:, 0] != cues[:, 1]).tolist()
-    images = replace(study.test, source=images, indices=conflict)
-    return one_pass(study.vit, images)["output"], cues[conflict]
+    images = replace(study.test, source=images, indices=list(range(len(cues))))
+    return one_pass(study.vit, images)["output"], np.array(cues)
 
 
 def plot_bias(axis, networks):
@@ -1201,18 +1196,15 @@ NOISE = 25.5  # root mean square: a tenth of full brightness
 def band_noise(size, low, high, generator=None):
     """Gaussian noise of the frequencies low ≤ |ω| < high (rad/px), without the mean.
 
-    (B, 3, h, w) like `size`: each image's root mean square is 1 ([P] figure 9 right).
+    (B, 3, S, S) like `size`: each image's root mean square is 1 ([P] figure 9 right).
     Images so small that no frequency lies in the ring have the next higher ones.
     """
     noise = torch.fft.fft2(torch.randn(size, generator=generator))
-    y = torch.fft.fftfreq(size[-2])[:, None] * 2 * math.pi
-    x = torch.fft.fftfreq(size[-1]) * 2 * math.pi
-    radius = torch.hypot(y, x)  # (h, w)
+    frequency = torch.fft.fftfreq(size[-1]) * 2 * math.pi
+    radius = torch.hypot(frequency[:, None], frequency)  # (S, S)
     radius[0, 0] = math.inf  # the mean
-    ring = (radius >= low) & (radius < high)
-    if not ring.any():
-        nearest = radius[radius >= low].min()
-        ring = (radius - nearest).abs() < 1e-4
+    nearest = radius[radius >= low].min().item()
+    ring = (radius >= low) & (radius < max(high, nearest + 1e-4))
     noise = torch.fft.ifft2(noise * ring).real
     return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
@@ -1232,14 +1224,12 @@ def learn_noise(study):
     half = study.test.part(0, max(GROUPS, len(study.test) // 2))
     rows = []
     for pixels, _ in half.batches(BATCH):
-        outputs = [study.output(pixels)]
-        for low, high in BANDS:
-            noise = NOISE * band_noise(pixels.shape, low, high, generator)
-            outputs.append(study.output((pixels + noise).clamp(0, 255)))
-        rows.append(torch.stack(outputs, dim=1))
+        noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
+        noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
+        rows.append(torch.stack([study.output(x) for x in noisy], dim=1))
     rows = torch.cat(rows)  # (n / 2, 1 + bands, 2, D)
     predicted = probe(*study.learnt, rows.flatten(0, 1), study.device)
-    predicted = predicted.reshape(len(rows), 1 + len(BANDS), -1)
+    predicted = predicted.reshape(*rows.shape[:2], -1)
     return {"noise": predicted == study.rows["labels"][: len(rows), None]}
 
 
@@ -1282,15 +1272,11 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
     train = one_pass(study.vit, study.train, (), (measure_features,))
-    labels = train["labels"]
     values = {}
     for token in ("pooled", "cls"):
-        probes = []
-        for state in range(train[token].shape[1]):
-            features, test = train[token][:, [state]], study.rows[token][:, [state]]
-            predicted = probe(features, labels, test, study.device)
-            probes.append(predicted == study.rows["labels"])
-        values[f"probe of {token} tokens"] = np.stack(probes, axis=1)
+        data = train[token], train["labels"], study.rows[token], study.device
+        correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
+        values[f"probe of {token} tokens"] = np.stack(correct, axis=1)
     return values
 
 
@@ -1299,16 +1285,18 @@ def pooled_layers(values):
     return after_mlp(values["probe of pooled tokens"]).mean(axis=1)
 
 
-def early_layers(values):
-    return early(pooled_layers(values))
+def of_pooled(summary):
+    """What a part reads of the layers' probes."""
+
+    def read(values):
+        return summary(pooled_layers(values))
+
+    return read
 
 
-def last_layer(values):
-    return last(pooled_layers(values))
-
-
-def middle_minus_last(values):
-    return middle(pooled_layers(values)) - last_layer(values)
+def end_fall(x):
+    """From the middle third to the last layer."""
+    return middle(x) - last(x)
 
 
 def draw_layers(networks):
@@ -1327,9 +1315,9 @@ FIGURES["layers"] = Figure(
     layers_lesson,
     draw_layers,
     parts=(
-        Part("pooled probe, early", "MIM", "CL", early_layers),
-        Part("pooled probe, last layer", "CL", "MIM", last_layer),
-        Part("pooled probe of MIM, middle - last", "MIM", "", middle_minus_last),
+        Part("pooled probe, early", "MIM", "CL", of_pooled(early)),
+        Part("pooled probe, last layer", "CL", "MIM", of_pooled(last)),
+        Part("pooled probe of MIM, middle - last", "MIM", "", of_pooled(end_fall)),
     ),
     measure_tokens=(measure_features,),
     learn=(learn_layers,),
@@ -1351,10 +1339,6 @@ in the control."""
 DECODED = "MIM with decoder"
 
 
-def last_minus_middle(values):
-    return -middle_minus_last(values)
-
-
 def draw_decoder(networks):
     shown = [n for n in networks if n.role in ("MIM", "untrained", DECODED)]
     require(any(n.role == DECODED for n in shown), f"needs {DECODED}")
@@ -1372,8 +1356,8 @@ FIGURES["decoder"] = Figure(
     decoder_lesson,
     draw_decoder,
     parts=(
-        Part("last layer - middle", DECODED, "MIM", last_minus_middle),
-        Part("the same, as deep", DECODED, "MIM as deep", last_minus_middle),
+        Part("probe, middle - last layer", "MIM", DECODED, of_pooled(end_fall)),
+        Part("the same, as deep", "MIM as deep", DECODED, of_pooled(end_fall)),
         Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
     measure=(measure_nmi,),
@@ -1395,10 +1379,6 @@ What to look at: whether λ = 0.2 is above both ends by more than the seeds scat
 whether its NMI follows blue at first and orange at the end."""
 
 
-def nmi_end(values):
-    return middle(values["nmi"]) - last(values["nmi"])
-
-
 def hybrid_parts(setting):
     probe, tuned = of(np.mean, "linear probe"), of(np.mean, "fine-tuned")
     return (
@@ -1406,7 +1386,9 @@ def hybrid_parts(setting):
         Part("linear probe", "hybrid", "MIM", probe, setting),
         Part("fine-tune accuracy", "hybrid", "CL", tuned, setting),
         Part("fine-tune accuracy", "hybrid", "MIM", tuned, setting),
-        Part("NMI of hybrid, middle - last", "hybrid", "", nmi_end, setting),
+        Part(
+            "NMI of hybrid, middle - last", "hybrid", "", of(end_fall, "nmi"), setting
+        ),
         Part("Δ at π, early", "hybrid", "CL", early_high, setting),
         Part("Δ at π, late", "MIM", "hybrid", late_high, setting),
     )
