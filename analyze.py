@@ -307,7 +307,7 @@ def draw_maps(networks):
     columns = product(range(2), QUERIES, ("first", "last"))
     # pixels, patches and outlines in the same coordinates: shares of the image
     for column, (image, query, layer) in enumerate(columns):
-        axes[0, column].set_title(f"{layer} layer", fontsize=12)
+        axes[0, column].set_title(f"{layer} layer")
         for axis, row in zip(axes[:, column], rows, strict=True):
             shown = axis.imshow(row[column], **style)
             axis.plot(query, query, "P", mfc="white", mec="black", ms=9)
@@ -559,13 +559,12 @@ def draw_plane(networks):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
-            axis.plot(x, y, color=colour, lw=0.5)  # N lines
-            axis.scatter(x[0], y[0], s=12, ec=colour, fc="none")
-            axis.scatter(x[1], y[1], s=12, color=colour)
+            axis.plot(x, y, "o-", color=colour, lw=0.5, ms=3.5, mfc="none")  # N lines
+            axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
         first, second = network.pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
-        title = network.name.replace(", ", ",\n")
-        axis.set_title(title, color=style_of(network)["color"])
+        colour = style_of(network)["color"]
+        axis.set_title(network.name.replace(", ", ",\n"), color=colour)
         axis.axis("equal")
     return fig
 
@@ -645,7 +644,7 @@ def image_spectra(rows):
 def draw_spectra(networks):
     fig, [axes] = canvas(3)
     for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
-        curves(axis, networks, itemgetter(key), f"{key} (mean log singular value)")
+        curves(axis, networks, itemgetter(key), f"{key} (mean log σ)")
         # what enters may be empty in half of the directions
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
@@ -796,7 +795,7 @@ def minimise(head, strength, x, labels):
     def loss():
         solver.zero_grad()
         penalty = strength / 2 * head.weight.square().sum()
-        total = penalty + F.cross_entropy(head(x), labels)
+        total = F.cross_entropy(head(x), labels) + penalty
         total.backward()
         return total
 
@@ -926,15 +925,15 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     epochs = study.options.epochs
     if is_dense:  # an image has as many labels as pixels
         epochs = math.ceil(epochs / 4)
+
+    def accuracy(setting):
+        network = fit(make(), train, max(1, epochs // 3), **setting)
+        return np.mean(np.equal(*predict(network, val)))
+
     if key not in study.choices:
-        scores = []
-        for setting in settings:
-            network = fit(make(), train, max(1, epochs // 3), **setting)
-            scores.append(np.mean(np.equal(*predict(network, val))))
-        study.choices[key] = settings[np.argmax(scores)]
-        lr = study.choices[key]["lr"]
-        if lr in (settings[0]["lr"], settings[-1]["lr"]):
-            print(f"  {key}: learning rate {lr:g}, an end of the grid, is best")
+        best = study.choices[key] = max(settings, key=accuracy)
+        if best["lr"] in (settings[0]["lr"], settings[-1]["lr"]):
+            print(f"  {key}: {best}, with a learning rate at an end of the grid")
     return predict(fit(make(), train, epochs, **study.choices[key]), test)
 
 
@@ -949,8 +948,6 @@ def draw_accuracy(networks):
     return fig
 
 
-PROBE, TUNED = "linear probe, last layer", "fine-tune accuracy"
-
 FIGURES["accuracy"] = Figure(
     "1 left",
     1,
@@ -958,10 +955,22 @@ FIGURES["accuracy"] = Figure(
     accuracy_lesson,
     draw_accuracy,
     parts=(
-        Part(f"{PROBE}, shape or class", "CL", "MIM", of_label("linear probe", 0)),
-        Part(f"{TUNED}, shape or class", "MIM", "CL", of_label("fine-tuned", 0)),
-        Part(f"{PROBE}, texture", "CL", "MIM", of_label("linear probe", 1)),
-        Part(f"{TUNED}, texture", "MIM", "CL", of_label("fine-tuned", 1)),
+        Part(
+            "linear probe, last layer, shape or class",
+            "CL",
+            "MIM",
+            of_label("linear probe", 0),
+        ),
+        Part(
+            "fine-tune accuracy, shape or class", "MIM", "CL", of_label("fine-tuned", 0)
+        ),
+        Part(
+            "linear probe, last layer, texture",
+            "CL",
+            "MIM",
+            of_label("linear probe", 1),
+        ),
+        Part("fine-tune accuracy, texture", "MIM", "CL", of_label("fine-tuned", 1)),
     ),
     learn=(learn_probe, learn_tuned),
 )
@@ -987,25 +996,19 @@ def scaling_parts(setting):
     return Part(*smallest, *common), Part(*largest, *common)
 
 
-def against(axis, networks, fact, read, label, **style):
-    """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    networks = sorted(networks, key=lambda network: network.facts[fact])
-    means = points(axis, networks, read, fact)
-    axis.plot(*means, label=label, lw=2, zorder=0, **style)
-
-
 def draw_scaling(networks):
     """A line for each role and number of training images."""
     sizes = {network.facts["embed_dim"] for network in networks}
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
-    for network in networks:
+    for network in sorted(networks, key=lambda network: network.facts["embed_dim"]):
         name = f"{network.role}, {network.facts['images']:,} images"
         lines[name].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read in label_axes(networks, ["fine-tuned"], axes):
         for name, group in lines.items():
-            against(axis, group, "embed_dim", read, name, **style_of(group[0]))
+            means = points(axis, group, read, "embed_dim")
+            axis.plot(*means, label=name, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
     return fig
 
@@ -1070,10 +1073,6 @@ def learn_dense(study):
     }
 
 
-iou_linear = of(mean_iou, "overlap, linear")
-iou_tuned = of(mean_iou, "overlap, fine-tuned")
-
-
 def draw_dense(networks):
     fig, [axes] = canvas(2)
     for axis, part in zip(axes, FIGURES["dense"].parts, strict=True):
@@ -1088,9 +1087,11 @@ FIGURES["dense"] = Figure(
     "MIM wins dense prediction",
     dense_lesson,
     draw_dense,
-    parts=(
-        Part("mIoU, linear", "MIM", "CL", iou_linear, trained=True),
-        Part("mIoU, fine-tuned", "MIM", "CL", iou_tuned, trained=True),
+    parts=tuple(
+        Part(
+            f"mIoU, {head}", "MIM", "CL", of(mean_iou, f"overlap, {head}"), trained=True
+        )
+        for head in ("linear", "fine-tuned")
     ),
     learn=(learn_dense,),
 )
@@ -1152,10 +1153,8 @@ def cue_conflict(study):
     images, classes = sslvit.ImageFolder(folder), study.test.source.classes[0]
     cues = []
     for path, _ in images:
-        names = re.findall("[a-z]+", Path(path).stem)
-        fits = len(names) == 2 and set(names) <= set(classes)
-        require(fits, f"{path}: no <shape><n>-<texture><n>.png of --data's classes")
-        cues.append([classes.index(name) for name in names])
+        shape, texture = re.findall("[a-z]+", Path(path).stem)
+        cues.append([classes.index(shape), classes.index(texture)])
     images = replace(study.test, source=images, indices=list(range(len(cues))))
     return one_pass(study.vit, images)["output"], np.array(cues)
 
@@ -1405,7 +1404,9 @@ def draw_sweep(networks):
     for axis, read in label_axes(networks, keys, axes[:-1]):
         for fact, dashes in (("work", ":"), ("images", "-")):
             swept = [n for n in alike if near(n.facts[fact], first.facts[fact])]
-            against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
+            swept.sort(key=lambda network: network.facts["lam"])
+            means = points(axis, swept, read, "lam")
+            axis.plot(*means, dashes, color="black", label=f"equal {fact}")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     plot_nmi(axes[-1, 0], networks)
     plot_high_frequencies(axes[-1, 1], networks)
