@@ -35,7 +35,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from html import escape
-from itertools import product
+from itertools import pairwise, product
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -367,8 +367,9 @@ def measure_distance(layer):
 
 
 def plot_distance(axis, networks):
-    label = "attention distance (px; band: heads)"
-    curves(axis, networks, itemgetter("distance"), label)
+    curves(
+        axis, networks, itemgetter("distance"), "attention distance (px; band: heads)"
+    )
     facts = networks[0].facts
     patches = grid_points(facts["image_size"] // facts["patch_size"], torch.ones(1))
     far = torch.cdist(patches, patches).mean().item() * facts["patch_size"]
@@ -465,14 +466,13 @@ coordinate 5 of another, which mean different things."""
 def token_similarity(tokens):
     """Are the tokens of an image told apart?  Mean cosine ([P] figure 5 right).
 
-    Over the N(N - 1) pairs of different tokens, from |Σu|² = Σ|u|² + Σ_pairs for unit
+    Over the N(N - 1) pairs of different tokens, from |Σu|² = N + Σ_pairs for unit
     vectors u. tokens (..., N, D) -> (...) in [-1/(N-1), 1]. 1: alike; one token: nan.
     """
     unit = F.normalize(tokens, dim=-1)
     n = tokens.shape[-2]
-    all_pairs = unit.sum(dim=-2).square().sum(dim=-1)
-    with_itself = unit.square().sum(dim=(-2, -1))
-    return (all_pairs - with_itself) / (n * (n - 1) or math.nan)
+    pairs = unit.sum(dim=-2).square().sum(dim=-1) - n
+    return pairs / (n * (n - 1) or math.nan)
 
 
 def head_similarity(heads):
@@ -582,7 +582,7 @@ FIGURES["plane"] = Figure(
 # ==== Figure 7. How many directions do tokens and images fill? ======================
 
 spectra_lesson = """\
-Singular values of a centred matrix say how far its rows spread in each direction; the
+Singular values σ of a centred matrix say how far its rows spread in each direction; the
 mean of their logarithms is the log of the volume that they fill. Two matrices: the
 tokens of one image (N × D, averaged over images) and the mean tokens of all images
 (images × D). The paper saw that CL's layers spread images apart while the tokens of an
@@ -635,10 +635,7 @@ def image_spectra(rows):
     states = torch.from_numpy(rows["pooled"]).transpose(0, 1)  # (1+2L, n, D)
     log = singular_spectrum(states[-1:])
     spectrum = F.interpolate(log[None], POINTS, mode="linear", align_corners=True)
-    return {
-        "image volume": log_volume(states).numpy(),
-        "spectrum": spectrum[0, 0].numpy(),
-    }
+    return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
 
 
 def draw_spectra(networks):
@@ -648,10 +645,8 @@ def draw_spectra(networks):
         # what enters may be empty in half of the directions
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
-    label = "log singular value, images, last layer"
-    curves(
-        axes[2], networks, itemgetter("spectrum"), label, x="rank, as a share", end=1
-    )
+    read, label = itemgetter("spectrum"), "log σ of images, last layer"
+    curves(axes[2], networks, read, label, x="rank, as a share", end=1)
     return fig
 
 
@@ -767,8 +762,8 @@ STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     """What can a hyperplane read?  Regularised logistic regression ([P] figures 1, 10).
 
-    features (n, D) and labels (n,) to learn from, test (m, D) -> predicted classes
-    (m,), and the accuracy on a quarter of the n rows, which chooses the strength.
+    features (n, D) and labels (n,) to learn from, test (..., D) -> predicted classes
+    (...), and the accuracy on a quarter of the n rows, which chooses the strength.
     """
     parts = features, labels, test
     x, labels, test = [torch.as_tensor(part, device=device) for part in parts]
@@ -782,15 +777,16 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     for strength in strengths:  # from strong to weak, each from the last solution
         minimise(head, strength, x[:cut], labels[:cut])
         correct = head(x[cut:]).argmax(dim=1) == labels[cut:]
-        results.append((correct.float().mean().item(), head(test).argmax(dim=1)))
+        results.append((correct.float().mean().item(), head(test).argmax(dim=-1)))
     accuracy, predicted = max(results, key=itemgetter(0))
     return predicted.cpu().numpy(), accuracy
 
 
 def minimise(head, strength, x, labels):
     """Mean cross-entropy + strength/2·|W|², by L-BFGS."""
-    method = {"max_iter": 100, "history_size": 10, "line_search_fn": "strong_wolfe"}
-    solver = torch.optim.LBFGS(head.parameters(), **method)
+    solver = torch.optim.LBFGS(
+        head.parameters(), max_iter=100, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def loss():
         solver.zero_grad()
@@ -805,18 +801,18 @@ def minimise(head, strength, x, labels):
 def probes(features, labels, test, device):
     """Linear probes, one for each place (a token or state) and label set.
 
-    features (n, places, D), labels (n, label sets), test (m, places, D) -> of each
-    place: accuracy on validation, predicted (m, label sets).
+    features (n, places, D), labels (n, label sets), test (..., places, D) -> of each
+    place: accuracy on validation, predicted (..., label sets).
     """
     for place in range(features.shape[1]):
-        x, test_x = features[:, place], test[:, place]
+        x, test_x = features[:, place], test[..., place, :]
         results = [linear_probe(x, column, test_x, device) for column in labels.T]
         predicted, accuracies = zip(*results, strict=True)
-        yield np.mean(accuracies), np.stack(predicted, axis=1)
+        yield np.mean(accuracies), np.stack(predicted, axis=-1)
 
 
 def probe(*data):
-    """What the token, pooled or CLS, predicts that is better on validation."""
+    """What that token, pooled or CLS, predicts that is better on validation."""
     _, predicted = max(probes(*data), key=itemgetter(0))
     return predicted
 
@@ -826,8 +822,9 @@ def learn_probe(study):
     return {"linear probe": predicted == study.rows["labels"]}
 
 
-RATES = (3e-4, 1e-3, 3e-3)
-FINE_TUNING = [{"lr": lr, "decay": decay} for lr in RATES for decay in (0.75, 1.0)]
+FINE_TUNING = [
+    {"lr": lr, "decay": decay} for lr in (3e-4, 1e-3, 3e-3) for decay in (0.75, 1.0)
+]
 SMALLEST_CROP = 0.35  # of the area; 0.08 in the papers, whose images have more room
 BATCH = 64
 
@@ -990,10 +987,11 @@ What to look at: the slopes rather than the points, and grey's slope too."""
 
 
 def scaling_parts(setting):
-    common = of(np.mean, "fine-tuned"), setting, True
-    smallest = "fine-tune accuracy, smallest size", "smallest CL", "smallest MIM"
-    largest = "fine-tune accuracy, largest size", "largest MIM", "largest CL"
-    return Part(*smallest, *common), Part(*largest, *common)
+    how = {"read": of(np.mean, "fine-tuned"), "setting": setting, "trained": True}
+    return (
+        Part("fine-tune accuracy, smallest size", "smallest CL", "smallest MIM", **how),
+        Part("fine-tune accuracy, largest size", "largest MIM", "largest CL", **how),
+    )
 
 
 def draw_scaling(networks):
@@ -1038,7 +1036,7 @@ images, is the mean over classes of
 The paper saw MIM ahead, as its tokens stay themselves. What to look at: linear says
 what tokens hold, fine-tuned what they can become."""
 
-LINEAR_HEADS = [{"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2}]
+LINEAR_HEADS = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
 
 
 def mean_iou(counts):
@@ -1119,9 +1117,7 @@ def shape_bias(cues):
     shape, 0: always the texture; nan if no decision matches.
     """
     shape, texture = np.asarray(cues, dtype=float).T
-    matched = shape + texture
-    matched[matched == 0] = math.nan
-    return (shape / matched).mean()
+    return (shape / (shape + texture)).mean()
 
 
 def learn_bias(study):
@@ -1188,7 +1184,7 @@ lower third.
 
 What to look at: which ring hurts most, and whether the curves cross."""
 
-BANDS = [(0.1 * math.pi * i, 0.1 * math.pi * (i + 1)) for i in range(10)]  # rad/px
+BANDS = list(pairwise(0.1 * math.pi * np.arange(11)))  # from, to: rad/px
 NOISE = 25.5  # root mean square: a tenth of full brightness
 
 
@@ -1226,10 +1222,9 @@ def learn_noise(study):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
         rows.append(torch.stack([study.output(x) for x in noisy], dim=1))
-    rows = torch.cat(rows)  # (n / 2, 1 + bands, 2, D)
-    predicted = probe(*study.learnt, rows.flatten(0, 1), study.device)
-    predicted = predicted.reshape(*rows.shape[:2], -1)
-    return {"noise": predicted == study.rows["labels"][: len(rows), None]}
+    # of outputs (n / 2, 1 + bands, 2, D)
+    predicted = probe(*study.learnt, torch.cat(rows), study.device)
+    return {"noise": predicted == study.rows["labels"][: len(half), None]}
 
 
 def noise_drop(values):
