@@ -307,16 +307,16 @@ def draw_maps(networks):
     columns = product(range(2), QUERIES, ("first", "last"))
     # pixels, patches and outlines in the same coordinates: shares of the image
     for column, (image, query, layer) in enumerate(columns):
-        axes[0, column].set_title(f"{layer} layer")
+        axes[0, column].set_title(f"{layer} layer", fontsize=12)
         for axis, row in zip(axes[:, column], rows, strict=True):
             shown = axis.imshow(row[column], **style)
-            axis.plot(query, query, "P", mfc="white", mec="black", ms=9)
+            axis.plot(query, query, "wP", mec="black", ms=9)
             if "objects" in pictures:
                 outline = pictures["objects"][image]
                 axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
     for axis, network in zip(axes[1:, 0], networks, strict=True):
         axis.set_ylabel(network.name.replace(", ", ",\n"))
-    fig.colorbar(shown, ax=axes, shrink=0.6, label="attention / uniform")
+    fig.colorbar(shown, ax=axes, label="attention / uniform")
     return fig
 
 
@@ -563,8 +563,7 @@ def draw_plane(networks):
             axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
         first, second = network.pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
-        colour = style_of(network)["color"]
-        axis.set_title(network.name.replace(", ", ",\n"), color=colour)
+        axis.set_title(network.name.replace(", ", ",\n"))
         axis.axis("equal")
     return fig
 
@@ -1055,8 +1054,8 @@ def overlaps(predicted, true, classes):
     counts = []
     for label in range(classes):
         p, t = predicted == label, true == label
-        pixels = np.stack([p & t, p | t], axis=3)  # (n, S, S, 2)
-        counts.append(pixels.sum(axis=(1, 2)))
+        pixels = np.stack([p & t, p | t], axis=1)  # (n, 2, S, S)
+        counts.append(pixels.sum(axis=(2, 3)))
     return np.stack(counts, axis=1)
 
 
@@ -1123,23 +1122,20 @@ def shape_bias(cues):
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
     features, labels = study.learnt
-    if not study.on_stimuli:
-        correct = matches(study.learnt, *cue_conflict(study), study.device)
-        return {"cues": correct[:, None]}
+    test, cues, count = study.rows["output"], study.rows["labels"], study.classes
+    offsets = range(count)
+    if not study.on_stimuli:  # photographs, whose two cues are of one class
+        labels, offsets = labels[:, [0, 0]], [0]
+        test, cues = cue_conflict(study)
     pairings = []
-    for offset in range(8):
+    for offset in offsets:
         # taught: class c is shape c with texture c + offset; tested: all other pairs
-        is_taught = (labels[:, 1] - labels[:, 0]) % 8 == offset
-        taught = features[is_taught], labels[is_taught, :1]
-        cues = (study.rows["labels"] - [0, offset]) % 8
-        pairings.append(matches(taught, study.rows["output"], cues, study.device))
+        taught = (labels[:, 1] - labels[:, 0]) % count == offset
+        decisions = probe(features[taught], labels[taught, :1], test, study.device)
+        classes = (cues - [0, offset]) % count
+        is_conflict = classes[:, :1] != classes[:, 1:]
+        pairings.append((decisions == classes) & is_conflict)
     return {"cues": np.stack(pairings, axis=1)}
-
-
-def matches(taught, test, cues, device):
-    """Is a decision of either cue's class? No where both are one class. (n, 2)"""
-    decisions = probe(*taught, test, device)
-    return (decisions == cues) & (cues[:, :1] != cues[:, 1:])
 
 
 def cue_conflict(study):
@@ -1201,7 +1197,7 @@ def band_noise(size, low, high, generator=None):
     nearest = radius[radius >= low].min().item()
     ring = (radius >= low) & (radius < max(high, nearest + 1e-4))
     noise = torch.fft.ifft2(noise * ring).real
-    return noise / noise.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True, correction=0)
 
 
 def band_noise_drop(accuracies):

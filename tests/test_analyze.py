@@ -284,7 +284,7 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     features = np.stack([np.hstack([2 * cues[:, 0], cues[:, 1]])] * 2, axis=1)
     features = np.float32(features + 0.1 * rng.normal(size=features.shape))
     features[900:, :, 8:] = 0  # the last hundred have no texture
-    study = SimpleNamespace(on_stimuli=True, device="cpu")
+    study = SimpleNamespace(on_stimuli=True, classes=8, device="cpu")
     study.learnt = features[:800], labels[:800]
     study.rows = {"output": features[800:], "labels": labels[800:]}
     cues = analyze.learn_bias(study)["cues"]
