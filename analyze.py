@@ -503,9 +503,12 @@ def measure_similarity(layer):
     return values
 
 
+COSINES = ("heads", "depths", "tokens")
+
+
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    for axis, key in zip(axes, ("heads", "depths", "tokens"), strict=True):
+    for axis, key in zip(axes, COSINES, strict=True):
         curves(axis, networks, itemgetter(key), f"cosine between {key}")
     return fig
 
@@ -516,10 +519,9 @@ FIGURES["similarity"] = Figure(
     "CL lacks diversity across heads, depths and tokens in later layers",
     similarity_lesson,
     draw_similarity,
-    parts=(
-        Part("cosine between heads, late", "CL", "MIM", of(late, "heads")),
-        Part("cosine between depths, late", "CL", "MIM", of(late, "depths")),
-        Part("cosine between tokens, late", "CL", "MIM", of(late, "tokens")),
+    parts=tuple(
+        Part(f"cosine between {key}, late", "CL", "MIM", of(late, key))
+        for key in COSINES
     ),
     measure=(measure_similarity,),
 )
@@ -706,7 +708,7 @@ def high_frequencies(values):
 
 
 def above_lowest(values):
-    return values["fourier"][:, -1] - values["fourier"][:, 1]
+    return high_frequencies(values) - values["fourier"][:, 1]
 
 
 def early_high(values):
@@ -811,7 +813,7 @@ def probes(features, labels, test, device):
 
 
 def probe(*data):
-    """What that token, pooled or CLS, predicts that is better on validation."""
+    """Predicted by the token, pooled or CLS, that is better on validation."""
     _, predicted = max(probes(*data), key=itemgetter(0))
     return predicted
 
@@ -1234,7 +1236,6 @@ def noise_slope(values):
 def plot_noise(axis, networks):
     x = "noise frequency, upper end (π per pixel)"
     curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
-    reference(axis, 0, "no loss")
 
 
 FIGURES["noise"] = Figure(
@@ -1291,7 +1292,7 @@ def end_fall(x):
 
 def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
-    fig, axes = canvas(label_count(networks), rows=2, height=4.2)
+    fig, axes = canvas(label_count(networks), rows=2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
     for axis, read in label_axes(networks, keys, axes):
         curves(axis, networks, read, "")
