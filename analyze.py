@@ -819,7 +819,9 @@ def probe(*data):
 
 
 def learn_probe(study):
-    predicted = probe(*study.learnt, study.rows["output"], study.device)
+    results = probes(*study.learnt, study.rows["output"], study.device)
+    accuracy, predicted = max(results, key=itemgetter(0))
+    print(f"  linear probe: {accuracy:.4f} on validation")
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -926,7 +928,9 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
 
     def accuracy(setting):
         network = fit(make(), train, max(1, epochs // 3), **setting)
-        return np.mean(np.equal(*predict(network, val)))
+        share = np.mean(np.equal(*predict(network, val)))
+        print(f"  {key}: {setting}: {share:.4f} on validation", flush=True)
+        return share
 
     if key not in study.choices:
         best = study.choices[key] = max(settings, key=accuracy)
