@@ -533,6 +533,7 @@ def as_rank(rank, folder, jobs):
     """Runs `jobs` as one of two processes; leaves their statuses and what is said."""
     torch.set_num_threads(1)
     sslvit.SIZES["micro"] = TINY
+    sslvit.RANK, sslvit.WORLD_SIZE = int(rank), 2
     patch = pytest.MonkeyPatch()
     float64(patch)
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -593,27 +594,28 @@ def test_the_log_tells_speed_and_time_left(tmp_path, monkeypatch):
     rows = log_of(tmp_path)[1:]
     assert [row["step"] for row in rows] == [3, 12, 24, 36]
     assert [row["images/s"] for row in rows] == [2] * 4
-    assert [row["minutes left"] for row in rows] == [2.2, 1.6, 0.8, 0]
+    assert [row["minutes left"] for row in rows] == pytest.approx([2.2, 1.6, 0.8, 0])
 
 
-def test_batches_cover_each_epoch_and_do_not_depend_on_ranks_or_start():
+def test_batches_cover_each_epoch_and_do_not_depend_on_ranks_or_start(monkeypatch):
     # 20 images in batches of 8
     for epochs, steps in ((1.5, 4), (0.01, 1), (0, 1500)):
         assert sslvit.number_of_steps(config(epochs=epochs), 20) == steps
 
-    def keys(start, accum=1, *rank_and_ranks):
-        cfg = config(batch_size=8, accum=accum)
-        return [*sslvit.batch_keys(cfg, 20, range(start, 5), *rank_and_ranks)]
+    def keys(start, rank=0, ranks=1):
+        monkeypatch.setattr(sslvit, "RANK", rank)
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", ranks)
+        return [*sslvit.image_keys(config(batch_size=8), 20, range(start, 5))]
 
-    stream = sum(keys(0, 1, 0, 1), [])
+    stream = keys(0)
     assert sorted(stream) == [(epoch, index) for epoch in (0, 1) for index in range(20)]
     order = [index for _, index in stream]
     assert order[:20] not in (order[20:], sorted(order[:20]))
-    assert sum(keys(3, 1, 0, 1), []) == stream[24:]
-    # two ranks with two micro-batches each: the same eight images in each step
-    one, other = keys(0, 2, 0, 2), keys(0, 2, 1, 2)
-    steps = [one[i : i + 2] + other[i : i + 2] for i in range(0, 10, 2)]
-    assert sum(sum(steps, []), []) == stream
+    assert keys(3) == stream[24:]
+    # two ranks: the same eight images in each step
+    one, other = keys(0, 0, 2), keys(0, 1, 2)
+    steps = [one[i : i + 4] + other[i : i + 4] for i in range(0, 20, 4)]
+    assert sum(steps, []) == stream
 
 
 @pytest.mark.parametrize("words", [*METHODS, "--positions relative --decoder-depth 1"])
@@ -642,7 +644,7 @@ def test_each_rank_takes_its_gpu_before_it_touches_one(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: taken.append(device))
-    sslvit.settle(config(device=device), 1)
+    sslvit.settle(config(device=device))
     assert taken == ["cuda:3", "cuda:3"]
 
 
@@ -816,11 +818,11 @@ def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "trouble,status,said",
-    [("disk", 2, "not written, an earlier save is whole"), ("memory", 2, "--accum")]
-    + [("worker", 2, ""), ("number", 1, "not finite")],
+    "trouble,said",
+    [("disk", "not written, an earlier save is whole"), ("memory", "--accum")]
+    + [("worker", ""), ("number", "not finite")],
 )
-def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, status, said):
+def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, said):
     """And leaves the last save as it is."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -843,7 +845,7 @@ def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, status, said
         f"--steps 9 --save-every 2 --log-every 99 --knn-images 0 --workers {workers}"
     )
     try:
-        assert said in refusal(words, tmp_path, capfd, status)
+        assert said in refusal(words, tmp_path, capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint_of(tmp_path)["step"] == 2
@@ -904,14 +906,14 @@ BAD_INPUT = """
     --model gigantic ; --preset mega ; --data /no/such/folder ; --data FILE
     --data EMPTY ; --data TEXT ; --data BROKEN ; --data BROKEN --workers 1
     --data ONLY ; --resume ; --device cuda:99 ; --dtype int8 ; --out FILE/run
-    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; --keep -1 ; WORLD_SIZE=2
+    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; WORLD_SIZE=2
 """.strip().replace("\n", ";")
 
 
 @pytest.mark.parametrize("bad", [words.strip() for words in BAD_INPUT.split(";")])
 def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd, monkeypatch):
     if bad == "WORLD_SIZE=2":  # but no torchrun
-        monkeypatch.setenv(*bad.split("="))
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", 2)
         bad = ""
     (tmp_path / "file").write_text("x")
     for file in ("empty/.a/1.png", "text/a.txt", "broken/1.png", "broken/2.png"):
@@ -932,9 +934,9 @@ def test_help_tells_every_flag_on_a_console_without_lambda(tmp_path, monkeypatch
     console.flush()
     out = console.buffer.getvalue().decode("cp1252")
     assert "(? = 0.2)" in out
-    for name, value in vars(Config()).items():
+    for name in vars(Config()):
         assert f"  --{name.replace('_', '-')}" in out
-        assert f"  {name}: {type(value).__name__} = " in out
+        assert re.search(f"  {name}: [a-z]+ = ", out)
 
 
 def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
@@ -955,7 +957,7 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
 # Equal work: 64 · 1500 · 11 encoder passes, 128 · 1032 · 8, 64 · 5500 · 3.
 SETTINGS = """
     --preset small32 --steps 7 --blur 1 : steps=7 epochs=0 blur=1 hue_shift=.1
-    --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-lam0.4-seed3
+    --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-seed3
     : lam=.2 batch_size=64 steps=1500 out=runs/micro-hybrid
     --objective moco : lam=1 batch_size=128 steps=1032
     --objective simmim : lam=0 batch_size=64 steps=5500
@@ -976,10 +978,11 @@ def test_settings_of_a_command_line(line):
         assert getattr(cfg, name) == type(getattr(cfg, name))(value), setting
 
 
-def test_micro_batches_have_at_most_128_images_and_divide():
+def test_micro_batches_have_at_most_128_images_and_divide(monkeypatch):
     for batch, ranks, parts in ((64, 1, 1), (129, 1, 3), (256, 1, 2), (4096, 8, 4)):
         cfg = config(batch_size=batch, accum=0)
-        sslvit.settle(cfg, ranks)
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", ranks)
+        sslvit.settle(cfg)
         assert cfg.accum == parts
 
 
@@ -1001,7 +1004,7 @@ def test_stimuli_are_a_function_of_seed_split_and_index():
     assert ((table - expected) ** 2 / expected).sum() < 85
 
 
-def test_a_crop_is_the_same_as_pillows(tmp_path):
+def test_a_crop_is_the_same_as_pillows(tmp_path, monkeypatch):
     """Also of a large JPEG, which is decoded at 1/8: 480 px become 32."""
     y, x = np.mgrid[:800, :1200]
     waves = np.sin(np.stack([x / 50, y / 70, (x + y) / 90], axis=-1))
@@ -1010,13 +1013,15 @@ def test_a_crop_is_the_same_as_pillows(tmp_path):
     file = Image.open(tmp_path / "large.jpg")
     box = (160, 80, 800, 560)
     pillows = np.asarray(photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR))
+    monkeypatch.setattr(sslvit, "crop_box", lambda *_: box)
     for image in (photo, file):
-        ours = sslvit.cut(image, [box], 32)[0].transpose(1, 2, 0)
+        ours = sslvit.random_crops(image, 32, [1], None)[0].transpose(1, 2, 0)
         assert abs(ours.astype(float) - pillows).max() < 4
     assert file.size == (150, 100)
     # rounded to whole pixels
     pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    [whole] = sslvit.cut(Image.fromarray(pixels), [(2.4, 0.4, 6.4, 4.4)], 4)[:, 0]
+    monkeypatch.setattr(sslvit, "crop_box", lambda *_: (2.4, 0.4, 6.4, 4.4))
+    [whole] = sslvit.random_crops(Image.fromarray(pixels), 4, [1], None)[:, 0]
     assert (whole == pixels[0:4, 2:6]).all()
 
 
@@ -1214,7 +1219,7 @@ def test_flops_are_those_that_torch_counts(words):
 def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
     """300 epochs of 1,281,167 images are 3.84e8. Each costs (3 · 34.9 + 8 · 32.5) GFLOP
     = 364, in all 1.4e20: 151 h at 0.26 · 989e12 a second. 110 million weights are
-    trained, 107 averaged: 16 and 4 bytes. Here 5 images, of 2 TFLOP, take 1 s."""
+    trained, of 16 bytes. Here 5 images, of 2 TFLOP, take 1 s."""
     steps = []
 
     def forward(self, *views):
@@ -1227,7 +1232,7 @@ def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
     out = f"--device cpu --dry-run --out {tmp_path}/none".split()
     assert sslvit.main(["--data", "/imagenet", *out]) == 0
     _, first, gpu, here = capfd.readouterr().out.splitlines()
-    assert "3.843e+08 images of 364.3 GFLOP, 2 GiB" in first
+    assert "3.843e+08 images of 364.3 GFLOP, 1.6 GiB" in first
     assert gpu.endswith(": 151 h")
     assert "5 images/s, 2.14e+04 h" in here
     assert sslvit.main([*QUICK, "--steps", "9", *out]) == 0
