@@ -1487,38 +1487,26 @@ TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations")
 
 
-def list_images(root):
-    """-> sorted [(top folder or ".", path)] of the images below root; says what is not.
+def list_images(folder, left_out, top=""):
+    """Yields (top, path) of the images in and below a folder; links are followed.
 
-    Hidden folders and those of masks are left out, links are followed. OSError if a
-    folder cannot be listed, UserError if links lead to one twice, as in a circle.
+    top: the folder of the first level, "" if there is none. left_out counts the rest.
+    OSError if a folder cannot be listed, UserError if links lead in a circle.
     """
-
-    def fail(error):
-        raise error
-
     kinds = Image.registered_extensions()
-    images = []
-    places = set()
-    left_out = collections.Counter()
-    for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
-        place = os.path.realpath(folder)
-        require(place not in places, f"{folder}: links lead here twice")
-        places.add(place)
-        top = os.path.relpath(folder, root).split(os.sep)[0]
-        for name in [*names]:
-            if name[0] == "." or name.lower() in MASK_FOLDERS:
-                names.remove(name)  # os.walk() does not go there
-                left_out[f"folder {name}, hidden or of masks"] += 1
-        for name in files:
-            ending = Path(name).suffix.lower()
-            if kinds.get(ending) in Image.OPEN:
-                images.append((top, os.path.join(folder, name)))
-            else:
-                left_out[f"file {ending}, no kind of image for Pillow"] += 1
-    for reason, count in left_out.items():
-        say(f"left out in {root}: {count} x {reason}")
-    return sorted(images)
+    for entry in os.scandir(folder):
+        ending = Path(entry.name).suffix.lower()
+        if entry.name[0] == "." or entry.name.lower() in MASK_FOLDERS:
+            left_out[f"hidden, or named {', '.join(MASK_FOLDERS)}"] += 1
+        elif entry.is_dir():
+            place = os.path.realpath(folder)
+            is_circle = Path(place).is_relative_to(os.path.realpath(entry))
+            require(not is_circle, f"{entry.path}: a link to a folder that holds it")
+            yield from list_images(entry.path, left_out, top or entry.name)
+        elif kinds.get(ending) in Image.OPEN:
+            yield top, entry.path
+        else:
+            left_out[f"file {ending}, no kind of image for Pillow"] += 1
 
 
 class ImageFolder(list):
@@ -1528,14 +1516,17 @@ class ImageFolder(list):
     """
 
     def __init__(self, root):
-        images = list_images(root)
+        left_out = collections.Counter()
+        images = sorted(list_images(root, left_out))
+        for reason, number in left_out.items():
+            say(f"left out in {root}: {number} x {reason}")
         message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
         require(images, message)
         self.root = os.path.join(root, "")
         self.kept = {}
         self.label_names = ()
         self.classes = ()
-        names = sorted({top for top, _ in images} - {"."})
+        names = sorted({top for top, _ in images} - {""})
         if len(names) > 1:
             self.label_names = ("class",)
             self.classes = (names,)
