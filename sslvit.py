@@ -128,7 +128,7 @@ def patchify(images, patch_size):
 
 
 def unpatchify(patches, size, patch_size):
-    """The way back: (B, N, 3p²) and size (h, w) -> (B, 3, h, w)."""
+    """The way back: (B, N, 3p²) and size, (h, w) or a number -> (B, 3, h, w)."""
     return F.fold(patches.mT, size, patch_size, stride=patch_size)
 
 
@@ -192,8 +192,8 @@ class Attention(nn.Module):
             heads = weights @ v  # (B, H, 1+N, d)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, bias)
-        side_by_side = heads.transpose(1, 2).flatten(2)  # (B, 1+N, D)
-        return self.proj(side_by_side), heads, weights
+        y = self.proj(heads.transpose(1, 2).flatten(2))  # heads side by side
+        return y, heads, weights
 
 
 class LayerScale(nn.Module):
@@ -231,13 +231,9 @@ class Block(nn.Module):
         if layer_scale is not None:
             self.ls1 = LayerScale(embed_dim, layer_scale)
             self.ls2 = LayerScale(embed_dim, layer_scale)
-        self.init_weights()
-
-    def init_weights(self):
-        """Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
-        weights would be √2 smaller, and attention would stay uniform for long."""
-        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        for linear in linears:
+        # Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
+        # weights would be √2 smaller, and attention would stay uniform for long
+        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             gain = 2**0.5 if linear is self.attn.qkv else 1.0
             nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
@@ -631,12 +627,13 @@ def gaussian_blur(x, sigma):
     Each image and channel is a group of its own. sigma (B, 1, 1, 1) stays on the CPU,
     where it tells the length of the kernel without making a GPU wait.
     """
-    radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
+    reach = (4 * sigma).int() + 1
+    radius = min(reach.max().item(), x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1)
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
-    too_far = offsets.abs() > (4 * sigma).int() + 1
-    kernel = exponent.masked_fill(too_far, -math.inf).softmax(dim=-1)
+    exponent = exponent.masked_fill(offsets.abs() > reach, -math.inf)
+    kernel = exponent.softmax(dim=-1)
     kernel = kernel.repeat_interleave(3, dim=0).to(x, non_blocking=True)
     y = F.pad(x, [radius] * 4, mode="reflect")
     y = y.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
@@ -785,16 +782,9 @@ def train(cfg, state, log):
         # batch: this rank's share, in micro-batches
         views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses, backward: of the whole batch, or the same from many parts
-        is_whole = WORLD_SIZE * cfg.accum == 1
-        if is_whole:
-            with autocast(cfg):
-                losses = model(*views[0])
-        else:
-            losses = backward_in_parts(model, views, cfg, scaler)
+        # losses, backward: of all micro-batches and ranks together
+        losses = backward_in_parts(model, views, cfg, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-        if is_whole:
-            scaler.scale(loss).backward()
 
         # step, average
         scaler.unscale_(optimizer)
@@ -858,11 +848,9 @@ def backward_in_parts(model, parts, cfg, scaler):
             with autocast(cfg), torch.set_grad_enabled(part < cfg.keep):
                 queries.append(model.encode_queries(*views))
                 key_cls.append(model.encode_keys(*views[:2]))
-        query_cls = torch.cat([cls for cls, _ in queries], dim=1)
-        outputs = gather(query_cls).requires_grad_()  # (2, B, D)
+        outputs = gather([cls for cls, _ in queries]).requires_grad_()  # (2, B, D)
         with autocast(cfg):
-            keys = gather(torch.cat(key_cls, dim=1))
-            cl, features = model.compare(outputs, keys)
+            cl, features = model.compare(outputs, gather(key_cls))
         scaler.scale(cfg.lam * cl).backward()
         # a mean over ranks follows, but each rank's encoder has its own images only
         gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
@@ -883,7 +871,7 @@ def backward_in_parts(model, parts, cfg, scaler):
             # all images have equally many masked patches: the mean of means is exact
             mim = mim + part_mim.detach() / len(parts)
             loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
-            pooled.append(tokens[:, 1:].detach().mean(dim=1))
+            pooled.append(tokens[None, :, 1:].mean(dim=2))
         loss.backward()
     if WORLD_SIZE > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -891,13 +879,13 @@ def backward_in_parts(model, parts, cfg, scaler):
             dist.all_reduce(shared)
             shared /= WORLD_SIZE
     if not model.use_cl:
-        features = gather(torch.cat(pooled)[None])[0]  # (B, D)
+        features = gather(pooled)[0]  # (B, D)
     return {"cl": cl.detach(), "mim": mim, "std": feature_std(features)}
 
 
-def gather(x):
-    """(views, b, D) of this rank -> (views, B, D) of all ranks, without gradient."""
-    x = x.detach().contiguous()
+def gather(parts):
+    """Parts (views, b, D) on all ranks -> joined (views, B, D), without gradient."""
+    x = torch.cat(parts, dim=1).detach()
     if WORLD_SIZE == 1:
         return x
     shares = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
@@ -940,9 +928,8 @@ def check_identity(cfg, train_set, state):
 
     The schedules and the order of images follow from the set.
     """
-    identities = [train_set.identity()]
+    identities = [train_set.identity()] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        identities *= WORLD_SIZE
         dist.all_gather_object(identities, train_set.identity())
     if state is not None:
         identities.append(state["data"])
@@ -1883,11 +1870,14 @@ def draw_reconstruction(cfg, model, source):
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
     patches = torch.cat([target, target * ~hidden, predicted])
-    x = unpatchify(patches, images.shape[2:], cfg.patch_size).cpu() * STD + MEAN
-    rows = [torch.cat([*row], dim=2) for row in x.chunk(3)]  # (3, h, 8w) each
-    picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
-    picture = Image.fromarray((255 * picture).byte().numpy())
-    enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
+    size = cfg.image_size
+    x = unpatchify(patches, size, cfg.patch_size)  # (3·8, 3, size, size)
+    # images are patches of one picture
+    size_of_all = (3 * size, len(images) * size)
+    [x] = unpatchify(x.flatten(1)[None], size_of_all, size).cpu() * STD + MEAN
+    pixels = (255 * x.clamp(0, 1)).byte().permute(1, 2, 0)
+    picture = Image.fromarray(pixels.numpy())
+    enlarged = ImageOps.scale(picture, math.ceil(150 / size), resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 

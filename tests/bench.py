@@ -173,9 +173,7 @@ def our_steps(cfg, views, micro_batches):
         model.update_average(0.99)
 
     def whole():
-        with sslvit.autocast(cfg):
-            losses = model(*views)
-        ((1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]).backward()
+        sslvit.backward_in_parts(model, [views], cfg, scaler)
         finish()
 
     def in_parts():
