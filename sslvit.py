@@ -238,7 +238,7 @@ class Block(nn.Module):
             nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
 
-    def record(self, x, bias=None, cls_only=False, explicit=True):
+    def record(self, x, bias=None, cls_only=False, explicit=False):
         """x (B, 1+N, D) -> Record: the forward pass and what happens on the way."""
         y, heads, attn = self.attn(self.norm1(x), bias, cls_only, explicit)
         if cls_only:
@@ -249,7 +249,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         """x (B, 1+N, D) -> (B, 1+N, D)."""
-        return self.record(x, explicit=False).out
+        return self.record(x).out
 
 
 def sincos_positions(embed_dim, rows, cols):
@@ -267,11 +267,10 @@ def sincos_positions(embed_dim, rows, cols):
 
 
 def resize_grid(grid, rows, cols):
-    """Bicubic interpolation of a square map: (side², D) -> (rows·cols, D)."""
+    """Bicubic interpolation of a square map: (side², D) -> (1, D, rows, cols)."""
     side = round(len(grid) ** 0.5)
     channels_first = grid.T.unflatten(1, (side, side))[None]  # (1, D, side, side)
-    resized = F.interpolate(channels_first, (rows, cols), mode="bicubic")
-    return resized[0].flatten(1).T
+    return F.interpolate(channels_first, (rows, cols), mode="bicubic")
 
 
 class RelativePositionBias(nn.Module):
@@ -289,17 +288,15 @@ class RelativePositionBias(nn.Module):
     def forward(self, rows, cols):
         """-> what to add to the attention logits, (H, 1+N, 1+N)."""
         table = self.relative_position_bias_table
-        width = 2 * cols - 1
-        offsets = resize_grid(table[:-3], 2 * rows - 1, width)
-        n = torch.arange(rows * cols, device=table.device)
-        place = n // cols * width + n % cols
-        # query minus key (N, N); offset (0, 0) is in the middle
-        index = place[:, None] - place + len(offsets) // 2
-        index = F.pad(index, (1, 0, 1, 0))  # a row and a column for CLS, in front
-        index[0, 1:] = -3
-        index[1:, 0] = -2
-        index[0, 0] = -1
-        return torch.cat([offsets, table[-3:]])[index].permute(2, 0, 1)
+        offsets = resize_grid(table[:-3], 2 * rows - 1, 2 * cols - 1)
+        # what a query adds for all keys is a window of the map, the last key first
+        windows = F.unfold(offsets, (rows, cols))[0]  # (H·N, N)
+        bias = windows.unflatten(0, (-1, rows * cols)).flip(1).mT  # (H, query, key)
+        bias = F.pad(bias, (1, 0, 1, 0))  # a row and a column for CLS, in front
+        bias[:, 0, 1:] = table[-3, :, None]
+        bias[:, 1:, 0] = table[-2, :, None]
+        bias[:, 0, 0] = table[-1]
+        return bias
 
 
 class ViT(nn.Module):
@@ -357,13 +354,13 @@ class ViT(nn.Module):
         x = self.patch_embed(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:
             # masked patches lose their pixels, but stay in the sequence
-            hidden = 0.0 if mask_token is None else mask_token.to(x.dtype)
+            hidden = 0.0 if mask_token is None else mask_token
             x = torch.where(mask[..., None], hidden, x)
-        cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
+        cls = self.cls_token.expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
-            cls, patches = self.pos_embed[0].split([1, self.grid**2])
-            x = x + torch.cat([cls, resize_grid(patches, rows, cols)])
+            patches = resize_grid(self.pos_embed[0, 1:], rows, cols).flatten(2).mT
+            x = x + torch.cat([self.pos_embed[:, :1], patches], dim=1)
         return x
 
     def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
@@ -628,7 +625,7 @@ def gaussian_blur(x, sigma):
     where it tells the length of the kernel without making a GPU wait.
     """
     reach = (4 * sigma).int() + 1
-    radius = min(reach.max().item(), x.shape[2] - 1, x.shape[3] - 1)
+    radius = min(reach.max().item(), min(x.shape[2:]) - 1)
     offsets = torch.arange(-radius, radius + 1)
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
@@ -1117,7 +1114,8 @@ class Config:
     # bf16, fp16, fp32; auto: bf16 where there are units for it, else fp16 on a GPU,
     # fp32 on a CPU
     dtype: str = "auto"
-    # micro-batches per step, any number gives the same result; 0: of 128 images at most
+    # micro-batches per step, any number gives the same result: more of them need less
+    # memory; 0: of 128 images at most
     accum: int = 0
     # how many of them keep their graph: as many as fit, as others are encoded twice
     keep: int = 1
@@ -1323,8 +1321,6 @@ def main(argv=None):
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
@@ -1550,7 +1546,7 @@ class ImageFolder(list):
 def find_data(cfg):
     """-> (training set, test set or None): --data, or the built-in stimuli."""
     if not cfg.data:
-        train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
+        train_set = Stimuli(20000, cfg.image_size, cfg.seed)
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
     train_set = test_set = None
     for path in sorted(Path(cfg.data).iterdir()):
@@ -1825,7 +1821,7 @@ def plan(cfg):
     model = SSL(cfg).to(cfg.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # training steps on this machine, of as many images as take a CPU some seconds
-    size = max(2, min(128, int(2e12 / flops)))
+    size = min(128, 2 + int(2e12 / flops))
     views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
     mask = draw_masks(size, cfg).to(cfg.device)
     for _ in range(3):
@@ -1871,13 +1867,11 @@ def draw_reconstruction(cfg, model, source):
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
     patches = torch.cat([target, target * ~hidden, predicted])
     size = cfg.image_size
-    x = unpatchify(patches, size, cfg.patch_size)  # (3·8, 3, size, size)
-    # images are patches of one picture
-    size_of_all = (3 * size, len(images) * size)
-    [x] = unpatchify(x.flatten(1)[None], size_of_all, size).cpu() * STD + MEAN
-    pixels = (255 * x.clamp(0, 1)).byte().permute(1, 2, 0)
-    picture = Image.fromarray(pixels.numpy())
-    enlarged = ImageOps.scale(picture, math.ceil(150 / size), resample=0)
+    x = unpatchify(patches, size, cfg.patch_size).cpu() * STD + MEAN
+    rows = [torch.cat([*row], dim=2) for row in x.chunk(3)]  # (3, h, 8w) each
+    picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
+    picture = Image.fromarray((255 * picture).byte().numpy())
+    enlarged = ImageOps.scale(picture, 1 + 150 // size, resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 
