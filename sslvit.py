@@ -460,45 +460,45 @@ class SSL(nn.Module):
         return encode_views(self.momentum_encoder, view1, view2)
 
     def compare(self, query_cls, key_cls):
-        """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
+        """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
         with torch.no_grad():
             k = [self.momentum_projector(cls) for cls in key_cls]
         if self.one_view:
-            return 2 * contrastive_loss(q[0], k[0], self.temperature), q[0]
-        loss = contrastive_loss(q[0], k[1], self.temperature)
-        loss = loss + contrastive_loss(q[1], k[0], self.temperature)
-        return loss, q[0]
+            loss = 2 * contrastive_loss(q[0], k[0], self.temperature)
+        else:
+            loss = contrastive_loss(q[0], k[1], self.temperature)
+            loss = loss + contrastive_loss(q[1], k[0], self.temperature)
+        return loss, feature_std(q[0])
 
     def reconstruct(self, view, mask, tokens=None):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
 
-        view (B, 3, h, w), mask bool (B, N), tokens if the view is already encoded ->
-        L_MIM, tokens (B, 1+N, D).
+        view (B, 3, h, w), mask bool (B, N), tokens (B, 1+N, D) if the view is already
+        encoded -> L_MIM.
         """
         if tokens is None:
             tokens = self.encoder(view, mask, mask_token=self.mask_token)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
-        loss = masked_l1(pixels, patchify(view, self.patch_size), mask)
-        return loss, tokens
+        return masked_l1(pixels, patchify(view, self.patch_size), mask)
 
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
 
-        A loss that λ switches off is 0, and its views may be None. std: feature_std()
-        of view 1's queries; without CL, of the mean patch tokens.
+        A loss that λ switches off is 0, and its views may be None. std, with CL alone:
+        feature_std() of the queries.
         """
-        cl = mim = torch.zeros((), device=mask.device)
+        zero = torch.zeros((), device=mask.device)
+        losses = {"cl": zero, "mim": zero}
         tokens = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
-            cl, features = self.compare(query_cls, self.encode_keys(view1, view2))
+            key_cls = self.encode_keys(view1, view2)
+            losses["cl"], losses["std"] = self.compare(query_cls, key_cls)
         if self.use_mim:
-            mim, tokens = self.reconstruct(view_mim, mask, tokens)
-        if not self.use_cl:
-            features = tokens[:, 1:].mean(dim=1)
-        return {"cl": cl, "mim": mim, "std": feature_std(features)}
+            losses["mim"] = self.reconstruct(view_mim, mask, tokens)
+        return losses
 
     @torch.no_grad()
     def update_average(self, momentum):
@@ -835,10 +835,10 @@ def backward_in_parts(model, parts, cfg, scaler):
 
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
-    cl = mim = torch.zeros((), device=cfg.device)
+    zero = torch.zeros((), device=cfg.device)
+    losses = {"cl": zero, "mim": zero}
     queries = []
     key_cls = []
-    pooled = []
     if model.use_cl:
         # all outputs of the encoder, and the gradient of their loss
         for part, views in enumerate(parts):
@@ -847,8 +847,8 @@ def backward_in_parts(model, parts, cfg, scaler):
                 key_cls.append(model.encode_keys(*views[:2]))
         outputs = gather([cls for cls, _ in queries]).requires_grad_()  # (2, B, D)
         with autocast(cfg):
-            cl, features = model.compare(outputs, gather(key_cls))
-        scaler.scale(cfg.lam * cl).backward()
+            losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
+        scaler.scale(cfg.lam * losses["cl"]).backward()
         # a mean over ranks follows, but each rank's encoder has its own images only
         gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
     for part, views in enumerate(parts):
@@ -864,20 +864,17 @@ def backward_in_parts(model, parts, cfg, scaler):
             loss = (query_cls * at_outputs).sum()
         if model.use_mim:
             with autocast(cfg):
-                part_mim, tokens = model.reconstruct(*views[2:], tokens)
-            # all images have equally many masked patches: the mean of means is exact
-            mim = mim + part_mim.detach() / len(parts)
-            loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
-            pooled.append(tokens[None, :, 1:].mean(dim=2))
+                # all images have equally many masked patches: a mean of means is exact
+                mim = model.reconstruct(*views[2:], tokens) / len(parts)
+            losses["mim"] = losses["mim"] + mim.detach()
+            loss = loss + scaler.scale((1 - cfg.lam) * mim)
         loss.backward()
     if WORLD_SIZE > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        for shared in (mim, *gradients):
+        for shared in (losses["mim"], *gradients):
             dist.all_reduce(shared)
             shared /= WORLD_SIZE
-    if not model.use_cl:
-        features = gather(pooled)[0]  # (B, D)
-    return {"cl": cl.detach(), "mim": mim, "std": feature_std(features)}
+    return losses
 
 
 def gather(parts):
@@ -1023,7 +1020,7 @@ def stop_if_not_finite(row, scaler):
     is_finite &= scaler.is_enabled() or math.isfinite(row["norm"])
     advice = "lower --lr, or --resume an earlier save"
     require(is_finite, f"loss or gradient not finite by {row}: {advice}")
-    if row["std"] < 0.05:
+    if row.get("std", 1) < 0.05:
         say("features collapse: all images look alike; lower --lr")
 
 
@@ -1177,7 +1174,7 @@ LOG_HELP = """
 what a line of the log says:
   cl, mim        losses: InfoNCE of both directions, 4τ·log B if nothing is told apart;
                  masked L1 in standard deviations of ImageNet's colours
-  std            of unit-length features: about 1 when spread, 0 when all are alike
+  std            of CL's unit-length queries: about 1 when spread, 0 when all are alike
   norm           length of the gradient, before clipping
   knn_<labels>   accuracy of the 20 nearest training images' majority, by the cosine of
                  mean patch tokens; log.jsonl has the untrained network's as step 0
@@ -1828,8 +1825,9 @@ def plan(cfg):
         began = time.perf_counter()
         with autocast(cfg):
             losses = model(*views, mask)
-        (losses["mim"] + losses["cl"]).backward()
-        losses["std"].item()  # waits for a GPU
+        loss = losses["mim"] + losses["cl"]
+        loss.backward()
+        loss.item()  # waits for a GPU
     seconds = (time.perf_counter() - began) / size
     say(
         f"{images:.4g} images of {flops / 1e9:.4g} GFLOP, "
