@@ -127,11 +127,6 @@ def patchify(images, patch_size):
     return F.pixel_unshuffle(images, patch_size).flatten(2).mT
 
 
-def unpatchify(patches, size, patch_size):
-    """The way back: (B, N, 3p²) and size, (h, w) or a number -> (B, 3, h, w)."""
-    return F.fold(patches.mT, size, patch_size, stride=patch_size)
-
-
 def masked_l1(pred, target, mask):
     """Mean |pred - target| over the masked patches ([S] equation 1) -> scalar.
 
@@ -561,14 +556,15 @@ class TrainingViews:
             self.scales += [0.67]  # [S] appendix A
 
     def __getitem__(self, key):
+        cfg = self.cfg
         epoch, wanted = key
-        rng = np.random.default_rng([self.cfg.seed, 0, epoch, wanted])
-        size = self.cfg.image_size
-        crop = functools.partial(random_crops, size=size, scales=self.scales, rng=rng)
+        rng = np.random.default_rng([cfg.seed, 0, epoch, wanted])
+        settings = {"size": cfg.image_size, "scales": self.scales, "rng": rng}
+        crop = functools.partial(random_crops, **settings)
         crops, _ = first_readable(self.source, wanted, crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        mask = draw_masks(1, self.cfg, generator)[0]
-        colours = draw_colours(rng, self.cfg) if self.cfg.lam > 0 else []
+        mask = draw_masks(1, cfg, generator)[0]
+        colours = draw_colours(rng, cfg) if cfg.lam > 0 else []
         is_flipped = rng.random(len(crops)) < 0.5
         crops[is_flipped] = crops[is_flipped, :, :, ::-1]
         return {"crops": crops, "mask": mask, "colours": colours}
@@ -942,12 +938,12 @@ def number_of_steps(cfg, images):
 
 def announce(cfg, images):
     """The first line: what will happen."""
-    micro_batch = cfg.batch_size // WORLD_SIZE // cfg.accum
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}, {images} images ({cfg.data or 'built-in stimuli'}), "
         f"{number_of_steps(cfg, images)} steps of {WORLD_SIZE} x {cfg.accum} x "
-        f"{micro_batch} images, learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
+        f"{cfg.batch_size // WORLD_SIZE // cfg.accum} images, "
+        f"learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
         f"{cfg.lr * cfg.batch_size / 256:.2g}, {cfg.dtype} on {cfg.device}, into "
         f"{cfg.out}; step 3 tells the minutes left"
     )
@@ -964,9 +960,9 @@ def say(*words):
 
 def autocast(cfg):
     """Context in which matrix products are of --dtype, everything else as needed."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.dtype)
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float16
     kind = cfg.device.split(":")[0]
-    return torch.autocast(kind, dtype, enabled=dtype is not None)
+    return torch.autocast(kind, dtype, enabled=cfg.dtype != "fp32")
 
 
 # Ctrl-C, the end of a cluster job, a closed terminal
@@ -1041,21 +1037,21 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
 # ==== 7. Command line =================================================================
 
 
-def share(text):
+def fraction(text):
     value = float(text)
     require(0 <= value <= 1, "not in 0 .. 1")
     return value
 
 
-def amount(text):
+def nonnegative(text):
     value = float(text)
     require(0 <= value < math.inf, "negative or not finite")
     return value
 
 
-def count(text):
+def positive(text):
     value = int(text)
-    require(value > 0, "not 1 or more")
+    require(value > 0, "not a whole number from 1 on")
     return value
 
 
@@ -1066,15 +1062,15 @@ def count(text):
 class Config:
     # method
     objective: str = "hybrid"  # moco, simmim or hybrid
-    lam: share = 0.2  # λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2
+    lam: fraction = 0.2  # λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2
     # τ of InfoNCE: the smaller, the harder it looks at the nearest negatives
-    temperature: amount = 0.2
+    temperature: nonnegative = 0.2
     # of the key average, rises from here to 1; a faster average than [M]'s 0.99 for a
     # thousand steps instead of 300,000
-    momentum: share = 0.97
-    proj_hidden: count = 512  # hidden width of the heads; MoCo v3: 4096
-    mask_patch_size: count = 4  # px, side of what is masked at once
-    mask_ratio: share = 0.6  # so high that copying the neighbour is not enough
+    momentum: fraction = 0.97
+    proj_hidden: positive = 512  # hidden width of the heads; MoCo v3: 4096
+    mask_patch_size: positive = 4  # px, side of what is masked at once
+    mask_ratio: fraction = 0.6  # so high that copying the neighbour is not enough
     one_view: bool = False  # the masked view is also MoCo's query: 4 passes, not 11
     decoder_depth: int = 0  # blocks before the pixel head ([P] figure 11)
 
@@ -1084,27 +1080,27 @@ class Config:
     # with --data)
     preset: str = "micro"
     # smallest contrastive crop, share of area; a whole object must remain; [M]: 0.08
-    crop_min: share = 0.2
+    crop_min: fraction = 0.2
     # largest turn of the colour circle; 0.5 is half of it either way: colour must not
     # tell which image it is; [B]: 0.1
-    hue_shift: share = 0.5
-    blur: amount = 1.0  # px, largest σ; view 1 always, view 2 in 1 of 10
+    hue_shift: fraction = 0.5
+    blur: nonnegative = 1.0  # px, largest σ; view 1 always, view 2 in 1 of 10
 
     # model
     model: str = "micro"  # nano, micro, micro8, tiny, small, base, large, huge
-    image_size: count = 32  # px; crops are resized to this square
-    patch_size: count = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
+    image_size: positive = 32  # px; crops are resized to this square
+    patch_size: positive = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     # sincos (fixed) or relative: SimMIM's biases, with LayerScale
     positions: str = "sincos"
 
     # optimiser
-    epochs: amount = 0.0  # passes over the training set; 0: --steps counts
-    steps: count = 1500  # optimiser steps
-    batch_size: count = 64  # images per step, over all ranks and micro-batches
-    lr: amount = 12e-3  # base learning rate; its peak is lr x batch_size / 256
-    weight_decay: amount = 0.05  # AdamW's
-    warmup: share = 0.1  # share of the steps in which the rate rises
-    clip: amount = 5.0  # largest gradient norm; 0: no clipping
+    epochs: nonnegative = 0.0  # passes over the training set; 0: --steps counts
+    steps: positive = 1500  # optimiser steps
+    batch_size: positive = 64  # images per step, over all ranks and micro-batches
+    lr: nonnegative = 12e-3  # base learning rate; its peak is lr x batch_size / 256
+    weight_decay: nonnegative = 0.05  # AdamW's
+    warmup: fraction = 0.1  # share of the steps in which the rate rises
+    clip: nonnegative = 5.0  # largest gradient norm; 0: no clipping
 
     # system
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: CUDA if there is one
@@ -1125,8 +1121,8 @@ class Config:
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # start anew although --out holds a run
     dry_run: bool = False  # print FLOPs, memory and hours of the run, and stop
-    save_every: count = 500  # steps between checkpoints and k-NN tests
-    log_every: count = 25  # steps between console lines
+    save_every: positive = 500  # steps between checkpoints and k-NN tests
+    log_every: positive = 25  # steps between console lines
     knn_images: int = 4000  # in the k-NN bank; tested: a quarter; 0: no test
 
 
@@ -1500,8 +1496,7 @@ class ImageFolder(list):
         images = sorted(list_images(root, left_out))
         for reason, number in left_out.items():
             say(f"left out in {root}: {number} x {reason}")
-        message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
-        require(images, message)
+        require(images, f"--data {root}: no image that can be read (JPEG, PNG ...)")
         self.root = os.path.join(root, "")
         self.kept = {}
         self.label_names = ()
@@ -1864,12 +1859,13 @@ def draw_reconstruction(cfg, model, source):
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
     patches = torch.cat([target, target * ~hidden, predicted])
-    size = cfg.image_size
-    x = unpatchify(patches, size, cfg.patch_size).cpu() * STD + MEAN
+    # the patches at their places again (3·8, 3, h, w)
+    x = F.fold(patches.mT, images.shape[2:], cfg.patch_size, stride=cfg.patch_size)
+    x = x.cpu() * STD + MEAN
     rows = [torch.cat([*row], dim=2) for row in x.chunk(3)]  # (3, h, 8w) each
     picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
     picture = Image.fromarray((255 * picture).byte().numpy())
-    enlarged = ImageOps.scale(picture, 1 + 150 // size, resample=0)
+    enlarged = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 
