@@ -13,7 +13,9 @@ and their hybrid  L = (1 - λ)·L_MIM + λ·L_CL.
   torchrun --nproc_per_node 8 sslvit.py --data /imagenet  and how it is trained
 
 1 two questions · 2 the ViT · 3 both questions, one encoder · 4 views · 5 optimiser and
-schedules · 6 training loop · 7 command line · 8 workshop (stimuli, files, k-NN, plan).
+schedules · 6 training loop · 7 command line · 8 workshop (stimuli, files, k-NN,
+checkpoints, signals, plan).
+
 Letters: B batch, N patch tokens (1+N with CLS), D embed_dim, H heads, d = D/H, L
 blocks, p patch size in px, C width of the contrastive embedding. Papers on arXiv:
 [P] Park et al. 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM
@@ -667,7 +669,7 @@ def draw_colours(rng, cfg):
     jitters = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
     reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
     factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
-    sigma = rng.uniform(0.1, cfg.blur, (2, 1))
+    sigma = rng.uniform(0.1, max(0.1, cfg.blur), (2, 1))  # 0.1 changes no pixel
     order = np.hstack([jitters, [[5, 4, 6]] * 2])  # (2, 7)
     order[~happens.repeat([4, 1, 1, 1], axis=1)] = -1
     # no saturation is grey; what is brighter than 0.5 may be solarised
@@ -895,8 +897,7 @@ def prepare(cfg, state):
     model = SSL(cfg).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
     # keeps the gradients of fp16 from becoming 0
-    kind = cfg.device.split(":")[0]
-    scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
+    scaler = torch.amp.GradScaler(cfg.device.split(":")[0], enabled=cfg.dtype == "fp16")
     rows = [{"step": 0}]
     if state is not None:
         rows = state["log"]
@@ -949,62 +950,11 @@ def announce(cfg, images):
     )
 
 
-def say(*words):
-    """The first rank prints. Where nobody reads any more (| head), the run goes on."""
-    try:
-        if RANK == 0:
-            print(*words, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 def autocast(cfg):
     """Context in which matrix products are of --dtype, everything else as needed."""
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float16
     kind = cfg.device.split(":")[0]
     return torch.autocast(kind, dtype, enabled=cfg.dtype != "fp32")
-
-
-# Ctrl-C, the end of a cluster job, a closed terminal
-STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-
-
-def catch_signals():
-    """-> list of the signals that will have come; a second Ctrl-C ends at once.
-
-    torchrun sends every signal twice, so there a second one means nothing.
-    """
-    signals = []
-
-    def remember(number, frame):
-        signals.append(number)
-        if WORLD_SIZE == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
-
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-            signal.signal(number, remember)
-    return signals
-
-
-def ignore_signals(worker):
-    """A signal reaches loading processes, too: the run still needs them to save."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def signal_of_any_rank(signals, step, cfg):
-    """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
-    number = max(signals, default=0)
-    if WORLD_SIZE == 1:
-        return number
-    if step % 5 != 0:  # to ask is to make a GPU finish its work
-        return 0
-    number = torch.tensor(number, device=cfg.device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
 
 
 def stop_if_not_finite(row, scaler):
@@ -1014,24 +964,9 @@ def stop_if_not_finite(row, scaler):
     """
     is_finite = math.isfinite(row["loss"])
     is_finite &= scaler.is_enabled() or math.isfinite(row["norm"])
-    advice = "lower --lr, or --resume an earlier save"
-    require(is_finite, f"loss or gradient not finite by {row}: {advice}")
+    require(is_finite, f"loss or gradient not finite, try a lower --lr: {row}")
     if row.get("std", 1) < 0.05:
         say("features collapse: all images look alike; lower --lr")
-
-
-def save_run(cfg, data, rows, model, optimizer, scaler):
-    """All that --resume needs. Random numbers follow from the step alone."""
-    state = {
-        "config": asdict(cfg),
-        "data": data[0].identity(),
-        "step": rows[-1]["step"],
-        "log": rows,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
 
 
 # ==== 7. Command line =================================================================
@@ -1402,7 +1337,7 @@ class Stimuli:
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length = length
         self.size = image_size
-        self.key = (seed, ("train", "test").index(split))
+        self.key = (seed, int(split == "test"))
         self.kept = {}
 
     def __len__(self):
@@ -1745,6 +1680,20 @@ def knn_scores(encoder, data, cfg):
 # ---- Checkpoints ----
 
 
+def save_run(cfg, data, rows, model, optimizer, scaler):
+    """All that --resume needs. Random numbers follow from the step alone."""
+    state = {
+        "config": asdict(cfg),
+        "data": data[0].identity(),
+        "step": rows[-1]["step"],
+        "log": rows,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
+
+
 def save_checkpoint(path, state):
     """Writes beside the target and renames: `path` is the old or the new one, whole."""
     beside = Path(f"{path}.tmp")
@@ -1756,8 +1705,8 @@ def save_checkpoint(path, state):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's, if the disk is full
         beside.unlink(missing_ok=True)
-        advice = "an earlier save is whole: make room, then --resume"
-        raise UserError(f"{path} was not written, {advice}") from error
+        message = f"{path} was not written, an earlier save is whole; then --resume"
+        raise UserError(message) from error
 
 
 def load_checkpoint(path):
@@ -1770,6 +1719,50 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file can raise anything
         message = f"{path}: no such file, or not a whole checkpoint of this program"
         raise UserError(message) from error
+
+
+# ---- Signals: how does a run end early? ----
+
+# Ctrl-C, the end of a cluster job, a closed terminal
+STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
+
+def catch_signals():
+    """-> list of the signals that will have come; a second Ctrl-C ends at once.
+
+    torchrun sends every signal twice, so there a second one means nothing.
+    """
+    signals = []
+
+    def remember(number, frame):
+        signals.append(number)
+        if WORLD_SIZE == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
+
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, remember)
+    return signals
+
+
+def ignore_signals(worker):
+    """A signal reaches loading processes, too: the run still needs them to save."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def signal_of_any_rank(signals, step, cfg):
+    """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
+    number = max(signals, default=0)
+    if WORLD_SIZE == 1:
+        return number
+    if step % 5 != 0:  # to ask is to make a GPU finish its work
+        return 0
+    number = torch.tensor(number, device=cfg.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 # ---- Plan: what does a run cost? ----
@@ -1834,7 +1827,16 @@ def plan(cfg):
     return 0
 
 
-# ---- What a run ends with ----
+# ---- What a run says, and what it ends with ----
+
+
+def say(*words):
+    """The first rank prints. Where nobody reads any more (| head), the run goes on."""
+    try:
+        if RANK == 0:
+            print(*words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def finish(cfg, model, rows, data):

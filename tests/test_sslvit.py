@@ -415,6 +415,9 @@ def test_colour_operations_by_hand():
     blurred = sslvit.gaussian_blur(dot, column([1.5, 2.0]))[0, 0]
     for point in (blurred[10, 13], blurred[13, 10]):
         assert point / blurred[10, 10] == pytest.approx(math.exp(-2), rel=1e-4)
+    # --blur 0 draws a σ that changes nothing
+    sigma = sslvit.draw_colours(np.random.default_rng(0), config(blur=0.0))[:, 11]
+    assert torch.equal(sslvit.gaussian_blur(dot, column(sigma.tolist())), dot)
     # and it ends behind 4σ
     assert blurred[10, 17] > 0 == blurred[10, 18]
 
