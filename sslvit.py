@@ -1184,12 +1184,12 @@ def has_bf16(on_gpu):
 
 def settle(cfg):
     """Replaces each "auto" by what this machine has; UserError if it does not fit."""
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.device == "cuda":
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         # before anything touches a GPU: each rank has its own
         cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(cfg.device)
+    if cfg.device == "auto":
+        cfg.device = "cpu"
     torch.zeros(1, device=cfg.device)  # an error if there is none here
     on_gpu = cfg.device.startswith("cuda")
     if cfg.dtype == "auto":
