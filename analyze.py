@@ -2412,7 +2412,8 @@ def find_config(content):
         return {}
     for knob in fields(Config):
         value = config.get(knob.name, knob.default)
-        types = (int, float) if knob.type is float else knob.type
+        kind = type(knob.default)
+        types = (int, float) if kind is float else kind
         is_sound = isinstance(value, types) and str(value).isprintable()
         require(is_sound, f"in its config, {knob.name} is {value!r}")
     is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1

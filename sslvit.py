@@ -13,7 +13,9 @@ and their hybrid  L = (1 - λ)·L_MIM + λ·L_CL.
   torchrun --nproc_per_node 8 sslvit.py --data /imagenet  and how it is trained
 
 1 two questions · 2 the ViT · 3 both questions, one encoder · 4 views · 5 optimiser and
-schedules · 6 training loop · 7 command line · 8 workshop (stimuli, files, k-NN, plan).
+schedules · 6 training loop · 7 command line · 8 workshop (stimuli, files, k-NN,
+checkpoints, signals, plan).
+
 Letters: B batch, N patch tokens (1+N with CLS), D embed_dim, H heads, d = D/H, L
 blocks, p patch size in px, C width of the contrastive embedding. Papers on arXiv:
 [P] Park et al. 2305.00729, [V] ViT 2010.11929, [M] MoCo v3 2104.02057, [S] SimMIM
@@ -22,6 +24,7 @@ blocks, p patch size in px, C width of the contrastive embedding. Papers on arXi
 
 import argparse
 import collections
+import colorsys
 import contextlib
 import copy
 import ctypes
@@ -58,6 +61,11 @@ try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder are not noticed
     fcntl = None
+
+
+# torchrun starts a process for each GPU and tells it its number
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(ValueError):
@@ -118,14 +126,7 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
 
 def patchify(images, patch_size):
     """(B, 3, h, w) -> (B, N, 3p²): the pixels of each patch, patches row by row."""
-    grid = images.unflatten(3, (-1, patch_size))  # (B, 3, h, cols, p)
-    grid = grid.unflatten(2, (-1, patch_size))  # (B, 3, rows, p, cols, p)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches, size, patch_size):
-    """The way back: (B, N, 3p²) and size (h, w) -> (B, 3, h, w)."""
-    return F.fold(patches.mT, size, patch_size, stride=patch_size)
+    return F.pixel_unshuffle(images, patch_size).flatten(2).mT
 
 
 def masked_l1(pred, target, mask):
@@ -188,8 +189,8 @@ class Attention(nn.Module):
             heads = weights @ v  # (B, H, 1+N, d)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, bias)
-        side_by_side = heads.transpose(1, 2).flatten(2)  # (B, 1+N, D)
-        return self.proj(side_by_side), heads, weights
+        y = self.proj(heads.transpose(1, 2).flatten(2))  # heads side by side
+        return y, heads, weights
 
 
 class LayerScale(nn.Module):
@@ -227,18 +228,14 @@ class Block(nn.Module):
         if layer_scale is not None:
             self.ls1 = LayerScale(embed_dim, layer_scale)
             self.ls2 = LayerScale(embed_dim, layer_scale)
-        self.init_weights()
-
-    def init_weights(self):
-        """Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
-        weights would be √2 smaller, and attention would stay uniform for long."""
-        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        for linear in linears:
+        # Xavier ([M]), for Q, K and V as three matrices: as one, (3D, D), their
+        # weights would be √2 smaller, and attention would stay uniform for long
+        for linear in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             gain = 2**0.5 if linear is self.attn.qkv else 1.0
             nn.init.xavier_uniform_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
 
-    def record(self, x, bias=None, cls_only=False, explicit=True):
+    def record(self, x, bias=None, cls_only=False, explicit=False):
         """x (B, 1+N, D) -> Record: the forward pass and what happens on the way."""
         y, heads, attn = self.attn(self.norm1(x), bias, cls_only, explicit)
         if cls_only:
@@ -249,7 +246,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         """x (B, 1+N, D) -> (B, 1+N, D)."""
-        return self.record(x, explicit=False).out
+        return self.record(x).out
 
 
 def sincos_positions(embed_dim, rows, cols):
@@ -267,10 +264,10 @@ def sincos_positions(embed_dim, rows, cols):
 
 
 def resize_grid(grid, rows, cols):
-    """Bicubic interpolation of a map of vectors, (r, c, D) -> (rows, cols, D)."""
-    channels_first = grid.permute(2, 0, 1)[None]
-    resized = F.interpolate(channels_first, (rows, cols), mode="bicubic")
-    return resized[0].permute(1, 2, 0)
+    """Bicubic interpolation of a square map: (side², D) -> (1, D, rows, cols)."""
+    side = round(len(grid) ** 0.5)
+    channels_first = grid.T.unflatten(1, (side, side))[None]  # (1, D, side, side)
+    return F.interpolate(channels_first, (rows, cols), mode="bicubic")
 
 
 class RelativePositionBias(nn.Module):
@@ -281,23 +278,22 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, grid, num_heads):
         super().__init__()
-        self.side = 2 * grid - 1  # offsets from -(grid - 1) to grid - 1
-        table = torch.zeros(self.side**2 + 3, num_heads)
+        offsets = (2 * grid - 1) ** 2  # from -(grid - 1) to grid - 1 in y and x
+        table = torch.zeros(offsets + 3, num_heads)
         self.relative_position_bias_table = nn.Parameter(table)
 
     def forward(self, rows, cols):
         """-> what to add to the attention logits, (H, 1+N, 1+N)."""
         table = self.relative_position_bias_table
-        offsets = table[:-3].unflatten(0, (self.side, self.side))
-        offsets = resize_grid(offsets, 2 * rows - 1, 2 * cols - 1)
-        n = torch.arange(rows * cols, device=table.device)
-        y = n // cols
-        x = n % cols
-        # (N, N, H): query minus key, counted from 0
-        bias = offsets[y[:, None] - y + rows - 1, x[:, None] - x + cols - 1]
-        bias = F.pad(bias, (0, 0, 1, 0, 1, 0))  # a row and a column for CLS, in front
-        bias[0, 1:], bias[1:, 0], bias[0, 0] = table[-3:]
-        return bias.permute(2, 0, 1)
+        offsets = resize_grid(table[:-3], 2 * rows - 1, 2 * cols - 1)
+        # what a query adds for all keys is a window of the map, the last key first
+        windows = F.unfold(offsets, (rows, cols))[0]  # (H·N, N)
+        bias = windows.unflatten(0, (-1, rows * cols)).flip(1).mT  # (H, query, key)
+        bias = F.pad(bias, (1, 0, 1, 0))  # a row and a column for CLS, in front
+        bias[:, 0, 1:] = table[-3, :, None]
+        bias[:, 1:, 0] = table[-2, :, None]
+        bias[:, 0, 0] = table[-1]
+        return bias
 
 
 class ViT(nn.Module):
@@ -355,15 +351,13 @@ class ViT(nn.Module):
         x = self.patch_embed(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:
             # masked patches lose their pixels, but stay in the sequence
-            hidden = 0.0 if mask_token is None else mask_token.to(x.dtype)
+            hidden = 0.0 if mask_token is None else mask_token
             x = torch.where(mask[..., None], hidden, x)
-        cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
+        cls = self.cls_token.expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
-            cls, patches = self.pos_embed[0].split([1, self.grid**2])
-            patches = patches.unflatten(0, (self.grid, self.grid))
-            patches = resize_grid(patches, rows, cols).flatten(0, 1)
-            x = x + torch.cat([cls, patches])
+            patches = resize_grid(self.pos_embed[0, 1:], rows, cols).flatten(2).mT
+            x = x + torch.cat([self.pos_embed[:, :1], patches], dim=1)
         return x
 
     def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
@@ -372,8 +366,7 @@ class ViT(nn.Module):
         mask bool (B, N): True becomes mask_token (1, 1, D; None: zeros). record: ->
         (tokens, L Records). cls_only: -> (B, 1, D), which spares most of a block.
         """
-        rows = x.shape[2] // self.patch_size
-        cols = x.shape[3] // self.patch_size
+        rows, cols = [side // self.patch_size for side in x.shape[2:]]
         x = self.embed(x, mask, mask_token, rows, cols)
         bias = None
         if self.rel_pos_bias is not None:
@@ -427,8 +420,9 @@ class SSL(nn.Module):
             self.projector = mlp_head(embed_dim, cfg.proj_hidden, cfg.proj_hidden, 256)
             self.predictor = mlp_head(256, cfg.proj_hidden, 256)  # C = 256
             self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-            self.momentum_projector = copy.deepcopy(self.projector)
-            self.momentum_projector.requires_grad_(False)
+            self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(
+                False
+            )
         if self.use_mim:
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
             # [S]: one linear layer, so that the encoder's last blocks learn to decode;
@@ -463,45 +457,45 @@ class SSL(nn.Module):
         return encode_views(self.momentum_encoder, view1, view2)
 
     def compare(self, query_cls, key_cls):
-        """CLS outputs (2, B, D) of a whole batch -> L_CL, queries of view 1 (B, C)."""
+        """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
         with torch.no_grad():
             k = [self.momentum_projector(cls) for cls in key_cls]
         if self.one_view:
-            return 2 * contrastive_loss(q[0], k[0], self.temperature), q[0]
-        loss = contrastive_loss(q[0], k[1], self.temperature)
-        loss = loss + contrastive_loss(q[1], k[0], self.temperature)
-        return loss, q[0]
+            loss = 2 * contrastive_loss(q[0], k[0], self.temperature)
+        else:
+            loss = contrastive_loss(q[0], k[1], self.temperature)
+            loss = loss + contrastive_loss(q[1], k[0], self.temperature)
+        return loss, feature_std(q[0])
 
     def reconstruct(self, view, mask, tokens=None):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
 
-        view (B, 3, h, w), mask bool (B, N), tokens if the view is already encoded ->
-        L_MIM, tokens (B, 1+N, D).
+        view (B, 3, h, w), mask bool (B, N), tokens (B, 1+N, D) if the view is already
+        encoded -> L_MIM.
         """
         if tokens is None:
             tokens = self.encoder(view, mask, mask_token=self.mask_token)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
-        loss = masked_l1(pixels, patchify(view, self.patch_size), mask)
-        return loss, tokens
+        return masked_l1(pixels, patchify(view, self.patch_size), mask)
 
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
 
-        A loss that λ switches off is 0, and its views may be None. std: feature_std()
-        of view 1's queries; without CL, of the mean patch tokens.
+        A loss that λ switches off is 0, and its views may be None. std, with CL alone:
+        feature_std() of the queries.
         """
-        cl = mim = torch.zeros((), device=mask.device)
+        zero = torch.zeros((), device=mask.device)
+        losses = {"cl": zero, "mim": zero}
         tokens = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
-            cl, features = self.compare(query_cls, self.encode_keys(view1, view2))
+            key_cls = self.encode_keys(view1, view2)
+            losses["cl"], losses["std"] = self.compare(query_cls, key_cls)
         if self.use_mim:
-            mim, tokens = self.reconstruct(view_mim, mask, tokens)
-        if not self.use_cl:
-            features = tokens[:, 1:].mean(dim=1)
-        return {"cl": cl, "mim": mim, "std": feature_std(features)}
+            losses["mim"] = self.reconstruct(view_mim, mask, tokens)
+        return losses
 
     @torch.no_grad()
     def update_average(self, momentum):
@@ -564,14 +558,15 @@ class TrainingViews:
             self.scales += [0.67]  # [S] appendix A
 
     def __getitem__(self, key):
+        cfg = self.cfg
         epoch, wanted = key
-        rng = np.random.default_rng([self.cfg.seed, 0, epoch, wanted])
-        size = self.cfg.image_size
-        crop = functools.partial(random_crops, size=size, scales=self.scales, rng=rng)
+        rng = np.random.default_rng([cfg.seed, 0, epoch, wanted])
+        settings = {"size": cfg.image_size, "scales": self.scales, "rng": rng}
+        crop = functools.partial(random_crops, **settings)
         crops, _ = first_readable(self.source, wanted, crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        mask = draw_masks(1, self.cfg, generator)[0]
-        colours = draw_colours(rng, self.cfg) if self.cfg.lam > 0 else []
+        mask = draw_masks(1, cfg, generator)[0]
+        colours = draw_colours(rng, cfg) if cfg.lam > 0 else []
         is_flipped = rng.random(len(crops)) < 0.5
         crops[is_flipped] = crops[is_flipped, :, :, ::-1]
         return {"crops": crops, "mask": mask, "colours": colours}
@@ -580,32 +575,6 @@ class TrainingViews:
 def draw_masks(batch, cfg, generator=None):
     sizes = (cfg.image_size, cfg.patch_size, cfg.mask_patch_size)
     return random_mask(batch, *sizes, cfg.mask_ratio, generator)
-
-
-# [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
-COLOUR_SHARES = [
-    [0.8, 0.8],  # jitter
-    [0.2, 0.2],  # grey
-    [1.0, 0.1],  # blur
-    [0.0, 0.2],  # solarise
-]
-
-
-def draw_colours(rng, cfg):
-    """The random choices for two views, which change_colours() carries out.
-
-    -> float (2, 11), a row for each view: 0-3 when which jitter runs, -1: never; 4-7
-    factors of brightness, contrast, saturation, hue; σ of the blur in px, 0: none; 1
-    for grey; 1 for solarised.
-    """
-    happens = rng.random((4, 2)) < COLOUR_SHARES
-    jitter, grey, blur, solarised = happens[:, :, None]  # (2, 1) each
-    order = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
-    reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
-    factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
-    sigma = rng.uniform(min(0.1, cfg.blur), cfg.blur, (2, 1))
-    draws = [np.where(jitter, order, -1), factors, sigma * blur, grey, solarised]
-    return np.concatenate(draws, axis=1, dtype=np.float32)
 
 
 # Images here are (B, 3, h, w) in [0, 1], with one parameter (B, 1, 1, 1) for each.
@@ -653,12 +622,13 @@ def gaussian_blur(x, sigma):
     Each image and channel is a group of its own. sigma (B, 1, 1, 1) stays on the CPU,
     where it tells the length of the kernel without making a GPU wait.
     """
-    radius = min(int(4 * sigma.max()) + 1, x.shape[2] - 1, x.shape[3] - 1)
+    reach = (4 * sigma).int() + 1
+    radius = min(reach.max().item(), min(x.shape[2:]) - 1)
     offsets = torch.arange(-radius, radius + 1)
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
-    too_far = offsets.abs() > (4 * sigma).int() + 1
-    kernel = exponent.masked_fill(too_far, -math.inf).softmax(dim=-1)
+    exponent = exponent.masked_fill(offsets.abs() > reach, -math.inf)
+    kernel = exponent.softmax(dim=-1)
     kernel = kernel.repeat_interleave(3, dim=0).to(x, non_blocking=True)
     y = F.pad(x, [radius] * 4, mode="reflect")
     y = y.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
@@ -667,35 +637,63 @@ def gaussian_blur(x, sigma):
     return y.view_as(x)
 
 
-def solarise(x):
-    return torch.where(x >= 0.5, 1 - x, x)
+def solarise(x, threshold):
+    return torch.where(x >= threshold, 1 - x, x)
 
 
-JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+OPERATIONS = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+    gaussian_blur,
+    adjust_saturation,  # by 0: grey
+    solarise,
+)
+# [B] appendix B: view 1 is always blurred; view 2 seldom, but it may be solarised
+COLOUR_SHARES = [
+    [0.8, 0.8],  # jitter
+    [0.2, 0.2],  # grey
+    [1.0, 0.1],  # blur
+    [0.0, 0.2],  # solarise
+]
+
+
+def draw_colours(rng, cfg):
+    """The random choices for two views, which change_colours() carries out.
+
+    -> float (2, 14), a row for each view: what happens to it one after the other, as
+    numbers of OPERATIONS, -1: nothing; then the parameters of all operations.
+    """
+    happens = (rng.random((4, 2)) < COLOUR_SHARES).T
+    jitters = rng.permuted([[0, 1, 2, 3]] * 2, axis=1)
+    reach = np.array([0.4, 0.4, 0.2, cfg.hue_shift])
+    factors = rng.uniform(-reach, reach, (2, 4)) + (1, 1, 1, 0)
+    sigma = rng.uniform(0.1, max(0.1, cfg.blur), (2, 1))  # 0.1 changes no pixel
+    order = np.hstack([jitters, [[5, 4, 6]] * 2])  # (2, 7)
+    order[~happens.repeat([4, 1, 1, 1], axis=1)] = -1
+    # no saturation is grey; what is brighter than 0.5 may be solarised
+    draws = [order, factors, sigma, [[0.0, 0.5]] * 2]
+    return np.hstack(draws, dtype=np.float32)
 
 
 def change_colours(x, draws):
-    """Does to x (B, 3, h, w) what draw_colours() has drawn, in place ([B] appendix B).
+    """Does to x (B, 3, h, w) what draw_colours() has drawn, in place.
 
-    draws (B, 11) on the CPU, which finds the images that an operation is for: a GPU
+    draws (B, 14) on the CPU, which finds the images that an operation is for: a GPU
     would have to finish its work to tell how many there are.
     """
-    order, factors, sigma, grey, solarised = draws.split([4, 4, 1, 1, 1], dim=1)
-
-    def apply(operation, chosen, *parameters):
-        images = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-        if len(images) > 0:
-            x[images] = operation(x[images], *parameters)
-
-    for place in range(4):  # in each image's own order
-        for n, jitter in enumerate(JITTERS):
-            chosen = order[:, place] == n
-            factor = factors[chosen, n].view(-1, 1, 1, 1)
-            apply(jitter, chosen, factor.to(x.device, non_blocking=True))
-    apply(greyscale, grey[:, 0] > 0)
-    is_blurred = sigma[:, 0] > 0
-    apply(gaussian_blur, is_blurred, sigma[is_blurred].view(-1, 1, 1, 1))
-    apply(solarise, solarised[:, 0] > 0)
+    order, parameters = draws.chunk(2, dim=1)  # (B, 7) each
+    for place in range(7):
+        for number, operation in enumerate(OPERATIONS):
+            images = (order[:, place] == number).nonzero().flatten()
+            if len(images) == 0:
+                continue
+            parameter = parameters[images, number].view(-1, 1, 1, 1)
+            if operation is not gaussian_blur:
+                parameter = parameter.to(x.device, non_blocking=True)
+            images = images.to(x.device, non_blocking=True)
+            x[images] = operation(x[images], parameter)
 
 
 def augment(batch, cfg):
@@ -706,21 +704,22 @@ def augment(batch, cfg):
     mask = batch["mask"].to(cfg.device, non_blocking=True)
     crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous().float() / 255
-    views = 1 if cfg.one_view else 2
     if cfg.lam > 0:
-        contrastive = crops[:views].flatten(0, 1)  # (2B, 3, h, w), memory of `crops`
-        draws = batch["colours"].transpose(0, 1)[:views]  # (2, B, 11)
+        draws = batch["colours"].transpose(0, 1)  # (2, B, 14)
+        if cfg.one_view:
+            draws = draws[:1]
+        contrastive = crops[: len(draws)].flatten(0, 1)  # (2B, 3, h, w), no copy
         change_colours(contrastive, draws.flatten(0, 1))
-    mean = MEAN.to(cfg.device, non_blocking=True)
-    crops = (crops - mean) / STD.to(cfg.device, non_blocking=True)
-    view1 = view2 = view_mim = None
-    if cfg.lam > 0:
-        view1 = crops[0]
-    if cfg.lam > 0 and not cfg.one_view:
-        view2 = crops[1]
-    if cfg.lam < 1:
-        view_mim = crops[-1]
-    return view1, view2, view_mim, mask
+    mean = MEAN.to(crops, non_blocking=True)
+    crops = (crops - mean) / STD.to(crops, non_blocking=True)
+    views = [*crops]
+    if cfg.lam == 0:
+        views = [None, None, *views]
+    if cfg.lam == 1:
+        views.append(None)
+    if cfg.one_view:
+        views.insert(1, None)
+    return *views, mask
 
 
 # ==== 5. Optimiser and schedules: how fast, and when? =================================
@@ -759,8 +758,7 @@ def make_optimizer(model, cfg):
 
 def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
-    rank, world_size = world()
-    data, model, optimizer, autocast, scaler, rows = prepare(cfg, state)
+    data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
     since = rows[-1]["step"]
     batches = make_loader(cfg, data[0], range(since, total))  # step s is its s - 1
@@ -779,16 +777,9 @@ def train(cfg, state, log):
         # batch: this rank's share, in micro-batches
         views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses, backward: of the whole batch, or the same from many parts
-        is_whole = world_size * cfg.accum == 1
-        if is_whole:
-            with autocast():
-                losses = model(*views[0])
-        else:
-            losses = backward_in_parts(model, views, cfg, autocast, scaler)
+        # losses, backward: of all micro-batches and ranks together
+        losses = backward_in_parts(model, views, cfg, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-        if is_whole:
-            scaler.scale(loss).backward()
 
         # step, average
         scaler.unscale_(optimizer)
@@ -808,23 +799,23 @@ def train(cfg, state, log):
             row[name] = round(value.item(), 5)  # for which a GPU has to finish its work
         stop_if_not_finite(row, scaler)
         seconds = (time.perf_counter() - began) / (step - since)
-        row["images/s"] = round(cfg.batch_size / seconds, 1)
-        row["minutes left"] = round((total - step) * seconds / 60, 1)
-        if is_saved and not stop_by and rank == 0:
-            row |= knn_scores(model.encoder, data, cfg, autocast)
+        row["images/s"] = cfg.batch_size / seconds
+        row["minutes left"] = (total - step) * seconds / 60
+        if is_saved and not stop_by and RANK == 0:
+            row |= knn_scores(model.encoder, data, cfg)
         rows.append(row)
         print(json.dumps(row), file=log)
         say(*(f"{name} {value:.4g}" for name, value in row.items()))
 
         # save
-        if is_saved and rank == 0:
+        if is_saved and RANK == 0:
             save_run(cfg, data, rows, model, optimizer, scaler)
         if stop_by:
             say(f"stopped by a signal after saving step {step}; --resume goes on")
             return 128 + stop_by
         since = step
         began = time.perf_counter()
-    if rank == 0:
+    if RANK == 0:
         finish(cfg, model, rows, data)
     return 0
 
@@ -837,79 +828,61 @@ def train(cfg, state, log):
 # not kept (--keep), for want of memory, is encoded a second time.
 
 
-def backward_in_parts(model, parts, cfg, autocast, scaler):
+def backward_in_parts(model, parts, cfg, scaler):
     """Adds to .grad what one backward pass over the joint batch of all ranks would.
 
     parts: views of this rank's micro-batches. -> the joint losses, as SSL.forward's.
     """
-    rank, world_size = world()
-    cl = mim = torch.zeros((), device=cfg.device)
+    zero = torch.zeros((), device=cfg.device)
+    losses = {"cl": zero, "mim": zero}
     queries = []
     key_cls = []
-    pooled = []
     if model.use_cl:
         # all outputs of the encoder, and the gradient of their loss
         for part, views in enumerate(parts):
-            with autocast(), torch.set_grad_enabled(part < cfg.keep):
+            with autocast(cfg), torch.set_grad_enabled(part < cfg.keep):
                 queries.append(model.encode_queries(*views))
                 key_cls.append(model.encode_keys(*views[:2]))
-        query_cls = torch.cat([cls for cls, _ in queries], dim=1)
-        outputs = gather(query_cls).requires_grad_()  # (2, B, D)
-        with autocast():
-            keys = gather(torch.cat(key_cls, dim=1))
-            cl, features = model.compare(outputs, keys)
-        scaler.scale(cfg.lam * cl).backward()
+        outputs = gather([cls for cls, _ in queries]).requires_grad_()  # (2, B, D)
+        with autocast(cfg):
+            losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
+        scaler.scale(cfg.lam * losses["cl"]).backward()
         # a mean over ranks follows, but each rank's encoder has its own images only
-        gradient = outputs.grad.chunk(world_size, dim=1)[rank] * world_size
+        gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
     for part, views in enumerate(parts):
         loss = 0.0
         tokens = None
         if model.use_cl:
             query_cls, tokens = queries[part]
             if part >= cfg.keep:
-                with autocast():
+                with autocast(cfg):
                     query_cls, tokens = model.encode_queries(*views)
             # a sum whose gradient at the outputs is the one that was collected
             at_outputs = gradient.chunk(len(parts), dim=1)[part]
             loss = (query_cls * at_outputs).sum()
         if model.use_mim:
-            with autocast():
-                part_mim, tokens = model.reconstruct(*views[2:], tokens)
-            # all images have equally many masked patches: the mean of means is exact
-            mim = mim + part_mim.detach() / len(parts)
-            loss = loss + scaler.scale((1 - cfg.lam) * part_mim / len(parts))
-            pooled.append(tokens[:, 1:].detach().mean(dim=1))
+            with autocast(cfg):
+                # all images have equally many masked patches: a mean of means is exact
+                mim = model.reconstruct(*views[2:], tokens) / len(parts)
+            losses["mim"] = losses["mim"] + mim.detach()
+            loss = loss + scaler.scale((1 - cfg.lam) * mim)
         loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for shared in (mim, *gradients):
-        mean_over_ranks(shared)
-    if not model.use_cl:
-        features = gather(torch.cat(pooled)[None])[0]  # (B, D)
-    return {"cl": cl.detach(), "mim": mim, "std": feature_std(features)}
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for shared in (losses["mim"], *gradients):
+            dist.all_reduce(shared)
+            shared /= WORLD_SIZE
+    return losses
 
 
-def world():
-    """-> this process's rank, number of processes (torchrun starts one per GPU)."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(x):
-    """(views, b, D) of this rank -> (views, B, D) of all ranks, without gradient."""
-    x = x.detach().contiguous()
-    if not dist.is_initialized():
+def gather(parts):
+    """Parts (views, b, D) on all ranks -> joined (views, B, D), without gradient."""
+    x = torch.cat(parts, dim=1).detach()
+    if WORLD_SIZE == 1:
         return x
-    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    shares = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
     dist.all_gather(shares, x)
     return torch.cat(shares, dim=1)
-
-
-def mean_over_ranks(x):
-    """Replaces x, in place, by its mean."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
 
 
 # What the loop asks for, in the order of its lines.
@@ -923,21 +896,22 @@ def prepare(cfg, state):
     announce(cfg, len(data[0]))
     model = SSL(cfg).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
-    autocast, scaler = mixed_precision(cfg)
+    # keeps the gradients of fp16 from becoming 0
+    scaler = torch.amp.GradScaler(cfg.device.split(":")[0], enabled=cfg.dtype == "fp16")
     rows = [{"step": 0}]
     if state is not None:
         rows = state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    elif world()[0] == 0:
-        rows[0] |= knn_scores(model.encoder, data, cfg, autocast)
+    elif RANK == 0:
+        rows[0] |= knn_scores(model.encoder, data, cfg)
     if cfg.compile:
         # in place, so that the weights keep their names
         model.encoder.compile(dynamic=False)
         if model.use_cl:
             model.momentum_encoder.compile(dynamic=False)
-    return data, model, optimizer, autocast, scaler, rows
+    return data, model, optimizer, scaler, rows
 
 
 def check_identity(cfg, train_set, state):
@@ -945,9 +919,8 @@ def check_identity(cfg, train_set, state):
 
     The schedules and the order of images follow from the set.
     """
-    identities = [train_set.identity()]
-    if dist.is_initialized():
-        identities *= dist.get_world_size()
+    identities = [train_set.identity()] * WORLD_SIZE
+    if WORLD_SIZE > 1:
         dist.all_gather_object(identities, train_set.identity())
     if state is not None:
         identities.append(state["data"])
@@ -966,76 +939,22 @@ def number_of_steps(cfg, images):
 
 def announce(cfg, images):
     """The first line: what will happen."""
-    _, world_size = world()
-    micro_batch = cfg.batch_size // world_size // cfg.accum
     say(
         f"{cfg.objective} (λ = {cfg.lam:g}): ViT-{cfg.model}, {cfg.image_size} px, "
         f"patch {cfg.patch_size}, {images} images ({cfg.data or 'built-in stimuli'}), "
-        f"{number_of_steps(cfg, images)} steps of {world_size} x {cfg.accum} x "
-        f"{micro_batch} images, learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
+        f"{number_of_steps(cfg, images)} steps of {WORLD_SIZE} x {cfg.accum} x "
+        f"{cfg.batch_size // WORLD_SIZE // cfg.accum} images, "
+        f"learning rate {cfg.lr:g} x {cfg.batch_size}/256 = "
         f"{cfg.lr * cfg.batch_size / 256:.2g}, {cfg.dtype} on {cfg.device}, into "
         f"{cfg.out}; step 3 tells the minutes left"
     )
 
 
-def say(*words):
-    """Prints at once. Where nobody reads any more (| head), the run goes on."""
-    try:
-        print(*words, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def mixed_precision(cfg):
-    """-> autocast (makes the context), GradScaler (keeps fp16's gradients from 0)."""
-    kind = torch.device(cfg.device).type
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.dtype)
-    autocast = functools.partial(torch.autocast, kind, dtype, enabled=dtype is not None)
-    return autocast, torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
-
-
-# Ctrl-C, the end of a cluster job, a closed terminal
-STOPS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # not on Windows
-    STOPS.append(signal.SIGHUP)
-
-
-def catch_signals():
-    """-> list of the signals that will have come; a second Ctrl-C ends at once.
-
-    torchrun sends every signal twice, so there a second one means nothing.
-    """
-    signals = []
-
-    def remember(number, frame):
-        signals.append(number)
-        if not dist.is_initialized():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
-
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-            signal.signal(number, remember)
-    return signals
-
-
-def ignore_signals(worker):
-    """A signal reaches loading processes, too: the run still needs them to save."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def signal_of_any_rank(signals, step, cfg):
-    """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
-    number = max(signals, default=0)
-    if not dist.is_initialized():
-        return number
-    if step % 5 != 0:  # to ask is to make a GPU finish its work
-        return 0
-    number = torch.tensor(number, device=cfg.device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+def autocast(cfg):
+    """Context in which matrix products are of --dtype, everything else as needed."""
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float16
+    kind = cfg.device.split(":")[0]
+    return torch.autocast(kind, dtype, enabled=cfg.dtype != "fp32")
 
 
 def stop_if_not_finite(row, scaler):
@@ -1045,28 +964,30 @@ def stop_if_not_finite(row, scaler):
     """
     is_finite = math.isfinite(row["loss"])
     is_finite &= scaler.is_enabled() or math.isfinite(row["norm"])
-    if not is_finite:
-        advice = "lower --lr, or --resume an earlier save"
-        raise FloatingPointError(f"loss or gradient not finite by {row}: {advice}")
-    if row["std"] < 0.05:
+    require(is_finite, f"loss or gradient not finite, try a lower --lr: {row}")
+    if row.get("std", 1) < 0.05:
         say("features collapse: all images look alike; lower --lr")
 
 
-def save_run(cfg, data, rows, model, optimizer, scaler):
-    """All that --resume needs. Random numbers follow from the step alone."""
-    state = {
-        "config": asdict(cfg),
-        "data": data[0].identity(),
-        "step": rows[-1]["step"],
-        "log": rows,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
-
-
 # ==== 7. Command line =================================================================
+
+
+def fraction(text):
+    value = float(text)
+    require(0 <= value <= 1, "not in 0 .. 1")
+    return value
+
+
+def nonnegative(text):
+    value = float(text)
+    require(0 <= value < math.inf, "negative or not finite")
+    return value
+
+
+def positive(text):
+    value = int(text)
+    require(value > 0, "not a whole number from 1 on")
+    return value
 
 
 # The comments are the help texts of the flags: --help prints this class.
@@ -1076,15 +997,15 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
 class Config:
     # method
     objective: str = "hybrid"  # moco, simmim or hybrid
-    lam: float = 0.2  # λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2
+    lam: fraction = 0.2  # λ: 0 is SimMIM, 1 is MoCo; [P] analyses 0.2
     # τ of InfoNCE: the smaller, the harder it looks at the nearest negatives
-    temperature: float = 0.2
+    temperature: nonnegative = 0.2
     # of the key average, rises from here to 1; a faster average than [M]'s 0.99 for a
     # thousand steps instead of 300,000
-    momentum: float = 0.97
-    proj_hidden: int = 512  # hidden width of the heads; MoCo v3: 4096
-    mask_patch_size: int = 4  # px, side of what is masked at once
-    mask_ratio: float = 0.6  # so high that copying the neighbour is not enough
+    momentum: fraction = 0.97
+    proj_hidden: positive = 512  # hidden width of the heads; MoCo v3: 4096
+    mask_patch_size: positive = 4  # px, side of what is masked at once
+    mask_ratio: fraction = 0.6  # so high that copying the neighbour is not enough
     one_view: bool = False  # the masked view is also MoCo's query: 4 passes, not 11
     decoder_depth: int = 0  # blocks before the pixel head ([P] figure 11)
 
@@ -1094,34 +1015,35 @@ class Config:
     # with --data)
     preset: str = "micro"
     # smallest contrastive crop, share of area; a whole object must remain; [M]: 0.08
-    crop_min: float = 0.2
+    crop_min: fraction = 0.2
     # largest turn of the colour circle; 0.5 is half of it either way: colour must not
     # tell which image it is; [B]: 0.1
-    hue_shift: float = 0.5
-    blur: float = 1.0  # px, largest σ; view 1 always, view 2 in 1 of 10
+    hue_shift: fraction = 0.5
+    blur: nonnegative = 1.0  # px, largest σ; view 1 always, view 2 in 1 of 10
 
     # model
     model: str = "micro"  # nano, micro, micro8, tiny, small, base, large, huge
-    image_size: int = 32  # px; crops are resized to this square
-    patch_size: int = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
+    image_size: positive = 32  # px; crops are resized to this square
+    patch_size: positive = 4  # px; 32/4 gives 8 x 8 tokens, 224/16 gives 14 x 14
     # sincos (fixed) or relative: SimMIM's biases, with LayerScale
     positions: str = "sincos"
 
     # optimiser
-    epochs: float = 0.0  # passes over the training set; 0: --steps counts
-    steps: int = 1500  # optimiser steps
-    batch_size: int = 64  # images per step, over all ranks and micro-batches
-    lr: float = 12e-3  # base learning rate; its peak is lr x batch_size / 256
-    weight_decay: float = 0.05  # AdamW's
-    warmup: float = 0.1  # share of the steps in which the rate rises
-    clip: float = 5.0  # largest gradient norm; 0: no clipping
+    epochs: nonnegative = 0.0  # passes over the training set; 0: --steps counts
+    steps: positive = 1500  # optimiser steps
+    batch_size: positive = 64  # images per step, over all ranks and micro-batches
+    lr: nonnegative = 12e-3  # base learning rate; its peak is lr x batch_size / 256
+    weight_decay: nonnegative = 0.05  # AdamW's
+    warmup: fraction = 0.1  # share of the steps in which the rate rises
+    clip: nonnegative = 5.0  # largest gradient norm; 0: no clipping
 
     # system
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: CUDA if there is one
     # bf16, fp16, fp32; auto: bf16 where there are units for it, else fp16 on a GPU,
     # fp32 on a CPU
     dtype: str = "auto"
-    # micro-batches per step, any number gives the same result; 0: of 128 images at most
+    # micro-batches per step, any number gives the same result: more of them need less
+    # memory; 0: of 128 images at most
     accum: int = 0
     # how many of them keep their graph: as many as fit, as others are encoded twice
     keep: int = 1
@@ -1134,8 +1056,8 @@ class Config:
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # start anew although --out holds a run
     dry_run: bool = False  # print FLOPs, memory and hours of the run, and stop
-    save_every: int = 500  # steps between checkpoints and k-NN tests
-    log_every: int = 25  # steps between console lines
+    save_every: positive = 500  # steps between checkpoints and k-NN tests
+    log_every: positive = 25  # steps between console lines
     knn_images: int = 4000  # in the k-NN bank; tested: a quarter; 0: no test
 
 
@@ -1148,6 +1070,9 @@ CHOICES = {
 }
 # Recipes: flags for every objective, then for one.
 PRESETS = {
+    "moco": "--lam 1 ",
+    "simmim": "--lam 0 ",
+    "hybrid": "",
     # stimuli, minutes on two cores; the encoder's work is equal: 1.056 million passes
     # (an image costs MoCo 2·3 + 2, SimMIM 3, the hybrid 11)
     "micro": "",
@@ -1172,78 +1097,61 @@ PRESETS = {
         --epochs 100 --batch-size 2048 --lr 0.5e-4 --weight-decay 0.05
         --warmup 0.1 --positions relative""",
 }
-PURE = {"moco": 1.0, "simmim": 0.0}  # their λ
-SHARES = ("lam", "momentum", "mask_ratio", "crop_min", "hue_shift", "warmup")
-COUNTS = ("proj_hidden", "mask_patch_size", "image_size", "patch_size", "steps")
-COUNTS += ("batch_size", "save_every", "log_every")
 # at --resume; everything else is as it was
 MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
 MAY_CHANGE |= {"compile", "save_every", "log_every"}
-# what main() prints as one line
-ERRORS = (ValueError, OSError, RuntimeError, AssertionError, ArithmeticError)
-ERRORS += (argparse.ArgumentError,)
-
 
 LOG_HELP = """
 what a line of the log says:
   cl, mim        losses: InfoNCE of both directions, 4τ·log B if nothing is told apart;
                  masked L1 in standard deviations of ImageNet's colours
-  std            of unit-length features: about 1 when spread, 0 when all are alike
+  std            of CL's unit-length queries: about 1 when spread, 0 when all are alike
   norm           length of the gradient, before clipping
-  knn_<labels>   accuracy of the 20 nearest training images' majority, in the best layer
-                 of the network; log.jsonl has the untrained network's as step 0
+  knn_<labels>   accuracy of the 20 nearest training images' majority, by the cosine of
+                 mean patch tokens; log.jsonl has the untrained network's as step 0
 """
 
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "sslvit.py",
         description=__doc__,
         epilog=inspect.getsource(Config) + LOG_HELP,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
     )
     for knob in fields(Config):
         how = {"type": knob.type, "choices": CHOICES.get(knob.name)}
         if knob.type is bool:
             how = {"action": "store_true"}
-        parser.add_argument(flag_of(knob.name), **how)
+        parser.add_argument("--" + knob.name.replace("_", "-"), **how)
     return parser
 
 
 def parse(argv):
     """Command line -> (Config with its recipe, {name: value} of the flags given)."""
     parser = make_parser()
-    given, unknown = parser.parse_known_args(argv)
-    require(not unknown, f"unknown flags {unknown}; --help lists all")
-    given = vars(given)
+    given = vars(parser.parse_args(argv))
     objective = given.get("objective", "hybrid")
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
-    recipe = PRESETS[preset] + " " + PRESETS.get(f"{preset}-{objective}", "")
-    values = {"preset": preset} | vars(parser.parse_args(recipe.split()))
+    recipe = f"--preset {preset} {PRESETS[preset]} {PRESETS[objective]}"
+    recipe += PRESETS.get(f"{preset}-{objective}", "")
     if "steps" in given:
-        values["epochs"] = 0.0  # the recipe's
-    cfg = Config(**(values | given))
-    cfg.lam = PURE.get(objective, cfg.lam)
-    is_possible = given.get("lam", cfg.lam) == cfg.lam
-    require(is_possible, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
+        recipe += " --epochs 0"
+    cfg = Config(**(vars(parser.parse_args(recipe.split())) | given))
+    may_choose = objective == "hybrid" or "lam" not in given
+    require(may_choose, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
-    for name, value in vars(cfg).items():
-        lowest = {"workers": -1}.get(name, 1 if name in COUNTS else 0)
-        highest = 1 if name in SHARES else 1e9
-        is_fine = isinstance(value, str) or lowest <= value <= highest
-        require(is_fine, f"{flag_of(name)} {value}: not in {lowest}..{highest}")
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
-        for name in ("lam", "seed"):
-            if name in given:
-                cfg.out += f"-{name}{given[name]}"
+        if "seed" in given:
+            cfg.out += f"-seed{cfg.seed}"
     return cfg, given
 
 
@@ -1256,7 +1164,7 @@ def resume(cfg, given):
     require(is_ours, f"{path}: not a run of this version of the program")
     config = state["config"]
     for name in given.keys() - MAY_CHANGE:
-        message = f"{path} has {flag_of(name)} {config[name]}, which cannot change"
+        message = f"{path} has {name} = {config[name]}, which cannot change"
         require(given[name] == config[name], message)
     of_this_machine = {"device": "auto", "workers": -1, "accum": 0, "out": cfg.out}
     return Config(**(config | of_this_machine | given)), state
@@ -1274,14 +1182,7 @@ def has_bf16(on_gpu):
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
-def usable_cpus():
-    """A job of a cluster may use fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def settle(cfg, world_size):
+def settle(cfg):
     """Replaces each "auto" by what this machine has; UserError if it does not fit."""
     if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         # before anything touches a GPU: each rank has its own
@@ -1296,15 +1197,14 @@ def settle(cfg, world_size):
         if has_bf16(on_gpu):
             cfg.dtype = "bf16"
     if cfg.workers < 0:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cfg.workers = min(16, usable_cpus() // ranks_here) if on_gpu else 0
-    share = cfg.batch_size // world_size
+        cfg.workers = min(16, os.cpu_count()) if on_gpu else 0
+    share = cfg.batch_size // WORLD_SIZE
     if cfg.accum == 0:
         cfg.accum = 1
         while share > 128 * cfg.accum or share % cfg.accum != 0:
             cfg.accum += 1
-    divides = cfg.batch_size % (world_size * cfg.accum) == 0
-    parts = f"{world_size} ranks x {cfg.accum} micro-batches"
+    divides = cfg.batch_size % (WORLD_SIZE * cfg.accum) == 0
+    parts = f"{WORLD_SIZE} ranks x {cfg.accum} micro-batches"
     require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
     draw_masks(1, cfg)  # do the sizes divide?
 
@@ -1314,7 +1214,7 @@ def open_run_folder(cfg):
 
     UserError if it holds a run or another run writes into it.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
+    if RANK > 0:
         return io.StringIO()
     folder = Path(cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1332,8 +1232,8 @@ def open_run_folder(cfg):
 
 
 def main(argv=None):
-    """Runs a command line -> exit status: 0; 1 if a number is not finite; 2 if the
-    input is bad; 128 and its number after a signal."""
+    """Runs a command line -> exit status: 0; 2 after an error that the user can fix;
+    128 and its number after a signal."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console has a λ
@@ -1343,18 +1243,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
-    except ERRORS as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            line = "the GPU's memory is full: raise --accum, which changes no result"
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1368,17 +1266,14 @@ def run(argv):
     state = None
     if cfg.resume:
         cfg, state = resume(cfg, given)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    settle(cfg, world_size)
+    settle(cfg)
     if cfg.dry_run:
         return plan(cfg)
     with open_run_folder(cfg) as log:
-        if world_size > 1:
+        if WORLD_SIZE > 1:
             backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
             # the others wait for the first rank's k-NN test
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-            if dist.get_rank() > 0:
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return train(cfg, state, log)
 
 
@@ -1429,11 +1324,6 @@ def texture_wave(texture, u, v):
     return waves[texture]
 
 
-def may_be_kept(source, image):
-    """Do all images take at most 250 MB? CIFAR-10 has 154, stimuli of 64 px 246."""
-    return 3 * len(source) * math.prod(image.size) <= 250e6
-
-
 class Stimuli:
     """Images of one object, of 8 shapes in 8 textures, on smooth grey.
 
@@ -1447,7 +1337,7 @@ class Stimuli:
     def __init__(self, length, image_size=32, seed=0, split="train"):
         self.length = length
         self.size = image_size
-        self.key = (seed, ("train", "test").index(split))
+        self.key = (seed, int(split == "test"))
         self.kept = {}
 
     def __len__(self):
@@ -1468,7 +1358,7 @@ class Stimuli:
             return self.kept[index]
         image, *labels, _ = self[index]
         loaded = (Image.fromarray(image), labels)
-        if may_be_kept(self, loaded[0]):
+        if self.size <= 64:  # 246 MB of training images
             self.kept[index] = loaded
         return loaded
 
@@ -1477,8 +1367,7 @@ class Stimuli:
         rng = np.random.default_rng([*self.key, index, 1])
         tilt = np.radians(rng.uniform(-18, 18))
         scale = rng.uniform(0.75, 1.0)
-        places = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
-        center_x, center_y, slope_x, slope_y = places
+        x0, y0, slope_x, slope_y = rng.uniform(-1, 1, 4) * (0.2, 0.2, 0.1, 0.1)
         frequency = 2 * np.pi / rng.uniform(0.36, 0.46)
         phase_u, phase_v = rng.uniform(0, 2 * np.pi, 2)
         grey, hue, fade, bright = rng.uniform((0.3, 0, 0.1, 0.75), (0.7, 1, 0.5, 1.0))
@@ -1486,8 +1375,8 @@ class Stimuli:
         # pixel centres in [-1, 1], and in the object's own axes u, v (S, S)
         x = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
         y = x[:, None]
-        u = np.cos(tilt) * (x - center_x) + np.sin(tilt) * (y - center_y)
-        v = np.cos(tilt) * (y - center_y) - np.sin(tilt) * (x - center_x)
+        u = np.cos(tilt) * (x - x0) + np.sin(tilt) * (y - y0)
+        v = np.cos(tilt) * (y - y0) - np.sin(tilt) * (x - x0)
         level = shape_level(SHAPES[shape], u / scale, v / scale)
         # an edge one pixel wide
         inside = np.clip(0.5 - level * scale * self.size / 2, 0, 1)
@@ -1495,9 +1384,7 @@ class Stimuli:
         v = v * frequency + phase_v
         wave = np.clip(1.5 * texture_wave(TEXTURES[texture], u, v), -1, 1)
 
-        # red, green and blue around the colour circle
-        colour = np.clip(abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-        colour = bright * (fade + (1 - fade) * colour)
+        colour = np.array(colorsys.hsv_to_rgb(hue, 1 - fade, bright))
         light = colour * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
         ground = (grey + slope_x * x + slope_y * y)[..., None]  # (S, S, 1)
         image = ground + inside[..., None] * (light - ground)
@@ -1511,37 +1398,26 @@ TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
 MASK_FOLDERS = ("mask", "masks", "labels", "annotations")
 
 
-def list_images(root):
-    """-> sorted [(top folder or ".", path)] of the images below root; says what is not.
+def list_images(folder, left_out, top=""):
+    """Yields (top, path) of the images in and below a folder; links are followed.
 
-    Hidden folders and those of masks are left out, links are followed. OSError if a
-    folder cannot be listed, UserError if links lead to one twice, as in a circle.
+    top: the folder of the first level, "" if there is none. left_out counts the rest.
+    OSError if a folder cannot be listed, UserError if links lead in a circle.
     """
-
-    def fail(error):
-        raise error
-
     kinds = Image.registered_extensions()
-    images = []
-    left_out = collections.Counter()
-    folders = set()
-    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
-        place = os.path.realpath(folder)
-        require(place not in folders, f"{folder}: links lead here twice")
-        folders.add(place)
-        parts = Path(folder).relative_to(root).parts
-        is_other = any(p[0] == "." or p.lower() in MASK_FOLDERS for p in parts)
-        for name in names:
-            ending = Path(name).suffix.lower()
-            if is_other:
-                left_out["file in hidden folders or among masks"] += 1
-            elif kinds.get(ending) in Image.OPEN:
-                images.append(([*parts, "."][0], os.path.join(folder, name)))
-            else:
-                left_out[f"file {ending}, no kind of image for Pillow"] += 1
-    for reason, count in left_out.items():
-        say(f"left out in {root}: {count} x {reason}")
-    return sorted(images)
+    for entry in os.scandir(folder):
+        ending = Path(entry.name).suffix.lower()
+        if entry.name[0] == "." or entry.name.lower() in MASK_FOLDERS:
+            left_out[f"hidden, or named {', '.join(MASK_FOLDERS)}"] += 1
+        elif entry.is_dir():
+            place = os.path.realpath(folder)
+            is_circle = Path(place).is_relative_to(os.path.realpath(entry))
+            require(not is_circle, f"{entry.path}: a link to a folder that holds it")
+            yield from list_images(entry.path, left_out, top or entry.name)
+        elif kinds.get(ending) in Image.OPEN:
+            yield top, entry.path
+        else:
+            left_out[f"file {ending}, no kind of image for Pillow"] += 1
 
 
 class ImageFolder(list):
@@ -1551,22 +1427,24 @@ class ImageFolder(list):
     """
 
     def __init__(self, root):
-        images = list_images(root)
-        message = f"--data {root}: no image that can be read (JPEG, PNG, TIFF ...)"
-        require(images, message)
-        names = sorted({top for top, _ in images} - {"."})
+        left_out = collections.Counter()
+        images = sorted(list_images(root, left_out))
+        for reason, number in left_out.items():
+            say(f"left out in {root}: {number} x {reason}")
+        require(images, f"--data {root}: no image that can be read (JPEG, PNG ...)")
         self.root = os.path.join(root, "")
         self.kept = {}
         self.label_names = ()
         self.classes = ()
+        names = sorted({top for top, _ in images} - {""})
         if len(names) > 1:
             self.label_names = ("class",)
             self.classes = (names,)
+            # what lies beside the class folders is of no class
+            images = [image for image in images if image[0] in names]
+        numbers = {name: number for number, name in enumerate(names)}
         for top, path in images:
-            if len(names) < 2:
-                self.append((path, [0]))
-            elif top in names:  # what lies beside the class folders is of no class
-                self.append((path, [names.index(top)]))
+            self.append((path, [numbers.get(top, 0)]))
 
     def identity(self):
         """How many images, and a fingerprint of their names and order."""
@@ -1575,20 +1453,27 @@ class ImageFolder(list):
         return f"{len(self)} images ({digest[:12]})"
 
     def load(self, index):
-        """-> opened PIL image, [class]; small images are decoded once and kept."""
+        """-> upright PIL image, [class]; small ones are decoded once and kept."""
         path, labels = self[index]
         if path in self.kept:
             return self.kept[path], labels
         image = Image.open(path)
-        if may_be_kept(self, image):
-            image = self.kept[path] = to_rgb(image)
+        if image.format == "TIFF":  # which Pillow turns as it decodes it
+            image.load()
+        # others that the camera turned are decoded here, an upright JPEG later;
+        # a broken EXIF block costs no pixels
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        if len(self) * math.prod(image.size) <= 8e7:  # 240 MB; CIFAR-10 has 154
+            image.load()
+            self.kept[path] = image
         return image, labels
 
 
 def find_data(cfg):
     """-> (training set, test set or None): --data, or the built-in stimuli."""
     if not cfg.data:
-        train_set = Stimuli(20000, cfg.image_size, cfg.seed, "train")
+        train_set = Stimuli(20000, cfg.image_size, cfg.seed)
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
     train_set = test_set = None
     for path in sorted(Path(cfg.data).iterdir()):
@@ -1627,29 +1512,15 @@ def crop_box(width, height, smallest, rng):
     return left, top, left + w, top + h
 
 
-def upright_size(image):
-    """Width and height as they will be once the camera's orientation is obeyed."""
-    orientation = 1
-    with contextlib.suppress(Exception):
-        orientation = image.getexif().get(0x0112)
-    if orientation in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns those
-        return image.height, image.width
-    return image.size
-
-
 def to_rgb(image):
-    """Decodes an opened image of any mode -> upright RGB; transparent lies on white.
+    """Decodes an opened image of any mode -> RGB; what is transparent becomes white.
 
     Of 16 and 32 bits, whose range nobody knows, the darkest pixel becomes black, the
     brightest white.
     """
-    image.load()
-    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
-        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        values = values - values.min()
-        values = values * (255 / max(values.max(), 1e-9))
+        values = np.interp(values, (values.min(), values.max()), (0, 255))
         image = Image.fromarray(values.astype(np.uint8))
     if image.mode != "RGB":
         white = Image.new("RGBA", image.size, "white")
@@ -1657,13 +1528,13 @@ def to_rgb(image):
     return image
 
 
-def cut(image, boxes, size):
-    """Decodes an opened image once and cuts every box -> uint8 (boxes, 3, size, size).
+def random_crops(image, size, scales, rng):
+    """A RandomResizedCrop of an image for each smallest share of area in `scales`.
 
-    boxes (n, 4): left, top, right, bottom in px of the upright image.
+    The image is decoded here, once -> uint8 (len(scales), 3, size, size).
     """
-    boxes = np.array(boxes)
-    width = upright_size(image)[0]
+    width = image.width
+    boxes = np.array([crop_box(*image.size, smallest, rng) for smallest in scales])
     # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
     spare = max(1, (boxes[:, 2:] - boxes[:, :2]).min() / size)
     image.draft("RGB", (int(image.width / spare), int(image.height / spare)))
@@ -1672,27 +1543,19 @@ def cut(image, boxes, size):
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w)
     crops = []
     for left, top, right, bottom in boxes:
-        # at least one pixel wide and high
-        left = min(left, image.width - 1)
-        top = min(top, image.height - 1)
-        crop = pixels[:, :, top : max(bottom, top + 1), left : max(right, left + 1)]
+        crop = pixels[:, :, top:bottom, left:right]
         crops.append(F.interpolate(crop, size, mode="bilinear", antialias=True))
     return torch.cat(crops).numpy()
 
 
-def random_crops(image, size, scales, rng):
-    """A RandomResizedCrop for each smallest share in `scales` -> uint8 (n, 3, S, S)."""
-    width, height = upright_size(image)
-    boxes = [crop_box(width, height, smallest, rng) for smallest in scales]
-    return cut(image, boxes, size)
-
-
 def center_crop(image, size):
     """The largest centred square -> uint8 (3, size, size)."""
-    width, height = upright_size(image)
-    left = max(width - height, 0) / 2
-    top = max(height - width, 0) / 2
-    return cut(image, [(left, top, width - left, height - top)], size)[0]
+    image.draft("RGB", (size, size))
+    square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BILINEAR)
+    return np.array(square).transpose(2, 0, 1)
+
+
+warn_once = functools.cache(print)
 
 
 def first_readable(source, wanted, crop):
@@ -1704,13 +1567,9 @@ def first_readable(source, wanted, crop):
             return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
             path = source[index][0]
-            warn_once(f"unreadable, replaced by the next: {path!r} ({error})")
+            warning = f"unreadable, replaced by the next: {path!r} ({error})"
+            warn_once(warning, file=sys.stderr)
     raise UserError("of 100 files in a row not one is an image that can be read")
-
-
-@functools.cache
-def warn_once(message):
-    print(message, file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1718,28 +1577,26 @@ def epoch_order(seed, epoch, length):
     return np.random.default_rng([seed, 1, epoch]).permutation(length).tolist()
 
 
-def batch_keys(cfg, length, steps, rank, world_size):
-    """Lists of (epoch, index), one for each micro-batch of this rank.
+def image_keys(cfg, length, steps):
+    """(epoch, index) of this rank's images, one after the other.
 
     They follow from the step alone, so a resumed run goes on where it stopped, and any
     number of ranks and micro-batches sees the same images in the same step.
     """
-    share = cfg.batch_size // world_size
+    share = cfg.batch_size // WORLD_SIZE
     for step in steps:
-        first = step * cfg.batch_size + rank * share
-        keys = []
+        first = step * cfg.batch_size + RANK * share
         for place in range(first, first + share):
             epoch, position = divmod(place, length)
-            keys.append((epoch, epoch_order(cfg.seed, epoch, length)[position]))
-            if len(keys) == share // cfg.accum:
-                yield keys
-                keys = []
+            yield epoch, epoch_order(cfg.seed, epoch, length)[position]
 
 
 def make_loader(cfg, train_set, steps):
+    """Iterates over this rank's micro-batches."""
     loader = DataLoader(
         TrainingViews(train_set, cfg),
-        batch_sampler=batch_keys(cfg, len(train_set), steps, *world()),
+        batch_size=cfg.batch_size // WORLD_SIZE // cfg.accum,
+        sampler=image_keys(cfg, len(train_set), steps),
         num_workers=cfg.workers,
         worker_init_fn=ignore_signals,
         pin_memory=cfg.device.startswith("cuda"),
@@ -1753,23 +1610,17 @@ def make_loader(cfg, train_set, steps):
 def knn(train_features, train_labels, features, k=20):
     """The majority label among the k nearest training images, by cosine.
 
-    train_features (..., n, D), train_labels (n, label sets), features (..., m, D) ->
-    (..., m, label sets). Features are whitened by the training set's: no loud direction
-    decides alone.
+    train_features (n, D), train_labels (n, label sets), features (m, D) -> (m, label
+    sets).
     """
-    mean = train_features.mean(dim=-2, keepdim=True)
-    centred = train_features - mean
-    covariance = centred.mT @ centred / len(train_labels)
-    variance, axes = torch.linalg.eigh(covariance)
-    floor = 1e-3 * variance.mean(dim=-1, keepdim=True) + 1e-12
-    whiten = axes * (variance + floor).rsqrt()[..., None, :]
-    train_unit = F.normalize(centred @ whiten, dim=-1)
-    unit = F.normalize((features - mean) @ whiten, dim=-1)
+    train_unit = F.normalize(train_features, dim=1)
     majority = []
-    for piece in unit.split(256, dim=-2):  # of 50,000 images all at once are 60 GB
-        nearest = (piece @ train_unit.mT).topk(min(k, len(train_labels))).indices
-        majority.append(train_labels[nearest].mode(dim=-2).values)
-    return torch.cat(majority, dim=-2)
+    # in pieces: of 50,000 images all similarities at once are 2.5 GB
+    for unit in F.normalize(features, dim=1).split(256):
+        similarity = unit @ train_unit.T  # (256, n)
+        nearest = similarity.topk(min(k, len(train_unit))).indices
+        majority.append(train_labels[nearest].mode(dim=1).values)
+    return torch.cat(majority)
 
 
 class CenterCrops:
@@ -1783,11 +1634,10 @@ class CenterCrops:
         return first_readable(self.source, wanted, self.crop)
 
 
-@torch.no_grad()
-def layer_features(encoder, source, count, cfg, autocast):
-    """CLS and mean token after each layer of `count` images spread over `source`.
+def image_batches(source, count, cfg):
+    """Centre squares of `count` images spread over `source`, as the network sees them.
 
-    -> features (2L, count, D), labels (count, label sets).
+    Yields images (b, 3, h, w), labels (b, label sets).
     """
     loader = DataLoader(
         CenterCrops(source, cfg.image_size),
@@ -1796,38 +1646,52 @@ def layer_features(encoder, source, count, cfg, autocast):
         num_workers=cfg.workers,
         worker_init_fn=ignore_signals,
     )
+    for crops, labels in loader:
+        yield ((crops / 255 - MEAN) / STD).to(cfg.device), labels
+
+
+@torch.no_grad()
+def mean_tokens(encoder, source, count, cfg):
+    """-> mean patch tokens after the last norm (count, D), labels (count, sets)."""
     features = []
     labels = []
-    for crops, batch_labels in loader:
-        images = ((crops / 255 - MEAN) / STD).to(cfg.device)
-        with autocast():
+    for images, batch_labels in image_batches(source, count, cfg):
+        with autocast(cfg):
             # .forward: a compiled encoder would compile again for this
-            _, records = encoder.forward(images, record=True)
-        layers = [record.out.float() for record in records]  # (b, 1+N, D) each
-        tokens = [x[:, 0] for x in layers] + [x[:, 1:].mean(dim=1) for x in layers]
-        features.append(torch.stack(tokens).cpu())
+            tokens = encoder.forward(images)  # (b, 1+N, D)
+        features.append(tokens[:, 1:].float().mean(dim=1).cpu())
         labels.append(batch_labels)
-    return torch.cat(features, dim=1), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
 
 
-def knn_scores(encoder, data, cfg, autocast):
-    """{"knn_<label set>": accuracy of the best layer and token}; {} without labels."""
+def knn_scores(encoder, data, cfg):
+    """{"knn_<label set>": accuracy}; {} without labels."""
     train_set, test_set = data
-    scores = {}
     has_labels = test_set is not None and train_set.classes == test_set.classes
     if cfg.knn_images == 0 or not has_labels:
-        return scores
-    bank = layer_features(encoder, train_set, cfg.knn_images, cfg, autocast)
-    tested = cfg.knn_images // 4 + 1
-    features, labels = layer_features(encoder, test_set, tested, cfg, autocast)
-    hits = (knn(*bank, features) == labels).float()  # (2L, images, label sets)
-    best = hits.mean(dim=1).amax(dim=0).tolist()
-    for name, accuracy in zip(train_set.label_names, best, strict=False):
-        scores[f"knn_{name}"] = round(accuracy, 4)
-    return scores
+        return {}
+    bank = mean_tokens(encoder, train_set, cfg.knn_images, cfg)
+    features, labels = mean_tokens(encoder, test_set, cfg.knn_images // 4 + 1, cfg)
+    hits = (knn(*bank, features) == labels).double().mean(dim=0)
+    names = [f"knn_{name}" for name in train_set.label_names]
+    return dict(zip(names, hits.round(decimals=4).tolist(), strict=False))
 
 
 # ---- Checkpoints ----
+
+
+def save_run(cfg, data, rows, model, optimizer, scaler):
+    """All that --resume needs. Random numbers follow from the step alone."""
+    state = {
+        "config": asdict(cfg),
+        "data": data[0].identity(),
+        "step": rows[-1]["step"],
+        "log": rows,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    save_checkpoint(Path(cfg.out, "ckpt.pt"), state)
 
 
 def save_checkpoint(path, state):
@@ -1841,8 +1705,8 @@ def save_checkpoint(path, state):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's, if the disk is full
         beside.unlink(missing_ok=True)
-        advice = "an earlier save is whole: make room, then --resume"
-        raise UserError(f"{path} was not written, {advice}") from error
+        message = f"{path} was not written, an earlier save is whole; then --resume"
+        raise UserError(message) from error
 
 
 def load_checkpoint(path):
@@ -1855,6 +1719,50 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file can raise anything
         message = f"{path}: no such file, or not a whole checkpoint of this program"
         raise UserError(message) from error
+
+
+# ---- Signals: how does a run end early? ----
+
+# Ctrl-C, the end of a cluster job, a closed terminal
+STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
+
+def catch_signals():
+    """-> list of the signals that will have come; a second Ctrl-C ends at once.
+
+    torchrun sends every signal twice, so there a second one means nothing.
+    """
+    signals = []
+
+    def remember(number, frame):
+        signals.append(number)
+        if WORLD_SIZE == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nsaves at the end of this step; Ctrl-C again: at once\n")
+
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, remember)
+    return signals
+
+
+def ignore_signals(worker):
+    """A signal reaches loading processes, too: the run still needs them to save."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def signal_of_any_rank(signals, step, cfg):
+    """-> its number, or 0. All ranks stop at one step, or they wait for each other."""
+    number = max(signals, default=0)
+    if WORLD_SIZE == 1:
+        return number
+    if step % 5 != 0:  # to ask is to make a GPU finish its work
+        return 0
+    number = torch.tensor(number, device=cfg.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 # ---- Plan: what does a run cost? ----
@@ -1890,40 +1798,45 @@ def flops_per_image(cfg):
 def plan(cfg):
     """Prints FLOPs, memory and hours of the run -> exit status."""
     count = IMAGENET
-    if not cfg.data or os.path.isdir(cfg.data):
+    with contextlib.suppress(FileNotFoundError):
         count = len(find_data(cfg)[0])
+    announce(cfg, count)
     images = number_of_steps(cfg, count) * cfg.batch_size
     flops = flops_per_image(cfg)
     model = SSL(cfg).to(cfg.device)
-    weights = 0
-    for p in model.parameters():
-        # a trained weight has a gradient and Adam's two averages
-        weights += 4 * p.numel() if p.requires_grad else p.numel()
-    hours = images * flops / H100_SPEED / 3600
-    say(
-        f"{cfg.objective} (λ = {cfg.lam:g}), ViT-{cfg.model}, {cfg.image_size} px, "
-        f"patch {cfg.patch_size}: {images:.4g} images of {flops / 1e9:.4g} GFLOP, "
-        f"{weights * 4 / 2**30:.2g} GiB of weights, their gradients and averages"
-    )
-    say(f"one H100, at 26 % of its bf16 peak of 989 TFLOP/s: {hours:.3g} h")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # training steps on this machine, of as many images as take a CPU some seconds
-    size = max(2, min(128, int(2e12 / flops)))
+    size = min(128, 2 + int(2e12 / flops))
     views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
     mask = draw_masks(size, cfg).to(cfg.device)
-    autocast, _ = mixed_precision(cfg)
     for _ in range(3):
         began = time.perf_counter()
-        with autocast():
+        with autocast(cfg):
             losses = model(*views, mask)
-        (losses["mim"] + losses["cl"]).backward()
-        losses["std"].item()  # waits for a GPU
-    rate = size / (time.perf_counter() - began)
-    hours = images / rate / 3600
-    say(f"here ({cfg.device}, {cfg.dtype}): {rate:.4g} images/s, {hours:.3g} h")
+        loss = losses["mim"] + losses["cl"]
+        loss.backward()
+        loss.item()  # waits for a GPU
+    seconds = (time.perf_counter() - began) / size
+    say(
+        f"{images:.4g} images of {flops / 1e9:.4g} GFLOP, "
+        f"{trained * 16 / 2**30:.2g} GiB of weights, gradients and Adam's averages\n"
+        f"one H100, at 26 % of its bf16 peak of 989 TFLOP/s: "
+        f"{images * flops / H100_SPEED / 3600:.3g} h\n"
+        f"here: {1 / seconds:.4g} images/s, {images * seconds / 3600:.3g} h"
+    )
     return 0
 
 
-# ---- What a run ends with ----
+# ---- What a run says, and what it ends with ----
+
+
+def say(*words):
+    """The first rank prints. Where nobody reads any more (| head), the run goes on."""
+    try:
+        if RANK == 0:
+            print(*words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def finish(cfg, model, rows, data):
@@ -1941,22 +1854,20 @@ def finish(cfg, model, rows, data):
 @torch.no_grad()
 def draw_reconstruction(cfg, model, source):
     """Rows of eight test images: as they are, masked, and with what is predicted."""
-    crops = CenterCrops(source, cfg.image_size)
-    pixels = np.stack([crops[i][0] for i in range(8)])
-    images = (torch.from_numpy(pixels) / 255 - MEAN) / STD
-    mask = draw_masks(8, cfg, torch.Generator().manual_seed(0))
-    model.to("cpu")
+    images, _ = next(image_batches(source, 8, cfg))
+    mask = draw_masks(len(images), cfg).to(cfg.device)
     tokens = model.encoder.forward(images, mask, mask_token=model.mask_token)
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
-    rows = []
-    for patches in (target, target * ~hidden, predicted):
-        x = unpatchify(patches, images.shape[2:], cfg.patch_size) * STD + MEAN
-        rows.append(torch.cat([*x], dim=2))  # (3, h, 8w)
+    patches = torch.cat([target, target * ~hidden, predicted])
+    # the patches at their places again (3·8, 3, h, w)
+    x = F.fold(patches.mT, images.shape[2:], cfg.patch_size, stride=cfg.patch_size)
+    x = x.cpu() * STD + MEAN
+    rows = [torch.cat([*row], dim=2) for row in x.chunk(3)]  # (3, h, 8w) each
     picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
     picture = Image.fromarray((255 * picture).byte().numpy())
-    enlarged = ImageOps.scale(picture, math.ceil(150 / cfg.image_size), resample=0)
+    enlarged = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
 

@@ -221,7 +221,6 @@ def test_both_losses_are_the_papers_spelt_out(words):
         image = F.fold(pixels.mT, (16, 16), 4, stride=4)
         hidden = mask.reshape(8, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2)
         mim = (image - x_mim).abs()[hidden[:, None].expand(-1, 3, -1, -1)].mean()
-        features = masked[:, 1:].mean(dim=1)
     if cfg.one_view:  # the masked view asks, the whole other one is the key
         features = query(masked)
         cl = 2 * ctr(features, key(x1))
@@ -231,7 +230,8 @@ def test_both_losses_are_the_papers_spelt_out(words):
     losses = model(x1, None if cfg.one_view else x2, x_mim, mask)
     torch.testing.assert_close(losses["mim"], mim, check_dtype=False)
     torch.testing.assert_close(losses["cl"], cl, check_dtype=False)
-    assert losses["std"] == sslvit.feature_std(features)
+    assert ("std" in losses) == (cfg.lam > 0)
+    assert cfg.lam == 0 or losses["std"] == sslvit.feature_std(features)
     ours = gradients_of(model, losses["mim"] + losses["cl"])
     theirs = gradients_of(model, mim + cl)
     assert ours.keys() == theirs.keys()
@@ -359,10 +359,14 @@ def test_colours_are_drawn_as_often_as_byol_says():
     cfg = config(hue_shift=0.1, blur=2.0)
     rng = np.random.default_rng(0)
     draws = np.stack([sslvit.draw_colours(rng, cfg) for _ in range(2000)])
-    order, factors, sigma, grey, solarised = np.split(draws, [4, 8, 9, 10], axis=2)
-    # of view 1, of view 2
-    shares = [order[:, :, :1] >= 0, grey, sigma > 0, solarised]
-    shares = np.concatenate(shares, axis=2).mean(axis=0).T
+    order, others, factors, sigma, _ = np.split(draws, [4, 7, 11, 12], axis=2)
+    # of view 1, of view 2; blur is operation 4, grey 5, solarise 6
+    shares = np.concatenate([order[:, :, :1], others], axis=2) >= 0
+    shares = shares.mean(axis=0).T
+    assert {tuple(row) for row in others.max(axis=0).tolist()} <= {
+        (5, 4, 6),
+        (5, 4, -1),
+    }
     hand = np.array([[0.8, 0.8], [0.2, 0.2], [1.0, 0.1], [0.0, 0.2]])
     assert shares == pytest.approx(hand, abs=0.04)
     # each view has its own order, all 24 and none
@@ -382,17 +386,17 @@ def test_each_image_gets_the_colours_that_were_drawn_for_it():
     x = torch.rand(6, 3, 9, 7)
     factors = [1.4, 0.6, 1.2, 0.3]
     orders = {4: [0, 1, 2, 3], 5: [3, 2, 1, 0]}
-    # order, factors, blur, grey, solarise; nothing happens
-    draws = torch.tensor([[-1.0, -1, -1, -1, 1, 1, 1, 0, 0, 0, 0]] * 6)
-    draws[0, 10] = draws[2, 9] = 1
-    draws[3, 8] = 1.5
+    # order of operations, of which nothing happens; their parameters
+    draws = torch.tensor([[-1.0] * 7 + factors + [1.5, 0, 0.5]] * 6)
+    for i, number in ((0, 6), (2, 5), (3, 4)):
+        draws[i, 4] = number
     expected = x.clone()
     expected[0] = torch.where(x[0] >= 0.5, 1 - x[0], x[0])
     expected[2] = sslvit.greyscale(x)[2]
     expected[3:4] = sslvit.gaussian_blur(x[3:4], column([1.5]))
     names = ("brightness", "contrast", "saturation", "hue")
     for i, order in orders.items():
-        draws[i, :8] = torch.tensor(order + factors)
+        draws[i, :4] = torch.tensor(order)
         for n in order:
             adjust = getattr(sslvit, f"adjust_{names[n]}")
             expected[i : i + 1] = adjust(expected[i : i + 1], torch.tensor(factors[n]))
@@ -411,6 +415,10 @@ def test_colour_operations_by_hand():
     blurred = sslvit.gaussian_blur(dot, column([1.5, 2.0]))[0, 0]
     for point in (blurred[10, 13], blurred[13, 10]):
         assert point / blurred[10, 10] == pytest.approx(math.exp(-2), rel=1e-4)
+    # --blur 0 draws a σ that changes nothing
+    sigma = sslvit.draw_colours(np.random.default_rng(0), config(blur=0.0))[:, 11]
+    same = sslvit.gaussian_blur(dot, column(sigma.tolist()))
+    torch.testing.assert_close(same, dot)
     # and it ends behind 4σ
     assert blurred[10, 17] > 0 == blurred[10, 18]
 
@@ -432,7 +440,7 @@ def test_colour_operations_match_torchvision():
         torch.testing.assert_close(ours(x, column(values)), expected, atol=1e-3, rtol=0)
     grey = tv.rgb_to_grayscale(x)
     torch.testing.assert_close(sslvit.greyscale(x), grey, atol=1e-3, rtol=0)
-    torch.testing.assert_close(sslvit.solarise(x), tv.solarize(x, 0.5))
+    torch.testing.assert_close(sslvit.solarise(x, 0.5), tv.solarize(x, 0.5))
 
 
 def views_in_float64(batch, cfg, augment=sslvit.augment):
@@ -529,6 +537,7 @@ def as_rank(rank, folder, jobs):
     """Runs `jobs` as one of two processes; leaves their statuses and what is said."""
     torch.set_num_threads(1)
     sslvit.SIZES["micro"] = TINY
+    sslvit.RANK, sslvit.WORLD_SIZE = int(rank), 2
     patch = pytest.MonkeyPatch()
     float64(patch)
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -589,27 +598,28 @@ def test_the_log_tells_speed_and_time_left(tmp_path, monkeypatch):
     rows = log_of(tmp_path)[1:]
     assert [row["step"] for row in rows] == [3, 12, 24, 36]
     assert [row["images/s"] for row in rows] == [2] * 4
-    assert [row["minutes left"] for row in rows] == [2.2, 1.6, 0.8, 0]
+    assert [row["minutes left"] for row in rows] == pytest.approx([2.2, 1.6, 0.8, 0])
 
 
-def test_batches_cover_each_epoch_and_do_not_depend_on_ranks_or_start():
+def test_batches_cover_each_epoch_and_do_not_depend_on_ranks_or_start(monkeypatch):
     # 20 images in batches of 8
     for epochs, steps in ((1.5, 4), (0.01, 1), (0, 1500)):
         assert sslvit.number_of_steps(config(epochs=epochs), 20) == steps
 
-    def keys(start, accum=1, *rank_and_ranks):
-        cfg = config(batch_size=8, accum=accum)
-        return [*sslvit.batch_keys(cfg, 20, range(start, 5), *rank_and_ranks)]
+    def keys(start, rank=0, ranks=1):
+        monkeypatch.setattr(sslvit, "RANK", rank)
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", ranks)
+        return [*sslvit.image_keys(config(batch_size=8), 20, range(start, 5))]
 
-    stream = sum(keys(0, 1, 0, 1), [])
+    stream = keys(0)
     assert sorted(stream) == [(epoch, index) for epoch in (0, 1) for index in range(20)]
     order = [index for _, index in stream]
     assert order[:20] not in (order[20:], sorted(order[:20]))
-    assert sum(keys(3, 1, 0, 1), []) == stream[24:]
-    # two ranks with two micro-batches each: the same eight images in each step
-    one, other = keys(0, 2, 0, 2), keys(0, 2, 1, 2)
-    steps = [one[i : i + 2] + other[i : i + 2] for i in range(0, 10, 2)]
-    assert sum(sum(steps, []), []) == stream
+    assert keys(3) == stream[24:]
+    # two ranks: the same eight images in each step
+    one, other = keys(0, 0, 2), keys(0, 1, 2)
+    steps = [one[i : i + 4] + other[i : i + 4] for i in range(0, 20, 4)]
+    assert sum(steps, []) == stream
 
 
 @pytest.mark.parametrize("words", [*METHODS, "--positions relative --decoder-depth 1"])
@@ -621,7 +631,7 @@ def test_nothing_is_left_on_the_cpu(monkeypatch, words):
     model = SSL(cfg).to("meta")
     views = sslvit.augment(loaded(cfg), cfg)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    in_parts = sslvit.backward_in_parts(model, [views] * 2, cfg, nullcontext, scaler)
+    in_parts = sslvit.backward_in_parts(model, [views] * 2, cfg, scaler)
     for tensor in (*views, *in_parts.values(), *model(*views).values()):
         assert tensor is None or tensor.device.type == "meta"
     adamw = torch.optim.AdamW  # of which the fused one has no "meta"
@@ -638,7 +648,7 @@ def test_each_rank_takes_its_gpu_before_it_touches_one(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: taken.append(device))
-    sslvit.settle(config(device=device), 1)
+    sslvit.settle(config(device=device))
     assert taken == ["cuda:3", "cuda:3"]
 
 
@@ -812,11 +822,11 @@ def test_a_damaged_or_foreign_checkpoint_is_not_resumed(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "trouble,status,said",
-    [("disk", 2, "not written, an earlier save is whole"), ("memory", 2, "--accum")]
-    + [("worker", 2, ""), ("number", 1, "not finite")],
+    "trouble,said",
+    [("disk", "not written, an earlier save is whole"), ("memory", "out of memory")]
+    + [("worker", ""), ("number", "not finite")],
 )
-def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, status, said):
+def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, said):
     """And leaves the last save as it is."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -827,7 +837,7 @@ def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, status, said
         if trouble == "disk":  # a file can have 10 kB; Python ignores SIGXFSZ
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         elif trouble == "memory":
-            monkeypatch.setattr(SSL, "forward", full)
+            monkeypatch.setattr(SSL, "reconstruct", full)
         elif trouble == "worker":
             multiprocessing.active_children()[0].kill()
         else:
@@ -839,7 +849,7 @@ def test_trouble_is_one_line(tmp_path, monkeypatch, capfd, trouble, status, said
         f"--steps 9 --save-every 2 --log-every 99 --knn-images 0 --workers {workers}"
     )
     try:
-        assert said in refusal(words, tmp_path, capfd, status)
+        assert said in refusal(words, tmp_path, capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint_of(tmp_path)["step"] == 2
@@ -868,7 +878,8 @@ def test_the_loss_falls_and_everything_is_written(tmp_path, capfd, objective, la
         picture = np.asarray(Image.open(tmp_path / "masked.png"))[5::10, 5::10]
         whole, masked, filled = picture.reshape(3, 16, 8 * 16, 3)
         images = Stimuli(5000, 16, 0, "test")
-        expected = np.concatenate([images[i][0] for i in range(8)], axis=1)
+        spread = [0, 714, 1428, 2142, 2856, 3570, 4284, 4999]
+        expected = np.concatenate([images[i][0] for i in spread], axis=1)
         assert abs(whole.astype(int) - expected).max() <= 1
         is_hidden = (masked == (123, 116, 103)).all(axis=-1)
         assert is_hidden.sum() == 8 * 10 * 16
@@ -899,14 +910,14 @@ BAD_INPUT = """
     --model gigantic ; --preset mega ; --data /no/such/folder ; --data FILE
     --data EMPTY ; --data TEXT ; --data BROKEN ; --data BROKEN --workers 1
     --data ONLY ; --resume ; --device cuda:99 ; --dtype int8 ; --out FILE/run
-    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; --keep -1 ; WORLD_SIZE=2
+    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; WORLD_SIZE=2
 """.strip().replace("\n", ";")
 
 
 @pytest.mark.parametrize("bad", [words.strip() for words in BAD_INPUT.split(";")])
 def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd, monkeypatch):
     if bad == "WORLD_SIZE=2":  # but no torchrun
-        monkeypatch.setenv(*bad.split("="))
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", 2)
         bad = ""
     (tmp_path / "file").write_text("x")
     for file in ("empty/.a/1.png", "text/a.txt", "broken/1.png", "broken/2.png"):
@@ -927,9 +938,9 @@ def test_help_tells_every_flag_on_a_console_without_lambda(tmp_path, monkeypatch
     console.flush()
     out = console.buffer.getvalue().decode("cp1252")
     assert "(? = 0.2)" in out
-    for name, value in vars(Config()).items():
+    for name in vars(Config()):
         assert f"  --{name.replace('_', '-')}" in out
-        assert f"  {name}: {type(value).__name__} = " in out
+        assert re.search(f"  {name}: [a-z]+ = ", out)
 
 
 def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
@@ -950,7 +961,7 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
 # Equal work: 64 · 1500 · 11 encoder passes, 128 · 1032 · 8, 64 · 5500 · 3.
 SETTINGS = """
     --preset small32 --steps 7 --blur 1 : steps=7 epochs=0 blur=1 hue_shift=.1
-    --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-lam0.4-seed3
+    --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-seed3
     : lam=.2 batch_size=64 steps=1500 out=runs/micro-hybrid
     --objective moco : lam=1 batch_size=128 steps=1032
     --objective simmim : lam=0 batch_size=64 steps=5500
@@ -971,10 +982,11 @@ def test_settings_of_a_command_line(line):
         assert getattr(cfg, name) == type(getattr(cfg, name))(value), setting
 
 
-def test_micro_batches_have_at_most_128_images_and_divide():
+def test_micro_batches_have_at_most_128_images_and_divide(monkeypatch):
     for batch, ranks, parts in ((64, 1, 1), (129, 1, 3), (256, 1, 2), (4096, 8, 4)):
         cfg = config(batch_size=batch, accum=0)
-        sslvit.settle(cfg, ranks)
+        monkeypatch.setattr(sslvit, "WORLD_SIZE", ranks)
+        sslvit.settle(cfg)
         assert cfg.accum == parts
 
 
@@ -996,7 +1008,7 @@ def test_stimuli_are_a_function_of_seed_split_and_index():
     assert ((table - expected) ** 2 / expected).sum() < 85
 
 
-def test_a_crop_is_the_same_as_pillows(tmp_path):
+def test_a_crop_is_the_same_as_pillows(tmp_path, monkeypatch):
     """Also of a large JPEG, which is decoded at 1/8: 480 px become 32."""
     y, x = np.mgrid[:800, :1200]
     waves = np.sin(np.stack([x / 50, y / 70, (x + y) / 90], axis=-1))
@@ -1005,16 +1017,16 @@ def test_a_crop_is_the_same_as_pillows(tmp_path):
     file = Image.open(tmp_path / "large.jpg")
     box = (160, 80, 800, 560)
     pillows = np.asarray(photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR))
+    monkeypatch.setattr(sslvit, "crop_box", lambda *_: box)
     for image in (photo, file):
-        ours = sslvit.cut(image, [box], 32)[0].transpose(1, 2, 0)
+        ours = sslvit.random_crops(image, 32, [1], None)[0].transpose(1, 2, 0)
         assert abs(ours.astype(float) - pillows).max() < 4
     assert file.size == (150, 100)
-    # rounded to whole pixels, of which one is kept
+    # rounded to whole pixels
     pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    boxes = [(2.4, 0.4, 6.4, 4.4), (7.6, 5.6, 7.9, 5.9)]
-    whole, corner = sslvit.cut(Image.fromarray(pixels), boxes, 4)[:, 0]
+    monkeypatch.setattr(sslvit, "crop_box", lambda *_: (2.4, 0.4, 6.4, 4.4))
+    [whole] = sslvit.random_crops(Image.fromarray(pixels), 4, [1], None)[:, 0]
     assert (whole == pixels[0:4, 2:6]).all()
-    assert (corner == pixels[5, 7]).all()
 
 
 RAMP = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
@@ -1050,7 +1062,8 @@ def test_an_image_is_what_its_file_shows(tmp_path, kind):
     # (uncompressed TIFFs that are turned Pillow 13 itself reads wrongly)
     how = {"quality": 95} if ".jpg" in kind else {"compression": "tiff_lzw"}
     image.save(tmp_path / kind, exif=exif, **how)
-    out = sslvit.center_crop(Image.open(tmp_path / kind), 16).astype(int)
+    image, _ = sslvit.ImageFolder(tmp_path).load(0)
+    out = sslvit.center_crop(image, 16).astype(int)
     assert abs(out - RAMP).max() <= (12 if ".jpg" in kind else 2)
 
 
@@ -1093,7 +1106,7 @@ def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd
     assert [labels for _, labels in images] == [[0], [0], [0], [1], [1]]
     (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
     words = f"--data {tmp_path}/data --steps 1"
-    assert "twice" in refusal(words, tmp_path / "run", capfd)
+    assert "that holds it" in refusal(words, tmp_path / "run", capfd)
     # without a right to list a folder, which a test as root always has
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda p: scandir(p.replace("/dog", "/no/dog")))
@@ -1153,28 +1166,22 @@ def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
     for reason in (
         "2 x file .heic",
         "1 x file .txt",
-        " x file in hidden folders or am",
+        "3 x hidden, or named mask",
     ):
         assert reason in out
 
 
 def test_knn_by_hand():
-    # 10 times louder: not what the labels follow
-    bank = torch.tensor([[10.0, 1], [-10, 1], [10, -1], [-10, -1]])
-    labels = torch.tensor([[1, 0], [1, 2], [0, 3], [0, 4]])
-    # second nearest of the first: whitened the second row, raw the third
-    queries = torch.tensor([[9.0, 1], [-9, -1]])
-    assert sslvit.knn(bank, labels[:, :1], queries, k=2).tolist() == [[1], [0]]
-    assert sslvit.knn(bank, labels, queries, k=1).tolist() == [[1, 0], [0, 4]]
-    # the nearest of four says 5, the majority of three 2
-    corners = torch.tensor([[1.0, 0.1], [1.0, 0.3], [1.0, -0.2], [-3.0, -0.2]])
-    says = torch.tensor([[5], [2], [2], [5]])
-    for k, label in ((1, 5), (3, 2)):
-        assert sslvit.knn(corners, says, torch.tensor([[1.0, 0.11]]), k) == label
-    # more than are compared at once, of two layers: each image is its own neighbour
-    many = torch.randn(2, 600, 8)
+    # the nearest of four says 5, the majority of three 2; lengths do not count
+    corners = torch.tensor([[1.0, 0.1], [5.0, 1.5], [1.0, -0.2], [-3.0, -0.2]])
+    says = torch.tensor([[5, 0], [2, 1], [2, 1], [5, 0]])
+    for k, labels in ((1, [5, 0]), (3, [2, 1])):
+        query = torch.tensor([[0.1, 0.011]])
+        assert sslvit.knn(corners, says, query, k).tolist() == [labels]
+    # more than are compared at once: each image is its own neighbour
+    many = torch.randn(600, 8)
     names = torch.arange(600)[:, None]
-    assert torch.equal(sslvit.knn(many, names, many, k=1), torch.stack([names, names]))
+    assert torch.equal(sslvit.knn(many, names, many, k=1), names)
 
 
 def test_test_images_look_for_training_images():
@@ -1187,7 +1194,7 @@ def test_test_images_look_for_training_images():
 
     def score(train, test):
         cfg = config(knn_images=40)
-        return sslvit.knn_scores(encoder, (train, test), cfg, nullcontext)
+        return sslvit.knn_scores(encoder, (train, test), cfg)
 
     # 40 of 80 are spread over both classes
     train = plain((40, 0, 0), (40, 200, 1))
@@ -1215,7 +1222,7 @@ def test_flops_are_those_that_torch_counts(words):
 def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
     """300 epochs of 1,281,167 images are 3.84e8. Each costs (3 · 34.9 + 8 · 32.5) GFLOP
     = 364, in all 1.4e20: 151 h at 0.26 · 989e12 a second. 110 million weights are
-    trained, 107 averaged: 16 and 4 bytes. Here 5 images, of 2 TFLOP, take 1 s."""
+    trained, of 16 bytes. Here 7 images take 1 s."""
     steps = []
 
     def forward(self, *views):
@@ -1227,10 +1234,10 @@ def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(SSL, "forward", forward)
     out = f"--device cpu --dry-run --out {tmp_path}/none".split()
     assert sslvit.main(["--data", "/imagenet", *out]) == 0
-    first, gpu, here = capfd.readouterr().out.splitlines()
-    assert "3.843e+08 images of 364.3 GFLOP, 2 GiB" in first
+    _, first, gpu, here = capfd.readouterr().out.splitlines()
+    assert "3.843e+08 images of 364.3 GFLOP, 1.6 GiB" in first
     assert gpu.endswith(": 151 h")
-    assert "5 images/s, 2.14e+04 h" in here
+    assert "7 images/s, 1.53e+04 h" in here
     assert sslvit.main([*QUICK, "--steps", "9", *out]) == 0
     assert "72 images" in capfd.readouterr().out
     assert not (tmp_path / "none").exists()
