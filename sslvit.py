@@ -777,9 +777,16 @@ def train(cfg, state, log):
         # batch: this rank's share, in micro-batches
         views = [augment(next(batches), cfg) for _ in range(cfg.accum)]
 
-        # losses, backward: of all micro-batches and ranks together
-        losses = backward_in_parts(model, views, cfg, scaler)
+        # losses, backward: of the whole batch, or the same from many parts
+        is_whole = WORLD_SIZE * cfg.accum == 1
+        if is_whole:
+            with autocast(cfg):
+                losses = model(*views[0])
+        else:
+            losses = backward_in_parts(model, views, cfg, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
+        if is_whole:
+            scaler.scale(loss).backward()
 
         # step, average
         scaler.unscale_(optimizer)
