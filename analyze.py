@@ -21,6 +21,7 @@ import argparse
 import base64
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from html import escape
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Part(NamedTuple):
     """One sentence of a claim that can be tested: read(more) - read(less) > 0."""
 
     text: str
-    more: str  # a role: "CL", "MIM", "hybrid", "MIM with decoder", "largest CL" ...
+    more: str  # a role: "CL", "MIM", HYBRID, "MIM with decoder", "largest CL" ...
     less: str  # another role, or "" for 'above 0'
     # {key: value} of one network -> a number, or one for each label set
     read: Callable
@@ -89,6 +90,7 @@ class Figure:
 
 
 FIGURES = {}
+HYBRID = "hybrid, λ = 0.2"  # which the paper analyses
 
 
 # Early is the first third of the layers, late the last, both rounded up.
@@ -145,12 +147,12 @@ LINES = ("-", "--", "-.", ":")
 
 def style_of(network, turn=0):
     """Colour for λ, dashes for hybrids; each further size or name has other dashes."""
-    lam = network.facts["lam"]
-    if lam is None:
-        colour = "#8C8C8C" if network.role == "untrained" else "#333333"
-    else:
-        colour = LAMBDAS(float(lam))
-        turn += (0 < lam < 1) + network.facts["one_view"]
+    colour = "#8C8C8C"
+    if network.lam is not None:
+        colour = LAMBDAS(float(network.lam))
+        turn += (0 < network.lam < 1) + network.one_view
+    elif network.path:  # trained, nobody knows how
+        colour = "#333333"
     return {"color": colour, "ls": LINES[turn % 4]}
 
 
@@ -161,15 +163,14 @@ def canvas(columns, rows=1, height=4.6, **axis):
 
 
 def readings(networks, read):
-    """-> for each name (its first network, what is read of its seeds (seeds, ...))."""
-    names = {}
-    for network in longest(networks):
+    """-> for each name: its first network, what is read of its seeds (seeds, ...)."""
+    pairs = []
+    for seeds in by_name(longest(networks)):
         with contextlib.suppress(KeyError):
-            number = read(network.row(0))
-            _, numbers = names.setdefault(network.name, (network, []))
-            numbers.append(number)
-    require(names, "needs values that no network has")
-    return [(network, np.stack(numbers)) for network, numbers in names.values()]
+            numbers = [read(network.row(0)) for network in seeds]
+            pairs.append((seeds[0], np.stack(numbers)))
+    require(pairs, "needs values that no network has")
+    return pairs
 
 
 def curves(axis, networks, read, label, x="layer", end=None):
@@ -183,7 +184,7 @@ def curves(axis, networks, read, label, x="layer", end=None):
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.role])
         turns[network.role] += 1
-        depth = end or network.facts["depth"]
+        depth = end or network.depth
         start = max(0, depth + 1 - y.shape[1])
         places = np.linspace(start, depth, y.shape[1])
         if y.ndim == 3:
@@ -199,16 +200,16 @@ def curves(axis, networks, read, label, x="layer", end=None):
 def points(axis, networks, read, fact=""):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    Each name has a column, or the place of a fact of its network.
+    Each name has a column, or the place that a fact of its network says.
     """
     places, means = [], []
     for x, (network, y) in enumerate(readings(networks, read)):
-        name = network.name
+        label = network.name
         if fact:
-            x, name = network.facts[fact], ""
+            x, label = getattr(network, fact), ""
         style = {"color": style_of(network)["color"], "mfc": "none"}
         axis.plot([x] * len(y), y, "o", ms=9, **style)
-        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=name, **style)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=label, **style)
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)
@@ -233,15 +234,16 @@ def label_axes(networks, keys, axes):
 
     An axis is labelled after the caller has drawn on it.
     """
-    labels = networks[0].facts["label_names"]
-    pairs = [(key, place) for key in keys for place in range(len(labels))]
-    for axis, (key, place) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, of_label(key, place)
-        say_range(axis, f"{key}, {labels[place]}")
+    axes = iter(np.ravel(axes))
+    for key in keys:
+        for place, label in enumerate(networks[0].label_names):
+            axis = next(axes)
+            yield axis, of_label(key, place)
+            say_range(axis, f"{key}, {label}")
 
 
 def label_count(networks):
-    return len(networks[0].facts["label_names"])
+    return len(networks[0].label_names)
 
 
 def reference(axis, y, text):
@@ -372,9 +374,9 @@ def measure_distance(layer):
 def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
     curves(axis, networks, itemgetter("distance"), label)
-    facts = networks[0].facts
-    patches = grid_points(facts["image_size"] // facts["patch_size"], torch.ones(1))
-    far = torch.cdist(patches, patches).mean().item() * facts["patch_size"]
+    first = networks[0]
+    patches = grid_points(first.image_size // first.patch_size, torch.ones(1))
+    far = torch.cdist(patches, patches).mean().item() * first.patch_size
     reference(axis, far, "uniform attention")
 
 
@@ -1011,18 +1013,18 @@ def scaling_parts(setting):
 
 def against(axis, networks, fact, read, label, **style):
     """An accuracy against a fact of the networks: seeds as points, a line of means."""
-    networks = sorted(networks, key=lambda network: network.facts[fact])
+    networks = sorted(networks, key=lambda network: getattr(network, fact))
     means = points(axis, networks, read, fact)
     axis.plot(*means, label=label, lw=2, zorder=0, **style)
 
 
 def draw_scaling(networks):
     """A line for each role and number of training images."""
-    sizes = {network.facts["embed_dim"] for network in networks}
+    sizes = {network.embed_dim for network in networks}
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in networks:
-        name = f"{network.role}, {network.facts['images']:,} images"
+        name = f"{network.role}, {network.images:,} images"
         lines[name].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read in label_axes(networks, ["fine-tuned"], axes):
@@ -1419,27 +1421,27 @@ def nmi_end(values):
 def hybrid_parts(setting):
     probe, tuned = of(np.mean, "linear probe"), of(np.mean, "fine-tuned")
     return (
-        Part("linear probe", "hybrid", "CL", probe, setting),
-        Part("linear probe", "hybrid", "MIM", probe, setting),
-        Part("fine-tune accuracy", "hybrid", "CL", tuned, setting),
-        Part("fine-tune accuracy", "hybrid", "MIM", tuned, setting),
-        Part("NMI of hybrid, middle - last", "hybrid", "", nmi_end, setting),
-        Part("Δ at π, early", "hybrid", "CL", early_high, setting),
-        Part("Δ at π, late", "MIM", "hybrid", late_high, setting),
+        Part("linear probe", HYBRID, "CL", probe, setting),
+        Part("linear probe", HYBRID, "MIM", probe, setting),
+        Part("fine-tune accuracy", HYBRID, "CL", tuned, setting),
+        Part("fine-tune accuracy", HYBRID, "MIM", tuned, setting),
+        Part("NMI of hybrid, middle - last", HYBRID, "", nmi_end, setting),
+        Part("Δ at π, early", HYBRID, "CL", early_high, setting),
+        Part("Δ at π, late", "MIM", HYBRID, late_high, setting),
     )
 
 
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
-    hybrids = [network for network in networks if network.role == "hybrid"]
+    hybrids = [network for network in networks if network.role == HYBRID]
     require(hybrids, "needs a hybrid of λ = 0.2")
     first = hybrids[0]
-    alike = [n for n in networks if n.shape == first.shape and not n.facts["one_view"]]
+    alike = [n for n in networks if n.shape == first.shape and not n.one_view]
     fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
     keys = ("linear probe", "fine-tuned")
     for axis, read in label_axes(networks, keys, axes[:-1]):
         for fact, dashes in (("work", ":"), ("images", "-")):
-            swept = [n for n in alike if near(n.facts[fact], first.facts[fact])]
+            swept = [n for n in alike if near(getattr(n, fact), getattr(first, fact))]
             against(axis, swept, "lam", read, f"equal {fact}", color="black", ls=dashes)
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     plot_nmi(axes[-1, 0], networks)
@@ -1491,17 +1493,17 @@ class Images:
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        pair = sslvit.CenterCrops(self.source, self.size)[index]
-        pixels, labels = map(torch.from_numpy, pair)
+        crop = partial(sslvit.center_crop, size=self.size)
+        if self.training and not self.masks:
+            crop = partial(random_crop, size=self.size)
+        pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
             _, shape, _, inside = self.source[index]
-            labels = torch.from_numpy(inside) * (1 + shape)
-        elif self.training:
-            pixels = random_square(pixels)
+            labels = inside * (1 + shape)
         if self.training and torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
+            pixels = pixels[..., ::-1].copy()
             if self.masks:
-                labels = labels.flip(-1)
+                labels = labels[..., ::-1].copy()
         return pixels, labels
 
     def batches(self, size):
@@ -1516,13 +1518,16 @@ class Images:
         )
 
 
-def random_square(pixels):
-    """A square of SMALLEST_CROP to all of the area, as large as the whole."""
-    size = pixels.shape[-1]
-    side = round(size * torch.empty(()).uniform_(SMALLEST_CROP, 1).item() ** 0.5)
-    top, left = torch.randint(size - side + 1, (2,)).tolist()
-    square = pixels[None, :, top : top + side, left : left + side]
-    return F.interpolate(square, size, mode="bilinear", antialias=True)[0]
+def sample(source, count, size, workers):
+    """`count` random Images (None: all), the same for every network."""
+    order = np.random.default_rng(0).permutation(len(source))[:count]
+    return Images(source, order.tolist(), size, workers)
+
+
+def random_crop(image, size):
+    """SMALLEST_CROP to all of the area -> uint8 (3, size, size)."""
+    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
+    return sslvit.random_crops(image, size, [SMALLEST_CROP], rng)[0]
 
 
 def normalise(pixels, vit):
@@ -1562,20 +1567,24 @@ def measure_batch(vit, x, measures, token_measures):
         states += [record.mid, record.out]
         above = added
     values = {"output": pooled_and_cls(tokens)}
-    for measure in measures:
-        values |= attempt(stack, measure, layers)
-    for measure in token_measures:
-        values |= attempt(stack, measure, states)
+    for functions, items in ((measures, layers), (token_measures, states)):
+        for measure in functions:
+            values |= attempt(stack, measure, items)
     return values
 
 
 def stack(measure, items):
     """measure() of every layer or state -> {key: (B, layers, ...)}."""
+    return join(map(measure, items), partial(torch.stack, dim=1))
+
+
+def join(rows, how):
+    """Several {key: value} -> {key: how([value, ...])}."""
     values = defaultdict(list)
-    for item in items:
-        for key, value in measure(item).items():
+    for row in rows:
+        for key, value in row.items():
             values[key].append(value)
-    return {key: torch.stack(value, dim=1) for key, value in values.items()}
+    return {key: how(parts) for key, parts in values.items()}
 
 
 def attempt(function, *arguments):
@@ -1593,26 +1602,27 @@ say_once = cache(print)
 @torch.no_grad()
 def one_pass(vit, images, measures=(), token_measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
-    # at most 200 MB of attention weights
-    weights = len(vit.blocks) * vit.facts["num_heads"] * (1 + vit.grid**2) ** 2
-    rows = defaultdict(list)
-    for pixels, labels in images.batches(max(1, min(BATCH, 5 * 10**7 // weights))):
+    rows = []
+    # attention weights grow with the square of the number of patches
+    for pixels, labels in images.batches(max(1, min(BATCH, 2048 // vit.grid**2))):
         x = normalise(pixels, vit)
-        values = measure_batch(vit, x, measures, token_measures)
-        for key, value in (values | {"labels": labels}).items():
-            rows[key].append(value.cpu().numpy())
-    return {key: np.concatenate(parts) for key, parts in rows.items()}
+        values = measure_batch(vit, x, measures, token_measures) | {"labels": labels}
+        rows.append({key: value.cpu().numpy() for key, value in values.items()})
+    return join(rows, np.concatenate)
 
 
 @cache
 def find_data(data, size):
     """-> training set, test set, number of classes to learn; 0: there are no labels."""
     train, test = sslvit.find_data(Config(data=data, image_size=size))
+    classes = 0
     if test is None or min(len(train), len(test)) < GROUPS:
-        test, classes = train, ()
-    else:
-        classes = train.classes if train.classes == test.classes else ()
-    return train, test, len(classes[0]) if classes else 0
+        test = train
+    elif train.classes == test.classes != ():
+        classes = len(train.classes[0])
+    if classes == 0:
+        print("no accuracies: they need classes, the same in train and val")
+    return train, test, classes
 
 
 class Study:
@@ -1621,20 +1631,14 @@ class Study:
     def __init__(self, vit, options, choices):
         self.vit, self.options, self.device = vit, options, options.device
         self.choices = choices  # of learning rates, shared by the seeds of a network
-        size = vit.facts["image_size"]
+        size = vit.grid * vit.patch_size
         train, test, self.classes = find_data(options.data, size)
         self.on_stimuli = isinstance(test, Stimuli)
         self.label_names = test.label_names
-        rng = np.random.default_rng(0)
-        order = rng.permutation(len(test))[: options.images].tolist()
-        self.test = Images(test, order, size, options.workers)
-        order = rng.permutation(len(train))[: options.labels].tolist()
-        self.train = Images(train, order, size, options.workers)
+        self.test = sample(test, options.images, size, options.workers)
+        self.train = sample(train, options.labels, size, options.workers)
         few = f"{len(self.test)} test images: at least {GROUPS} are needed"
         require(len(self.test) >= GROUPS, few)
-        # what analyses must share to be joined
-        sizes = len(self.test), len(self.train), options.epochs
-        self.data = [test.identity().replace(f"of {size} px", ""), *sizes]
 
     @torch.no_grad()
     def output(self, pixels):
@@ -1659,11 +1663,11 @@ class Study:
 
     @torch.no_grad()
     def pictures(self, figures):
-        """Three images, at most 64 px wide, and what the figures show of them."""
+        """Three images, 64 px wide, and what the figures show of them."""
         images = replace(self.test.part(0, 3), masks=self.on_stimuli)
         [(pixels, labels)] = images.batches(3)
-        small = F.adaptive_avg_pool2d(pixels.float(), min(64, images.size))
-        pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
+        small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
+        pictures = {"photographs": small}
         if self.on_stimuli:
             pictures["objects"] = (labels > 0).byte()
         x = normalise(pixels, self.vit)
@@ -1689,16 +1693,16 @@ COUNTS = {1: "one network", 2: "two networks"}
 
 def leave_out(rows, whole=()):
     """{key: (n, ...)} -> {key: (21, ...)}: means over images, and what `whole` adds."""
-    values = defaultdict(list)
+    results = []
     for group in range(-1, GROUPS):  # -1 leaves none out
         subset = {}
         for key, x in rows.items():
             subset[key] = x[np.arange(len(x)) % GROUPS != group]
-            values[key].append(subset[key].mean(axis=0, dtype=float))
+        values = {key: x.mean(axis=0, dtype=float) for key, x in subset.items()}
         for summarise in whole:
-            for key, value in attempt(summarise, subset).items():
-                values[key].append(value)
-    return {key: np.stack(value) for key, value in values.items()}
+            values |= attempt(summarise, subset)
+        results.append(values)
+    return join(results, np.stack)
 
 
 def t_quantile(freedom):
@@ -1711,12 +1715,13 @@ def t_quantile(freedom):
 
 def welch(more, less):
     """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
-    a = more.var(ddof=1) / len(more)
-    b = less.var(ddof=1) / len(less)
-    if a + b == 0:
+    variances = [x.var(ddof=1) / len(x) for x in (more, less)]
+    total = sum(variances)
+    if total == 0:
         return 0.0
-    freedom = (a + b) ** 2 / (a**2 / (len(more) - 1) + b**2 / (len(less) - 1))
-    return t_quantile(freedom) * math.sqrt(a + b)
+    a, b = variances
+    freedom = total**2 / (a**2 / (len(more) - 1) + b**2 / (len(less) - 1))
+    return t_quantile(freedom) * math.sqrt(total)
 
 
 def interval(more, less):
@@ -1734,29 +1739,30 @@ def interval(more, less):
     return difference[0], math.hypot(images, networks)
 
 
-def near(a, b):
-    """Equal within 2 %, and not 0."""
-    return 0 < max(a, b) <= 1.02 * min(a, b)
+def by_name(networks):
+    """-> lists of the networks of one name, which are its seeds."""
+    names = defaultdict(list)
+    for network in networks:
+        names[network.name].append(network)
+    return list(names.values())
 
 
 def groups_of(networks):
-    """-> {role: [seeds of a network, of a longer run, ...]}, of the size that has most
-    roles; "smallest CL" ... of others; all of a size have one shape."""
-    runs = defaultdict(list)
-    for network in networks:
-        images, name = network.facts["images"], network.name
-        runs[network.shape, network.role, images, name].append(network)
-    sizes = {}
-    for key in sorted(runs):
-        shape, role, *_ = key
-        roles = sizes.setdefault(shape, {})
-        roles.setdefault(role, []).append(runs[key])
-    groups = dict(max(sizes.values(), key=len, default={}))
+    """-> {role: [its seeds, those of a longer training, ...]}, of one size.
+
+    That is the size that has most roles. "smallest CL" ... are of other sizes, "MIM as
+    deep" of the depth that encoder and decoder have together.
+    """
+    sizes = defaultdict(lambda: defaultdict(list))
+    ranked = sorted(networks, key=attrgetter("shape", "images"))
+    for seeds in by_name(ranked):
+        sizes[seeds[0].shape][seeds[0].role].append(seeds)
+    groups = dict(max(sizes.values(), key=len))
     if DECODED in groups:
         first = groups[DECODED][0][0]
         *shape, depth = first.shape
-        deeper = sizes.get((*shape, depth + first.facts["decoder_depth"]), {})
-        groups |= {f"{role} as deep": names for role, names in deeper.items()}
+        deeper = sizes[*shape, depth + first.decoder_depth]
+        groups |= {f"{role} as deep": runs for role, runs in deeper.items()}
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
     if len(both) > 1:
         for size, roles in (("smallest", both[0]), ("largest", both[-1])):
@@ -1764,20 +1770,24 @@ def groups_of(networks):
     return groups
 
 
+def near(a, b):
+    """Equal within 2 %, and not 0."""
+    return 0 < max(a, b) <= 1.02 * min(a, b)
+
+
 def compared(part, groups):
     """-> {role: networks} that a part compares; KeyError if some are missing.
 
-    Of several of a role the one that was trained on the most images; in a setting, the
-    longest two with equal images, or equal work of their encoders.
+    Of several trainings of a role the longest; in a setting, the longest two with equal
+    images, or with equal work of their encoders.
     """
     more = groups[part.more]
     if not part.less:
         return {part.more: more[-1]}
     fact = part.setting.removeprefix("equal ")
-    for a in more[::-1]:
-        for b in groups[part.less][::-1]:
-            if not fact or near(a[0].facts[fact], b[0].facts[fact]):
-                return {part.more: a, part.less: b}
+    for a, b in itertools.product(more[::-1], groups[part.less][::-1]):
+        if not fact or near(getattr(a[0], fact), getattr(b[0], fact)):
+            return {part.more: a, part.less: b}
     raise KeyError(f"{part.more} and {part.less} of {part.setting}")
 
 
@@ -1788,34 +1798,34 @@ def numbers(read, networks):
 
 
 def judge_part(part, groups, networks):
-    """-> a row of the table; none if the images have no such label set."""
-    row = {"part": part.text}
+    """-> a row of the table; None if the images have no such label set."""
+    row = {"part": part.text, "outcome": "undecided"}
     try:
         pair = compared(part, groups)
         shape = pair[part.more][0].shape
         new = [n for n in networks if n.role == "untrained" and n.shape == shape]
+        if not new:
+            raise KeyError("an untrained network")
+        pair["untrained"] = new
         values = {role: numbers(part.read, group) for role, group in pair.items()}
-        untrained = numbers(part.read, new)
     except KeyError as error:
-        missing = error.args[0].replace("hybrid", "hybrid, λ = 0.2")
-        return [row | {"outcome": f"needs {missing}"}]
+        return row | {"outcome": f"needs {error.args[0]}"}
     except IndexError:
-        return []
+        return None
+    row["values"] = {role: x[0].mean() for role, x in values.items()}
+    untrained = values.pop("untrained")
+    gains = row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
     more = values[part.more]
     less = values.get(part.less, 0 * more)
-    difference, reach = interval(more, less)
-    row |= {"difference": difference, "reach": reach, "untrained": untrained[0].mean()}
+    row["difference"], row["reach"] = difference, reach = interval(more, less)
     row["networks"] = min(more.shape[1], less.shape[1])
-    row["values"] = {role: x[0].mean() for role, x in values.items()}
-    row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
-    row["outcome"] = "undecided"
     if math.isnan(reach):
         row["outcome"] = "needs a number"
-    elif part.trained and not all(gain > far for gain, far in row["gains"].values()):
+    elif part.trained and not all(gain > far for gain, far in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
     elif abs(difference) > reach:
         row["outcome"] = "holds" if difference > 0 else "opposed"
-    return [row]
+    return row
 
 
 def verdict_of(rows):
@@ -1843,7 +1853,7 @@ def judge(networks, names):
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            for row in judge_part(part, groups, networks):
+            if row := judge_part(part, groups, networks):
                 row |= {"figure": name}
                 table[figure.claim, part.setting].append(row)
     claims = []
@@ -1872,14 +1882,13 @@ def table_of(claims):
 
 
 def words_of(row):
-    """Values, difference [its interval], outcome; how far each is from untrained."""
+    """Values, difference [its interval], outcome; gains: over untrained."""
     if "values" not in row:
         return row["outcome"]
-    text = f"{words_of_values(row)}: {between(row['difference'], row['reach'])} "
-    text += f"{row['outcome']}; from untrained {row['untrained']:.3f}:"
-    for role, gain in row["gains"].items():
-        text += f" {role} {between(*gain)}"
-    return text
+    difference = between(row["difference"], row["reach"])
+    gains = [f"{role} {between(*gain)}" for role, gain in row["gains"].items()]
+    gains = ", ".join(gains)
+    return f"{words_of_values(row)}: {difference} {row['outcome']}; gains: {gains}"
 
 
 def words_of_values(row):
@@ -1893,51 +1902,64 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
-SHAPE = "image_size patch_size embed_dim depth".split()
 ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
-# encoder passes of a training image
-PASSES = {"CL": 8, "MIM": 3, "hybrid": 11, "one-view hybrid": 4}
 
 
 @dataclass
 class Network:
     """One trained or untrained network as it stands in results.json."""
 
-    facts: dict
+    path: str  # "": untrained
+    format: str
+    given: str  # NAME of NAME=FILE
+    seed: int | None  # None: the file does not tell, as in the next two
+    lam: float | None
+    config: dict  # of a run of sslvit.py, else empty
+    one_view: bool
+    decoder_depth: int
+    images: int  # that it was trained on
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    pixels: str
+    name: str = ""
+    label_names: tuple = ()
+    choices: dict = field(default_factory=dict)  # of learning rates
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
 
     @property
     def role(self):
-        return self.facts["role"]
+        """What parts of claims call it."""
+        if not self.path:
+            return "untrained"
+        role = {None: "other", 0: "MIM", 1: "CL"}.get(self.lam)
+        if role is None:
+            role = f"{'one-view ' * self.one_view}hybrid, λ = {self.lam:g}"
+        if self.decoder_depth:
+            role += " with decoder"
+        return role
 
     @property
-    def name(self):
-        return self.facts["name"]
+    def work(self):
+        """Encoder passes of its training: what an image costs, times images."""
+        passes = {0: 3, 1: 8}.get(self.lam, 4 if self.one_view else 11)
+        return passes * self.images
 
     @property
     def shape(self):
-        return tuple(self.facts[key] for key in SHAPE)
+        return self.image_size, self.patch_size, self.embed_dim, self.depth
 
     @property
     def kind(self):
-        return self.role, self.shape, self.facts["given"]
+        """What networks share that differ in seed and length of training."""
+        return self.role, self.shape, self.given
 
     def row(self, number):
         return {key: value[number] for key, value in self.values.items()}
-
-
-def role_of(lam, one_view, decoder_depth):
-    """The hybrid of λ = 0.2, which the paper analyses, is simply "hybrid"."""
-    role = {None: "other", 0: "MIM", 1: "CL"}.get(lam, "hybrid")
-    if one_view:
-        role = "one-view hybrid"
-    if "hybrid" in role and lam != 0.2:
-        role += f", λ = {lam:g}"
-    if decoder_depth:
-        role += " with decoder"
-    return role
 
 
 def name_and_path(text):
@@ -1948,97 +1970,81 @@ def name_and_path(text):
 
 
 def load(text, heads=None, grid=None, pixels=None):
-    """FILE or NAME=FILE -> ViT with all the facts of a Network."""
+    """FILE or NAME=FILE -> Network, ViT."""
     given, path = name_and_path(text)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
-    facts, config = vit.facts, vit.facts["config"]
-    lam = GIVEN.get(given.lower(), facts["lam"])
-    one_view = config.get("one_view", False)
-    role = role_of(lam, one_view, facts["decoder_depth"])
-    images = 0
-    if config:
-        images = sslvit.load_checkpoint(path)["step"] * config["batch_size"]
-    work = images * PASSES.get(role.partition(",")[0], 0)
-    facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
-    facts |= {"images": images, "work": work}
-    facts["name"] = name_of(facts)
-    return vit
+    network = Network(given=given, **vit.facts)
+    network.lam = GIVEN.get(given.lower(), network.lam)
+    return network, vit
 
 
-def name_of(facts, has_sizes=True, has_lengths=True):
-    """NAME, or role and λ, with size and training images where networks differ."""
-    if facts["given"].lower() not in {"", *GIVEN}:
-        return facts["given"]
-    name = facts["role"]
-    if facts["lam"] == 0.2:
-        name += ", λ = 0.2"
-    if has_sizes:
-        name += f", {facts['embed_dim']} × {facts['depth']}"
-        name += f", {facts['image_size']}/{facts['patch_size']} px"
-    if has_lengths and facts["images"]:
-        name += f", {facts['images']:,} images"
-    return name
+def give_names(networks):
+    """NAME, or role, with size and training images where networks differ in them."""
+    several_sizes = len({network.shape for network in networks}) > 1
+    for network in networks:
+        network.name = network.role
+        if several_sizes:
+            network.name += f", {network.embed_dim} × {network.depth}"
+            network.name += f", {network.image_size}/{network.patch_size} px"
+        lengths = {other.images for other in networks if other.kind == network.kind}
+        if len(lengths) > 1:
+            network.name += f", {network.images:,} images"
+        if network.given.lower() not in {"", *GIVEN}:
+            network.name = network.given
 
 
-def load_companions(vits):
+def load_companions(networks):
     """Shipped networks of another λ, of the same size and training images."""
-    first = run_of(vits[0].facts["path"])
+    first = networks[0].config
     companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
-        run = run_of(path)
-        is_new = run["lam"] not in [vit.facts["lam"] for vit in vits]
-        if is_new and all(run[key] == first[key] for key in ALIKE):
+        config = find_config(sslvit.load_checkpoint(path))
+        is_new = config["lam"] not in [network.lam for network in networks]
+        if is_new and all(config[key] == first[key] for key in ALIKE):
             companions.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
     return companions
 
 
-def run_of(path):
-    """Config of a checkpoint, with the identity of its training set as `data`."""
-    state = sslvit.load_checkpoint(path)
-    data = state.get("data", state["config"]["data"] or "stimuli")
-    if "stimuli of" in data:
-        data = "stimuli"  # of any seed
-    return state["config"] | {"data": data}
-
-
-def untrained_like(vit):
+def untrained_like(network, vit):
     """A network of the same shape and seed that was never trained."""
-    torch.manual_seed(vit.facts["seed"] or 0)
-    new = ViT(*[vit.facts[key] for key in (*SHAPE, "num_heads")], **vit.options)
-    new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
-    new.facts |= {"decoder_depth": 0, "images": 0, "work": 0, "given": ""}
-    new.facts["name"] = name_of(new.facts)
-    return new.eval().requires_grad_(False)
+    torch.manual_seed(network.seed or 0)
+    new = ViT(*network.shape, network.num_heads, **vit.options)
+    new.facts = vit.facts | {"path": "", "lam": None, "config": {}, "one_view": False}
+    new.facts |= {"decoder_depth": 0, "images": 0}
+    return Network(given="", **new.facts), new.eval().requires_grad_(False)
 
 
 def load_networks(options):
-    """-> the given ViTs, shipped ones beside them, an untrained one for each seed."""
-    vits = []
+    """-> pairs of Network and ViT: given, shipped beside them, untrained ones."""
+    answers = options.heads, options.grid, options.pixels
+    pairs = []
     for place, text in enumerate(options.checkpoints):
-        answers = (options.heads, options.grid, options.pixels)
-        vits.append(load(text, *[values[place % len(values)] for values in answers]))
-    if vits[0].facts["config"] and not options.alone:
-        vits += load_companions(vits)
+        pairs.append(load(text, *[values[place % len(values)] for values in answers]))
+    networks = [network for network, _ in pairs]
+    if networks[0].config and not options.alone:
+        pairs += load_companions(networks)
     # the first seed chooses settings for the others, whatever the order of the files
-    vits.sort(key=lambda vit: vit.facts["seed"] or 0)
-    twins = {tuple(vit.facts[key] for key in (*SHAPE, "seed")): vit for vit in vits}
-    return vits + [untrained_like(vit) for vit in twins.values()]
+    pairs.sort(key=lambda pair: pair[0].seed or 0)
+    twins = {(network.shape, network.seed): (network, vit) for network, vit in pairs}
+    return pairs + [untrained_like(*pair) for pair in twins.values()]
 
 
 def require_seeds(networks):
     """Networks of one name differ in the seed alone, and none is there twice."""
-    names, runs = {}, set()
-    for network in networks:
-        facts = network.facts
-        first = names.setdefault(network.name, network)
-        a, b = settings_of(first), settings_of(network)
-        differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
-        files = f"{first.facts['path']} and {facts['path']}, both {network.name},"
-        require(not differ, f"{files} differ in {differ}: give names, NAME=FILE")
-        run = (network.name, facts["path"] if facts["seed"] is None else facts["seed"])
-        require(run not in runs, f"{files} are one run, or of one seed")
-        runs.add(run)
+    for first, *others in by_name(networks):
+        runs = [run_of(first)]
+        for network in others:
+            a, b = settings_of(first), settings_of(network)
+            differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
+            files = f"{first.path} and {network.path}, both {network.name},"
+            require(not differ, f"{files} differ in {differ}: give names, NAME=FILE")
+            require(run_of(network) not in runs, f"{files} are one run, or of one seed")
+            runs.append(run_of(network))
+
+
+def run_of(network):
+    return network.path if network.seed is None else network.seed
 
 
 # what seeds of one network may differ in
@@ -2049,19 +2055,18 @@ FREE = """
 
 def settings_of(network):
     """What seeds of one network share. Foreign files do not tell: their name must."""
-    facts = network.facts
-    settings = {"role": network.role, "shape": network.shape} | facts["config"]
-    if not facts["config"] and not facts["given"]:
-        settings["path"] = facts["path"]
+    settings = {"role": network.role, "shape": network.shape} | network.config
+    if not network.config and not network.given:
+        settings["path"] = network.path
     return {key: settings[key] for key in settings.keys() - set(FREE)}
 
 
 def longest(networks):
-    """Of several runs of a role and size the longest; figures 1 and 12 have all."""
+    """Of several trainings of a kind the longest; figures 1 and 12 have all."""
     most = defaultdict(int)
     for network in networks:
-        most[network.kind] = max(most[network.kind], network.facts["images"])
-    return [n for n in networks if n.facts["images"] == most[n.kind]]
+        most[network.kind] = max(most[network.kind], network.images)
+    return [n for n in networks if n.images == most[n.kind]]
 
 
 # ==== The engine: results ===========================================================
@@ -2069,25 +2074,26 @@ def longest(networks):
 
 def analyse(options):
     """Measures every network; results.json is whole after each."""
-    vits = load_networks(options)
-    networks = [Network(vit.facts | {"choices": {}}) for vit in vits]
+    pairs = load_networks(options)
+    networks = [network for network, _ in pairs]
+    give_names(networks)
     require_seeds(networks)
-    for vit in vits:
-        *_, classes = find_data(options.data, vit.facts["image_size"])
-    if not classes:
-        print("no accuracies: they need classes, the same in train and val")
     figures = [FIGURES[name] for name in options.only]
-    results = {"edition": 3, "settings": vars(options), "networks": []}
-    for vit, network in zip(vits, networks, strict=True):
+    results = {"settings": vars(options), "networks": []}
+    choices = defaultdict(dict)
+    for network, vit in pairs:
         print(network.name, flush=True)
         say_once.cache_clear()
-        first = next(seed for seed in networks if seed.name == network.name)
-        study = Study(vit.to(options.device), options, first.facts["choices"])
+        is_first = network.name not in choices
+        network.choices = choices[network.name]
+        study = Study(vit.to(options.device), options, network.choices)
+        network.label_names = study.test.source.label_names
         network.values = study.measure(figures)
-        if network is first:
+        if is_first:
             network.pictures = study.pictures(figures)
-        network.facts |= {"label_names": study.label_names, "choices": study.choices}
-        results["data"] = study.data
+        # what analyses must share to be joined
+        sizes = len(study.test), len(study.train), options.epochs
+        results["data"] = [study.test.source.identity(), *sizes]
         results["networks"].append(vars(network))
         write_results(results, options.out)
         vit.cpu()
@@ -2110,7 +2116,6 @@ def read_results(paths):
     try:
         analyses = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths]
         for results in analyses:
-            require(results["edition"] == 3, "of another edition: analyse again")
             is_joined = results["data"] == analyses[0]["data"]
             require(is_joined, "other images, labels or epochs than the first")
             for entry in results["networks"]:
@@ -2119,15 +2124,11 @@ def read_results(paths):
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = (network.facts["path"], network.facts["seed"], network.shape)
+                run = (network.path, network.seed, network.shape)
                 runs.setdefault(run, network).values |= network.values
         require(runs, "no networks")
         networks = list(runs.values())
-        sizes = {network.shape for network in networks}
-        for network in networks:
-            same = [n.facts["images"] for n in networks if n.kind == network.kind]
-            has_lengths = len(set(same)) > 1
-            network.facts["name"] = name_of(network.facts, len(sizes) > 1, has_lengths)
+        give_names(networks)
         require_seeds(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         fault = f"{type(error).__name__}: {error}"
@@ -2137,8 +2138,7 @@ def read_results(paths):
 
 def title_of(name, claims):
     """What the claim says; the first part's numbers and outcome; the verdict."""
-    testable = [claim for claim in claims if claim["verdict"] != "not testable"]
-    for claim in testable + claims:
+    for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 line = f"{row['part']}: {words_of_values(row)}: {row['outcome']}"
@@ -2197,9 +2197,8 @@ def parse(argv):
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
     add("checkpoints", nargs="*", help=text)
     for name, (default, text) in FLAGS.items():
-        add(
-            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
-        )
+        text = f"{text} [{default}]"
+        add(f"--{name}", type=type(default), default=default, help=text)
     names = list(FIGURES)
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     text = "results.json of one analysis or several, to judge and draw again (--only)"
@@ -2227,8 +2226,8 @@ def rows_and_cols(text):
 def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
-    one = bool(options.checkpoints) != bool(options.results)
-    require(one, "give checkpoints, or --from results")
+    is_one = bool(options.checkpoints) != bool(options.results)
+    require(is_one, "give checkpoints, or --from results")
     torch.zeros(1, device=options.device)
     for values in (options.heads, options.grid, options.pixels):
         fits = len(values) in (1, len(files))
@@ -2287,8 +2286,10 @@ def write_report(path, results, drawn):
             f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
-    lines = [str(network["facts"]) for network in results["networks"]]
-    lines += [str(results["data"]), str(results["settings"])]
+    lines = [str(results["data"]), str(results["settings"])]
+    for network in results["networks"]:
+        facts = network.keys() - {"values", "pictures"}
+        lines.append(str({key: network[key] for key in sorted(facts)}))
     page = PAGE.format(
         table=escape(table_of(results["claims"])),
         chapters=chapters,
@@ -2455,7 +2456,9 @@ def find_config(content):
         require(is_sound, f"in its config, {knob.name} is {value!r}")
     is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
-    return config
+    # the training set's identity; stimuli of any seed are one set
+    data = str(content.get("data", config["data"]))
+    return config | {"data": data.partition(", seed")[0]}
 
 
 # ---- From their names to ours ----
@@ -2630,9 +2633,11 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
+        images = 0
         if config:
             heads = SIZES[config["model"]]["num_heads"]
             form, lam, pixels = "sslvit", config["lam"], "imagenet"
+            images = int(content["step"]) * config["batch_size"]
         sizes = find_sizes(weights, side, heads, form)
         vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
@@ -2649,6 +2654,7 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
     vit.facts = sizes | {"path": str(path), "format": form, "lam": lam}
     vit.facts |= {"pixels": pixels or "imagenet", "seed": config.get("seed")}
     vit.facts |= {"config": config, "decoder_depth": config.get("decoder_depth", 0)}
+    vit.facts |= {"one_view": config.get("one_view", False), "images": images}
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
     line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
     print(line.format(**vit.facts) + (", ".join(guesses) or "nothing"))

@@ -215,6 +215,7 @@ def test_published_formats_equal_their_formulas(name, tmp_path, capsys):
     facts = {"format": form, "lam": lam, "pixels": pixels, "num_heads": heads}
     facts |= {"image_size": 12, "patch_size": 4, "embed_dim": len(state[PATCHES])}
     facts |= {"depth": 2, "seed": None, "config": {}, "decoder_depth": 0}
+    facts |= {"one_view": False, "images": 0}
     assert vit.facts == facts | {"path": str(tmp_path / "file.pth")}
     line, keys = capsys.readouterr().out.splitlines()
     assert f"guessed: {guessed}" in line and skipped in keys, (line, keys)
@@ -300,7 +301,9 @@ def test_our_own_runs_tell_everything(tmp_path, capsys):
         images = torch.randn(2, 3, 32, 32)
         assert torch.equal(vit(images), encoder(images))
         facts = {"format": "sslvit", "lam": content["config"]["lam"], "num_heads": 3}
-        facts |= {"pixels": "imagenet", "config": content["config"]}
+        config = content["config"] | {"data": "20000 stimuli of 32 px"}  # of any seed
+        images = content["step"] * config["batch_size"]
+        facts |= {"pixels": "imagenet", "config": config, "images": images}
         assert facts.items() <= vit.facts.items()
         assert "guessed: nothing" in capsys.readouterr().out
     faults = {"lam": 1.5, "seed": "1", "decoder_depth": None, "model": "giant"}
