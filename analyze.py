@@ -20,7 +20,6 @@ attention and after each MLP, 1+2L in all.
 import argparse
 import base64
 import contextlib
-import importlib.util
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ import os
 import pickle
 import re
 import sys
-import textwrap
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
@@ -59,7 +57,7 @@ class Part(NamedTuple):
     """One sentence of a claim that can be tested: read(more) - read(less) > 0."""
 
     text: str
-    more: str  # a role: "CL", "MIM", HYBRID, "MIM with decoder", "largest CL" ...
+    more: str  # a role: "CL", "MIM", HYBRID, "MIM with decoder" ...
     less: str  # another role, or "" for 'above 0'
     # {key: value} of one network -> a number, or one for each label set
     read: Callable
@@ -67,6 +65,7 @@ class Part(NamedTuple):
     setting: str = ""
     # can be tested only if both are above a new network of their size
     trained: bool = False
+    size: str = ""  # "smallest", "largest" of CL and MIM, else that of most roles
 
 
 @dataclass
@@ -167,8 +166,7 @@ def readings(networks, read):
     pairs = []
     for seeds in by_name(longest(networks)):
         with contextlib.suppress(KeyError):
-            numbers = [read(network.row(0)) for network in seeds]
-            pairs.append((seeds[0], np.stack(numbers)))
+            pairs.append((seeds[0], numbers(read, seeds)[0]))
     require(pairs, "needs values that no network has")
     return pairs
 
@@ -190,7 +188,7 @@ def curves(axis, networks, read, label, x="layer", end=None):
         if y.ndim == 3:
             heads = y.mean(axis=0)
             band = heads.min(axis=1), heads.max(axis=1)
-            axis.fill_between(places, *band, alpha=0.12, lw=0, fc=style["color"])
+            axis.fill_between(places, *band, alpha=0.12, fc=style["color"])
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
@@ -207,9 +205,9 @@ def points(axis, networks, read, fact=""):
         label = network.name
         if fact:
             x, label = getattr(network, fact), ""
-        style = {"color": style_of(network)["color"], "mfc": "none"}
-        axis.plot([x] * len(y), y, "o", ms=9, **style)
-        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=label, **style)
+        colour = style_of(network)["color"]
+        axis.plot([x] * len(y), y, "o", ms=9, mfc="none", color=colour)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=label, color=colour)
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)
@@ -234,12 +232,10 @@ def label_axes(networks, keys, axes):
 
     An axis is labelled after the caller has drawn on it.
     """
-    axes = iter(np.ravel(axes))
-    for key in keys:
-        for place, label in enumerate(networks[0].label_names):
-            axis = next(axes)
-            yield axis, of_label(key, place)
-            say_range(axis, f"{key}, {label}")
+    pairs = itertools.product(keys, enumerate(networks[0].label_names))
+    for axis, (key, (place, label)) in zip(np.ravel(axes), pairs, strict=True):
+        yield axis, of_label(key, place)
+        say_range(axis, f"{key}, {label}")
 
 
 def label_count(networks):
@@ -262,8 +258,8 @@ def legend(fig):
     """One legend below, each name once."""
     lines = {}
     for axis in fig.axes:
-        handles, labels = axis.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
+        handles, names = axis.get_legend_handles_labels()
+        lines |= zip(names, handles, strict=True)
     place = "outside lower center"
     fig.legend(lines.values(), lines, loc=place, ncols=3, frameon=False)
 
@@ -1006,9 +1002,9 @@ What to look at: the slopes rather than the points, and grey's slope too."""
 
 def scaling_parts(setting):
     common = of(np.mean, "fine-tuned"), setting, True
-    smallest = "fine-tune accuracy, smallest size", "smallest CL", "smallest MIM"
-    largest = "fine-tune accuracy, largest size", "largest MIM", "largest CL"
-    return Part(*smallest, *common), Part(*largest, *common)
+    smallest = "fine-tune accuracy, smallest size", "CL", "MIM"
+    largest = "fine-tune accuracy, largest size", "MIM", "CL"
+    return Part(*smallest, *common, "smallest"), Part(*largest, *common, "largest")
 
 
 def against(axis, networks, fact, read, label, **style):
@@ -1467,6 +1463,7 @@ FIGURES["sweep"] = Figure(
 # their number are the values and features of each.
 
 FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
+PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
 @dataclass
@@ -1493,13 +1490,14 @@ class Images:
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        crop = partial(sslvit.center_crop, size=self.size)
+        crop = sslvit.center_crop
         if self.training and not self.masks:
-            crop = partial(random_crop, size=self.size)
+            crop = random_crop
+        crop = partial(crop, size=self.size)
         pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
-            _, shape, _, inside = self.source[index]
-            labels = inside * (1 + shape)
+            _, shape, _, mask = self.source[index]
+            labels = mask * (1 + shape)
         if self.training and torch.rand(()) < 0.5:
             pixels = pixels[..., ::-1].copy()
             if self.masks:
@@ -1518,12 +1516,6 @@ class Images:
         )
 
 
-def sample(source, count, size, workers):
-    """`count` random Images (None: all), the same for every network."""
-    order = np.random.default_rng(0).permutation(len(source))[:count]
-    return Images(source, order.tolist(), size, workers)
-
-
 def random_crop(image, size):
     """SMALLEST_CROP to all of the area -> uint8 (3, size, size)."""
     rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
@@ -1532,9 +1524,7 @@ def random_crop(image, size):
 
 def normalise(pixels, vit):
     """Brightness 0 .. 255 -> what the network was trained on, on its device."""
-    mean, std = MEAN, STD
-    if vit.facts["pixels"] == "half":
-        mean = std = torch.tensor(0.5)
+    mean, std = PIXELS[vit.facts.pixels]
     return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
@@ -1555,25 +1545,25 @@ def measure_batch(vit, x, measures, token_measures):
     """All measurements of a batch -> {key: (B, layers or states, ...)}."""
     tokens, records = vit(x, record=True)
     states = [vit.embed(x, None, None, vit.grid, vit.grid)]
-    layers, above = [], None
+    layers = []
+    above = None
     for block, record in zip(vit.blocks, records, strict=True):
-        attn = record.attn[:, :, 1:, 1:]
-        attn = attn / attn.sum(dim=-1, keepdim=True).clamp(min=1e-37)
-        added = (record.mid - states[-1])[:, 1:]
+        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1)
         heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
-        layers.append(
-            Layer(attn, heads, added, above, weight, vit.grid, vit.patch_size)
-        )
+        added = (record.mid - states[-1])[:, 1:]
+        sizes = vit.grid, vit.patch_size
+        layers.append(Layer(attn, heads, added, above, weight, *sizes))
         states += [record.mid, record.out]
         above = added
     values = {"output": pooled_and_cls(tokens)}
-    for functions, items in ((measures, layers), (token_measures, states)):
-        for measure in functions:
-            values |= attempt(stack, measure, items)
+    for measure in measures:
+        values |= attempt(measure_each, measure, layers)
+    for measure in token_measures:
+        values |= attempt(measure_each, measure, states)
     return values
 
 
-def stack(measure, items):
+def measure_each(measure, items):
     """measure() of every layer or state -> {key: (B, layers, ...)}."""
     return join(map(measure, items), partial(torch.stack, dim=1))
 
@@ -1604,7 +1594,7 @@ def one_pass(vit, images, measures=(), token_measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
     # attention weights grow with the square of the number of patches
-    for pixels, labels in images.batches(max(1, min(BATCH, 2048 // vit.grid**2))):
+    for pixels, labels in images.batches(min(BATCH, 1 + 2000 // vit.grid**2)):
         x = normalise(pixels, vit)
         values = measure_batch(vit, x, measures, token_measures) | {"labels": labels}
         rows.append({key: value.cpu().numpy() for key, value in values.items()})
@@ -1613,16 +1603,23 @@ def one_pass(vit, images, measures=(), token_measures=()):
 
 @cache
 def find_data(data, size):
-    """-> training set, test set, number of classes to learn; 0: there are no labels."""
+    """-> training set, test set, number of classes; 0: nothing can be learnt.
+
+    Where 20 images are not left for a test, all are tested and none is learnt from.
+    """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
-    classes = 0
     if test is None or min(len(train), len(test)) < GROUPS:
-        test = train
-    elif train.classes == test.classes != ():
-        classes = len(train.classes[0])
-    if classes == 0:
-        print("no accuracies: they need classes, the same in train and val")
-    return train, test, classes
+        return train, train, 0
+    has_classes = train.classes == test.classes != ()
+    return train, test, len(test.classes[0]) if has_classes else 0
+
+
+def sample(source, count, size, workers):
+    """`count` random Images (None: all), the same for every network."""
+    order = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+    few = f"{len(order)} images: at least {GROUPS} are needed"
+    require(len(order) >= GROUPS, few)
+    return Images(source, order, size, workers)
 
 
 class Study:
@@ -1631,14 +1628,12 @@ class Study:
     def __init__(self, vit, options, choices):
         self.vit, self.options, self.device = vit, options, options.device
         self.choices = choices  # of learning rates, shared by the seeds of a network
-        size = vit.grid * vit.patch_size
+        size = vit.facts.image_size
         train, test, self.classes = find_data(options.data, size)
+        self.train = sample(train, options.labels, size, options.workers)
+        self.test = sample(test, options.images, size, options.workers)
         self.on_stimuli = isinstance(test, Stimuli)
         self.label_names = test.label_names
-        self.test = sample(test, options.images, size, options.workers)
-        self.train = sample(train, options.labels, size, options.workers)
-        few = f"{len(self.test)} test images: at least {GROUPS} are needed"
-        require(len(self.test) >= GROUPS, few)
 
     @torch.no_grad()
     def output(self, pixels):
@@ -1655,7 +1650,11 @@ class Study:
         """-> {key: (21, ...)}, everything that the figures need."""
         measures = unique(figures, "measure"), unique(figures, "measure_tokens")
         self.rows = one_pass(self.vit, self.test, *measures)
-        for function in unique(figures, "learn") if self.classes else []:
+        learners = unique(figures, "learn")
+        if learners and not self.classes:
+            print("  no accuracies: they need classes, the same in train and val")
+            learners = []
+        for function in learners:
             print(f"  {function.__name__}", flush=True)
             self.rows |= attempt(function, self)
         values = leave_out(self.rows, unique(figures, "whole"))
@@ -1679,7 +1678,8 @@ class Study:
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    return list(dict.fromkeys(f for figure in figures for f in getattr(figure, slot)))
+    functions = itertools.chain.from_iterable(map(attrgetter(slot), figures))
+    return list(dict.fromkeys(functions))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1705,6 +1705,14 @@ def leave_out(rows, whole=()):
     return join(results, np.stack)
 
 
+def numbers(read, networks):
+    """What is read of every row of the networks' values -> (21, networks, ...)."""
+    rows = []
+    for i in range(GROUPS + 1):
+        rows.append([read(network.row(i)) for network in networks])
+    return np.array(rows, dtype=float)
+
+
 def t_quantile(freedom):
     """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
     angle = np.linspace(0, math.pi / 2, 100_001)
@@ -1715,12 +1723,12 @@ def t_quantile(freedom):
 
 def welch(more, less):
     """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
-    variances = [x.var(ddof=1) / len(x) for x in (more, less)]
-    total = sum(variances)
+    counts = np.array([len(more), len(less)])
+    variances = np.array([more.var(ddof=1), less.var(ddof=1)]) / counts
+    total = variances.sum()
     if total == 0:
         return 0.0
-    a, b = variances
-    freedom = total**2 / (a**2 / (len(more) - 1) + b**2 / (len(less) - 1))
+    freedom = total**2 / np.sum(variances**2 / (counts - 1))
     return t_quantile(freedom) * math.sqrt(total)
 
 
@@ -1731,43 +1739,34 @@ def interval(more, less):
     networks share. Networks, where both groups have three or more: Welch's t.
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
-    deviation = difference[1:] - difference[1:].mean()
-    images = T_19 * math.sqrt(19 / 20 * np.sum(deviation**2))
+    images = T_19 * math.sqrt(19 * difference[1:].var())
     networks = 0.0
     if min(more.shape[1], less.shape[1]) >= 3:
         networks = welch(more[0], less[0])
     return difference[0], math.hypot(images, networks)
 
 
-def by_name(networks):
-    """-> lists of the networks of one name, which are its seeds."""
-    names = defaultdict(list)
-    for network in networks:
-        names[network.name].append(network)
-    return list(names.values())
+def sizes_of(networks):
+    """-> {size: {role: [its seeds, those of a longer training, ...]}}.
 
-
-def groups_of(networks):
-    """-> {role: [its seeds, those of a longer training, ...]}, of one size.
-
-    That is the size that has most roles. "smallest CL" ... are of other sizes, "MIM as
-    deep" of the depth that encoder and decoder have together.
+    Size "" is the one that has most roles. There, "MIM as deep" is as deep as encoder
+    and decoder together.
     """
-    sizes = defaultdict(lambda: defaultdict(list))
+    sizes = defaultdict(dict)
     ranked = sorted(networks, key=attrgetter("shape", "images"))
     for seeds in by_name(ranked):
-        sizes[seeds[0].shape][seeds[0].role].append(seeds)
-    groups = dict(max(sizes.values(), key=len))
-    if DECODED in groups:
-        first = groups[DECODED][0][0]
+        first = seeds[0]
+        sizes[first.shape].setdefault(first.role, []).append(seeds)
+    most = max(sizes.values(), key=len)
+    if DECODED in most:
+        [first, *_], *_ = most[DECODED]
         *shape, depth = first.shape
         deeper = sizes[*shape, depth + first.decoder_depth]
-        groups |= {f"{role} as deep": runs for role, runs in deeper.items()}
+        most |= {"MIM as deep": deeper.get("MIM", [])}
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
-    if len(both) > 1:
-        for size, roles in (("smallest", both[0]), ("largest", both[-1])):
-            groups |= {f"{size} {role}": roles[role] for role in ("CL", "MIM")}
-    return groups
+    if len(both) < 2:
+        both = [{}]
+    return {"": most, "smallest": both[0], "largest": both[-1]}
 
 
 def near(a, b):
@@ -1775,57 +1774,54 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def compared(part, groups):
-    """-> {role: networks} that a part compares; KeyError if some are missing.
+def compared(part, sizes):
+    """-> {role: seeds} that a part compares; KeyError if some are missing.
 
     Of several trainings of a role the longest; in a setting, the longest two with equal
     images, or with equal work of their encoders.
     """
-    more = groups[part.more]
+    roles = sizes[part.size]
+    more, new = roles[part.more], {"untrained": roles["untrained"][0]}
     if not part.less:
-        return {part.more: more[-1]}
+        return {part.more: more[-1]} | new
     fact = part.setting.removeprefix("equal ")
-    for a, b in itertools.product(more[::-1], groups[part.less][::-1]):
+    for a, b in itertools.product(more[::-1], roles[part.less][::-1]):
         if not fact or near(getattr(a[0], fact), getattr(b[0], fact)):
-            return {part.more: a, part.less: b}
-    raise KeyError(f"{part.more} and {part.less} of {part.setting}")
+            return {part.more: a, part.less: b} | new
+    raise KeyError(f"{part.more} and {part.less} {part.setting}")
 
 
-def numbers(read, networks):
-    """What a part reads -> (21, networks)."""
-    rows = range(GROUPS + 1)
-    return np.array([[read(n.row(i)) for n in networks] for i in rows], dtype=float)
-
-
-def judge_part(part, groups, networks):
-    """-> a row of the table; None if the images have no such label set."""
+def judge_part(part, sizes):
+    """-> a row of the table; IndexError if the images have no such label set."""
     row = {"part": part.text, "outcome": "undecided"}
     try:
-        pair = compared(part, groups)
-        shape = pair[part.more][0].shape
-        new = [n for n in networks if n.role == "untrained" and n.shape == shape]
-        if not new:
-            raise KeyError("an untrained network")
-        pair["untrained"] = new
-        values = {role: numbers(part.read, group) for role, group in pair.items()}
+        pair = compared(part, sizes)
+        values = {role: numbers(part.read, seeds) for role, seeds in pair.items()}
     except KeyError as error:
         return row | {"outcome": f"needs {error.args[0]}"}
-    except IndexError:
-        return None
     row["values"] = {role: x[0].mean() for role, x in values.items()}
-    untrained = values.pop("untrained")
-    gains = row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
-    more = values[part.more]
-    less = values.get(part.less, 0 * more)
-    row["difference"], row["reach"] = difference, reach = interval(more, less)
-    row["networks"] = min(more.shape[1], less.shape[1])
-    if math.isnan(reach):
+    new = values.pop("untrained")
+    gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
+    more, *less = values.values()
+    row["difference"], row["reach"] = interval(more, *less or [0 * more])
+    row["networks"] = min(x.shape[1] for x in values.values())
+    if math.isnan(row["reach"]):
         row["outcome"] = "needs a number"
-    elif part.trained and not all(gain > far for gain, far in gains.values()):
+    elif part.trained and any(gain <= reach for gain, reach in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
-    elif abs(difference) > reach:
-        row["outcome"] = "holds" if difference > 0 else "opposed"
+    elif row["difference"] > row["reach"]:
+        row["outcome"] = "holds"
+    elif row["difference"] < -row["reach"]:
+        row["outcome"] = "opposed"
     return row
+
+
+VERDICTS = {  # some parts hold, some are opposed
+    (True, False): "partly",
+    (True, True): "mixed",
+    (False, True): "opposed",
+    (False, False): "undecided",
+}
 
 
 def verdict_of(rows):
@@ -1833,66 +1829,57 @@ def verdict_of(rows):
     outcomes = {row["outcome"] for row in rows}
     if not outcomes <= {"holds", "opposed", "undecided"}:
         return "not testable"
-    verdict = "undecided"
+    verdict = VERDICTS["holds" in outcomes, "opposed" in outcomes]
     if outcomes == {"holds"}:
         verdict = "agrees"
-    elif outcomes >= {"holds", "opposed"}:
-        verdict = "mixed"
-    elif "holds" in outcomes:
-        verdict = "partly"
-    elif "opposed" in outcomes:
-        verdict = "opposed"
     fewest = min(row["networks"] for row in rows)
     return f"{verdict} ({COUNTS.get(fewest, f'{fewest} networks')})"
 
 
 def judge(networks, names):
     """-> the table: a claim after the other, claims 2 and 12 once for each setting."""
-    groups = groups_of(networks)
+    sizes = sizes_of(networks)
     table = defaultdict(list)
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            if row := judge_part(part, groups, networks):
-                row |= {"figure": name}
+            with contextlib.suppress(IndexError):
+                row = judge_part(part, sizes) | {"figure": name}
                 table[figure.claim, part.setting].append(row)
     claims = []
     for (number, setting), rows in sorted(table.items()):
-        texts = "; ".join(dict.fromkeys(FIGURES[row["figure"]].text for row in rows))
-        claim = {"claim": number, "setting": setting, "text": texts}
+        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
+        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
         claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
     return claims
 
 
 def table_of(claims):
-    """The claims as lines of text."""
+    """The claims as lines of text; gains are over the untrained network."""
     lines = []
-    outcomes = []
+    outcomes = Counter()
     for claim in claims:
         lines.append("{claim:2} {text} {setting}: {verdict}".format(**claim))
         for row in claim["parts"]:
-            lines.append(f"   {row['part']:34} {words_of(row)}")
-            outcomes.append(row["outcome"])
-    tested = sum(not outcome.startswith("needs") for outcome in outcomes)
+            line = f"   {row['part']:34} {words_of(row)}"
+            for role, gain in row.get("gains", {}).items():
+                line += f"; {role} gains {between(*gain)}"
+            lines.append(line)
+            outcomes[row["outcome"].split()[0]] += 1
+    tested = outcomes.total() - outcomes["needs"]
     lines.append(
-        f"{tested} parts were tested, {outcomes.count('holds')} hold; if nothing were "
-        f"true, {tested / 40:.1f} would by chance (one in forty)"
+        f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were true, "
+        f"{tested / 40:.1f} would by chance (one in forty)"
     )
     return "\n".join(lines)
 
 
 def words_of(row):
-    """Values, difference [its interval], outcome; gains: over untrained."""
+    """Values, difference [its interval], outcome."""
     if "values" not in row:
         return row["outcome"]
-    difference = between(row["difference"], row["reach"])
-    gains = [f"{role} {between(*gain)}" for role, gain in row["gains"].items()]
-    gains = ", ".join(gains)
-    return f"{words_of_values(row)}: {difference} {row['outcome']}; gains: {gains}"
-
-
-def words_of_values(row):
-    return ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
+    values = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
+    return f"{values}: {between(row['difference'], row['reach'])} {row['outcome']}"
 
 
 def between(difference, reach):
@@ -1902,8 +1889,11 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
-ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
+# what seeds of one network may differ in
+FREE = """
+    seed device dtype accum workers compile keep out resume overwrite dry_run
+    save_every log_every knn_images""".split()
 
 
 @dataclass
@@ -1912,19 +1902,19 @@ class Network:
 
     path: str  # "": untrained
     format: str
-    given: str  # NAME of NAME=FILE
-    seed: int | None  # None: the file does not tell, as in the next two
-    lam: float | None
-    config: dict  # of a run of sslvit.py, else empty
-    one_view: bool
-    decoder_depth: int
-    images: int  # that it was trained on
+    lam: float | None  # None: the file does not tell, as with seed
+    pixels: str
     image_size: int
     patch_size: int
     embed_dim: int
     depth: int
     num_heads: int
-    pixels: str
+    seed: int | None = None
+    decoder_depth: int = 0
+    one_view: bool = False
+    images: int = 0  # that it was trained on
+    config: dict = field(default_factory=dict)  # of a run of sslvit.py
+    given: str = ""  # NAME of NAME=FILE
     name: str = ""
     label_names: tuple = ()
     choices: dict = field(default_factory=dict)  # of learning rates
@@ -1937,10 +1927,11 @@ class Network:
         if not self.path:
             return "untrained"
         role = {None: "other", 0: "MIM", 1: "CL"}.get(self.lam)
-        if role is None:
-            role = f"{'one-view ' * self.one_view}hybrid, λ = {self.lam:g}"
+        role = role or f"hybrid, λ = {self.lam:g}"
+        if self.one_view:
+            role = f"one-view {role}"
         if self.decoder_depth:
-            role += " with decoder"
+            role = f"{role} with decoder"
         return role
 
     @property
@@ -1958,8 +1949,59 @@ class Network:
         """What networks share that differ in seed and length of training."""
         return self.role, self.shape, self.given
 
+    @property
+    def settings(self):
+        """What seeds share. Foreign files do not tell: a NAME must."""
+        settings = self.config | {"role": self.role, "shape": self.shape}
+        if not self.config and not self.given:
+            settings["path"] = self.path
+        return {pair for pair in settings.items() if pair[0] not in FREE}
+
     def row(self, number):
         return {key: value[number] for key, value in self.values.items()}
+
+
+def by_name(networks):
+    """-> lists of the networks of one name, which are its seeds."""
+    names = defaultdict(list)
+    for network in networks:
+        names[network.name].append(network)
+    return list(names.values())
+
+
+def longest(networks):
+    """Of several trainings of a kind the longest; figures 1 and 12 have all."""
+    ranked = sorted(networks, key=attrgetter("images"))
+    images = {network.kind: network.images for network in ranked}
+    return [n for n in networks if n.images == images[n.kind]]
+
+
+def give_names(networks):
+    """NAME, or role, with size and training images where networks differ in them.
+
+    Networks of one name may differ in the seed alone, and must.
+    """
+    shapes = {network.shape for network in networks}
+    for network in networks:
+        network.name = network.role
+        if len(shapes) > 1:
+            size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
+            network.name += size.format(**vars(network))
+        lengths = {other.images for other in networks if other.kind == network.kind}
+        if len(lengths) > 1:
+            network.name += f", {network.images:,} images"
+        if network.given.lower() not in {"", *GIVEN}:
+            network.name = network.given
+    for seeds in by_name(networks):
+        name = seeds[0].name
+        runs = {n.path if n.seed is None else n.seed for n in seeds}
+        require(
+            len(runs) == len(seeds), f"{name}: one run, or one seed, is there twice"
+        )
+        for network in seeds:
+            differ = dict(seeds[0].settings ^ network.settings)
+            text = f"{network.path} and others differ in {', '.join(differ)}"
+            require(not differ, f"{name}: {text}: give names, NAME=FILE")
 
 
 def name_and_path(text):
@@ -1970,103 +2012,47 @@ def name_and_path(text):
 
 
 def load(text, heads=None, grid=None, pixels=None):
-    """FILE or NAME=FILE -> Network, ViT."""
+    """FILE or NAME=FILE -> ViT."""
     given, path = name_and_path(text)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
-    network = Network(given=given, **vit.facts)
-    network.lam = GIVEN.get(given.lower(), network.lam)
-    return network, vit
+    vit.facts.given = given
+    vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
+    return vit
 
 
-def give_names(networks):
-    """NAME, or role, with size and training images where networks differ in them."""
-    several_sizes = len({network.shape for network in networks}) > 1
-    for network in networks:
-        network.name = network.role
-        if several_sizes:
-            network.name += f", {network.embed_dim} × {network.depth}"
-            network.name += f", {network.image_size}/{network.patch_size} px"
-        lengths = {other.images for other in networks if other.kind == network.kind}
-        if len(lengths) > 1:
-            network.name += f", {network.images:,} images"
-        if network.given.lower() not in {"", *GIVEN}:
-            network.name = network.given
-
-
-def load_companions(networks):
+def load_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
-    first = networks[0].config
+    lams = [vit.facts.lam for vit in vits]
+    alike = itemgetter("data", "model", "image_size", "patch_size", "decoder_depth")
     companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
-        config = find_config(sslvit.load_checkpoint(path))
-        is_new = config["lam"] not in [network.lam for network in networks]
-        if is_new and all(config[key] == first[key] for key in ALIKE):
+        config = find_run(sslvit.load_checkpoint(path))["config"]
+        if config["lam"] not in lams and alike(config) == alike(vits[0].facts.config):
             companions.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
     return companions
 
 
-def untrained_like(network, vit):
+def untrained_like(vit):
     """A network of the same shape and seed that was never trained."""
-    torch.manual_seed(network.seed or 0)
-    new = ViT(*network.shape, network.num_heads, **vit.options)
-    new.facts = vit.facts | {"path": "", "lam": None, "config": {}, "one_view": False}
-    new.facts |= {"decoder_depth": 0, "images": 0}
-    return Network(given="", **new.facts), new.eval().requires_grad_(False)
+    facts = vit.facts
+    torch.manual_seed(facts.seed or 0)
+    sizes = *facts.shape, facts.num_heads
+    new = ViT(*sizes, **vit.options)
+    new.facts = Network("", "new", None, facts.pixels, *sizes, facts.seed)
+    return new.eval().requires_grad_(False)
 
 
 def load_networks(options):
-    """-> pairs of Network and ViT: given, shipped beside them, untrained ones."""
-    answers = options.heads, options.grid, options.pixels
-    pairs = []
-    for place, text in enumerate(options.checkpoints):
-        pairs.append(load(text, *[values[place % len(values)] for values in answers]))
-    networks = [network for network, _ in pairs]
-    if networks[0].config and not options.alone:
-        pairs += load_companions(networks)
+    """-> ViTs: given, shipped beside them, untrained ones."""
+    answers = map(itertools.cycle, (options.heads, options.grid, options.pixels))
+    vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
+    if vits[0].facts.config and not options.alone:
+        vits += load_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
-    pairs.sort(key=lambda pair: pair[0].seed or 0)
-    twins = {(network.shape, network.seed): (network, vit) for network, vit in pairs}
-    return pairs + [untrained_like(*pair) for pair in twins.values()]
-
-
-def require_seeds(networks):
-    """Networks of one name differ in the seed alone, and none is there twice."""
-    for first, *others in by_name(networks):
-        runs = [run_of(first)]
-        for network in others:
-            a, b = settings_of(first), settings_of(network)
-            differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
-            files = f"{first.path} and {network.path}, both {network.name},"
-            require(not differ, f"{files} differ in {differ}: give names, NAME=FILE")
-            require(run_of(network) not in runs, f"{files} are one run, or of one seed")
-            runs.append(run_of(network))
-
-
-def run_of(network):
-    return network.path if network.seed is None else network.seed
-
-
-# what seeds of one network may differ in
-FREE = """
-    seed device dtype accum workers compile keep out resume overwrite dry_run
-    save_every log_every knn_images""".split()
-
-
-def settings_of(network):
-    """What seeds of one network share. Foreign files do not tell: their name must."""
-    settings = {"role": network.role, "shape": network.shape} | network.config
-    if not network.config and not network.given:
-        settings["path"] = network.path
-    return {key: settings[key] for key in settings.keys() - set(FREE)}
-
-
-def longest(networks):
-    """Of several trainings of a kind the longest; figures 1 and 12 have all."""
-    most = defaultdict(int)
-    for network in networks:
-        most[network.kind] = max(most[network.kind], network.images)
-    return [n for n in networks if n.images == most[n.kind]]
+    vits.sort(key=lambda vit: vit.facts.seed or 0)
+    kinds = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
+    return vits + list(map(untrained_like, kinds.values()))
 
 
 # ==== The engine: results ===========================================================
@@ -2074,22 +2060,20 @@ def longest(networks):
 
 def analyse(options):
     """Measures every network; results.json is whole after each."""
-    pairs = load_networks(options)
-    networks = [network for network, _ in pairs]
-    give_names(networks)
-    require_seeds(networks)
+    vits = load_networks(options)
+    give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
     results = {"settings": vars(options), "networks": []}
-    choices = defaultdict(dict)
-    for network, vit in pairs:
+    firsts = {}
+    for vit in vits:
+        network = vit.facts
         print(network.name, flush=True)
-        say_once.cache_clear()
-        is_first = network.name not in choices
-        network.choices = choices[network.name]
+        first = firsts.setdefault(network.name, network)
+        network.choices = first.choices
         study = Study(vit.to(options.device), options, network.choices)
-        network.label_names = study.test.source.label_names
+        network.label_names = study.label_names
         network.values = study.measure(figures)
-        if is_first:
+        if network is first:
             network.pictures = study.pictures(figures)
         # what analyses must share to be joined
         sizes = len(study.test), len(study.train), options.epochs
@@ -2103,7 +2087,7 @@ def write_results(results, out):
     """Under another name first: whole or not at all."""
     new = Path(out, "results.new")
     new.write_text(json.dumps(results, default=to_list), encoding="utf-8")
-    os.replace(new, Path(out, "results.json"))
+    new.replace(Path(out, "results.json"))
 
 
 def to_list(array):
@@ -2126,10 +2110,9 @@ def read_results(paths):
                 # who is in several analyses, as untrained networks often are
                 run = (network.path, network.seed, network.shape)
                 runs.setdefault(run, network).values |= network.values
-        require(runs, "no networks")
         networks = list(runs.values())
+        require(networks, "no networks")
         give_names(networks)
-        require_seeds(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         fault = f"{type(error).__name__}: {error}"
         raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
@@ -2141,45 +2124,33 @@ def title_of(name, claims):
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                line = f"{row['part']}: {words_of_values(row)}: {row['outcome']}"
-                which = f"{claim['claim']}, {claim['setting']}".removesuffix(", ")
-                line += f". Claim {which}: {claim['verdict']}"
-                return f"{FIGURES[name].text}\n{textwrap.fill(line, 100)}"
+                lines = "{text}\n{part}: {words}\nClaim {claim} {setting}: {verdict}"
+                words = {"text": FIGURES[name].text, "words": words_of(row)}
+                return lines.format(**(claim | row | words))
     return FIGURES[name].text
 
 
 def draw_figures(networks, names, claims, out):
     """Every figure that the networks allow -> {name: (title, file)}."""
-    drawn = {}
+    pictures = {}
     for name in names:
-        number, *side = FIGURES[name].number.split()
-        file = Path(out, "_".join([f"fig{number:0>2}", *side, name]) + ".png")
+        figure = FIGURES[name]
+        file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
         title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
-                fig = FIGURES[name].draw(networks)
+                fig = figure.draw(networks)
                 legend(fig)
                 fig.suptitle(title)
                 fig.savefig(file, dpi=150)
-            drawn[name] = (title, file)
+            pictures[name] = (title, file)
         except Exception as error:  # costs this figure, not the others
             print(f"skipped {name}: {error}")
         plt.close("all")
-    return drawn
+    return pictures
 
 
 # ==== Command line ==================================================================
-
-FLAGS = {
-    "data": ("", "folder of images as for sslvit.py, else stimuli"),
-    "cue-conflict": ("", "folder of <shape><n>-<texture><n>.png"),
-    "out": ("", "for everything, else figures/ beside the first file"),
-    "images": (1000, "test images; 0: all"),
-    "labels": (0, "training images to learn from; 0: four times --images"),
-    "epochs": (10, "of fine-tuning and segmentation, a third for a choice"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu", "one"),
-    "workers": (0, "processes that read images"),
-}
 
 
 def parse(argv):
@@ -2192,42 +2163,40 @@ def parse(argv):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = refuse
+    parser.error = partial(require, False)  # in one line, as all other errors
     add = parser.add_argument
+    files = parser.add_mutually_exclusive_group(required=True).add_argument
     text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
-    add("checkpoints", nargs="*", help=text)
-    for name, (default, text) in FLAGS.items():
-        text = f"{text} [{default}]"
-        add(f"--{name}", type=type(default), default=default, help=text)
+    files("checkpoints", nargs="*", default=[], help=text)
+    text = "results.json of one analysis or several, to judge and draw again (--only)"
+    files("--from", dest="results", nargs="+", default=[], help=text)
     names = list(FIGURES)
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
-    text = "results.json of one analysis or several, to judge and draw again (--only)"
-    add("--from", dest="results", nargs="+", default=[], help=text)
     add("--alone", action="store_true", help="without the shipped networks")
-    more = {"nargs": "+", "default": [None]}
-    text = "where no file tells; one value, or one for each file"
-    add("--heads", type=int, help=text, **more)
-    add("--grid", type=rows_and_cols, metavar="ROWSxCOLS", help=text, **more)
-    add("--pixels", choices=("imagenet", "half"), help=text, **more)
-    options = parser.parse_args(argv)
-    check(options)
-    return options
-
-
-def refuse(message):
-    raise UserError(message)
-
-
-def rows_and_cols(text):
-    rows, cols = text.split("x")
-    return int(rows), int(cols)
+    add("--out", help="folder for everything [figures/ beside the first file]")
+    add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
+    add("--cue-conflict", help="folder of <shape><n>-<texture><n>.png")
+    text = "test images, 0: all [%(default)s]"
+    add("--images", type=int, default=1000, help=text)
+    add("--labels", type=int, help="training images to learn from [4 times --images]")
+    text = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
+    add("--epochs", type=int, default=10, help=text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="[%(default)s]")
+    text = "processes that read images [%(default)s]"
+    add("--workers", type=int, default=0, help=text)
+    # what no tensor tells
+    each = {"nargs": "+", "default": [None]}
+    add("--heads", type=int, help="one value, or one for each file", **each)
+    text = "patches in a row, where CLS has no position; one, or one for each file"
+    add("--grid", type=int, help=text, **each)
+    add("--pixels", choices=PIXELS, help="one, or one for each file", **each)
+    return parser.parse_args(argv)
 
 
 def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
-    is_one = bool(options.checkpoints) != bool(options.results)
-    require(is_one, "give checkpoints, or --from results")
     torch.zeros(1, device=options.device)
     for values in (options.heads, options.grid, options.pixels):
         fits = len(values) in (1, len(files))
@@ -2239,7 +2208,6 @@ def check(options):
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
-    Path(options.out, "results.new").unlink()
 
 
 def main(argv=None):
@@ -2256,8 +2224,8 @@ def main(argv=None):
         results |= {"networks": [vars(n) for n in networks], "claims": claims}
         write_results(results, options.out)
         print(table_of(claims))
-        drawn = draw_figures(networks, options.only, claims, options.out)
-        write_report(Path(options.out, "report.html"), results, drawn)
+        pictures = draw_figures(networks, options.only, claims, options.out)
+        write_report(Path(options.out, "report.html"), results, pictures)
         print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
@@ -2288,8 +2256,10 @@ def write_report(path, results, drawn):
         )
     lines = [str(results["data"]), str(results["settings"])]
     for network in results["networks"]:
-        facts = network.keys() - {"values", "pictures"}
-        lines.append(str({key: network[key] for key in sorted(facts)}))
+        line = (
+            "{name}: {path}, seed {seed}, {images:,} images, {pixels} pixels, {choices}"
+        )
+        lines.append(line.format(**network))
     page = PAGE.format(
         table=escape(table_of(results["claims"])),
         chapters=chapters,
@@ -2414,9 +2384,7 @@ def read_checkpoint(path):
         require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
     require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
     if start[8:9] == b"{":  # a header behind its length
-        has_package = importlib.util.find_spec("safetensors")
-        require(has_package, "a safetensors file: first pip install safetensors")
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file  # not among our requirements
 
         return load_file(path)
     stand_ins = []
@@ -2444,13 +2412,14 @@ def find_tensors(content):
     return tensors
 
 
-def find_config(content):
-    """The settings of a run of sslvit.py, which tell λ and more. Others: {}."""
-    config = content.get("config")
-    if not isinstance(config, dict) or "objective" not in config:
+def find_run(content):
+    """What a checkpoint of sslvit.py tells of its run, λ and more. Others: {}."""
+    written = content.get("config")
+    if not isinstance(written, dict) or "objective" not in written:
         return {}
+    config = {}
     for knob in fields(Config):
-        value = config.get(knob.name, knob.default)
+        value = config[knob.name] = written.get(knob.name, knob.default)
         types = (int, float) if knob.type is float else knob.type
         is_sound = isinstance(value, types) and str(value).isprintable()
         require(is_sound, f"in its config, {knob.name} is {value!r}")
@@ -2458,7 +2427,10 @@ def find_config(content):
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
     # the training set's identity; stimuli of any seed are one set
     data = str(content.get("data", config["data"]))
-    return config | {"data": data.partition(", seed")[0]}
+    config["data"] = data.partition(", seed")[0]
+    run = {key: config[key] for key in ("lam", "seed", "decoder_depth", "one_view")}
+    images = int(content["step"]) * config["batch_size"]
+    return run | {"format": "sslvit", "images": images, "config": config}
 
 
 # ---- From their names to ours ----
@@ -2516,7 +2488,7 @@ def join_biases(weights):
 # ---- What no tensor tells ----
 
 
-def find_side(weights, grid):
+def find_side(weights, side):
     """Patches in a row of the square grid. Where CLS has no position, it gets zeros."""
     positions = weights.get("pos_embed")
     if positions is None:
@@ -2524,11 +2496,12 @@ def find_side(weights, grid):
         offsets = len(weights[TABLE]) - 3 if TABLE in weights else 1
         return (math.isqrt(offsets) + 1) // 2
     count = positions.shape[1]
-    rows, cols = grid or 2 * [math.isqrt(count - 1)]
-    require(rows == cols, f"{rows} x {cols} patches: only square grids are analysed")
-    if rows * cols == count:
+    side = side or math.isqrt(count - 1)
+    no_square = "pos_embed: no square and CLS (--grid if CLS has none)"
+    require(count - side**2 in (0, 1), no_square)
+    if count == side**2:
         weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
-    return rows
+    return side
 
 
 def which_sines(positions, side):
@@ -2538,8 +2511,7 @@ def which_sines(positions, side):
     embed_dim = positions.shape[-1]
     sines = sincos_positions(embed_dim, side, side)
     for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-        turned = sines.roll(shift, dims=-1)
-        if turned.shape == positions.shape and turned.allclose(positions, atol=1e-3):
+        if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
             return first
     return ""
 
@@ -2592,11 +2564,8 @@ def build(weights, sizes):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    positions = weights.get("pos_embed")
-    has_any = TABLE in weights or positions is not None
-    require(has_any, "no positions: no tensor tells how they are computed")
-    is_square = positions is None or positions.shape[1] == 1 + vit.grid**2
-    require(is_square, "pos_embed: no square and CLS (--grid if CLS has none)")
+    has_positions = TABLE in weights or "pos_embed" in weights
+    require(has_positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
     vit.options = options
     return vit.eval()
@@ -2608,10 +2577,10 @@ def in_one_line(text):
 
 
 def load_encoder(path, heads=None, grid=None, pixels=None):
-    """File -> ViT in eval mode with a dict `facts`; prints what it is.
+    """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
     What no tensor tells can be given: heads (else 64 wide each; 12 in a ViT-S of MoCo
-    v3), grid (rows, cols) of patches (else a square and CLS), pixels "imagenet" or
+    v3), grid, the patches in a row (else a square and CLS), pixels "imagenet" or
     "half", which is (x - 0.5) / 0.5 (else half for BEiT, ImageNet's mean and deviation
     for others). A table of position biases and a config of sslvit.py count more.
 
@@ -2625,19 +2594,17 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         content = read_checkpoint(path)
         tensors = find_tensors(content)
         prefix = find_prefix(tensors)
-        config = find_config(content)
+        run = find_run(content)
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights, grid)
         sines = which_sines(weights.get("pos_embed"), side)
         form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
         pixels = pixels or usual_pixels
         if TABLE in weights:
-            heads = weights[TABLE].shape[1]
-        images = 0
-        if config:
-            heads = SIZES[config["model"]]["num_heads"]
-            form, lam, pixels = "sslvit", config["lam"], "imagenet"
-            images = int(content["step"]) * config["batch_size"]
+            heads, grid = weights[TABLE].shape[1], side
+        if run:
+            heads, grid = SIZES[run["config"]["model"]]["num_heads"], side
+            pixels = "imagenet"
         sizes = find_sizes(weights, side, heads, form)
         vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
@@ -2645,19 +2612,14 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    answers = {
-        "heads": heads,
-        "grid": grid or sines or config or TABLE in weights,
-        "pixels": pixels,
-    }
-    guesses = [f"--{name}" for name, answer in answers.items() if not answer]
-    vit.facts = sizes | {"path": str(path), "format": form, "lam": lam}
-    vit.facts |= {"pixels": pixels or "imagenet", "seed": config.get("seed")}
-    vit.facts |= {"config": config, "decoder_depth": config.get("decoder_depth", 0)}
-    vit.facts |= {"one_view": config.get("one_view", False), "images": images}
+    facts = {"path": str(path), "format": form, "lam": lam}
+    facts["pixels"] = pixels or "imagenet"
+    vit.facts = Network(**(facts | sizes | run))
+    answers = {"--heads": heads, "--grid": grid or sines, "--pixels": pixels}
+    guesses = [flag for flag, answer in answers.items() if not answer]
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
     line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
-    print(line.format(**vit.facts) + (", ".join(guesses) or "nothing"))
+    print(line.format(**vars(vit.facts)) + (", ".join(guesses) or "nothing"))
     print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
 
