@@ -5,6 +5,23 @@
   python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet        photographs
   python analyze.py --from FOLDER/results.json         judges and draws again
 
+  NAME=FILE             one NAME for all seeds; cl=, mim=, hybrid= say the role
+  --only NAME ...       figures, see the table below
+  --from FILE ...       results.json of one analysis or several, joined
+  --alone               without the shipped networks
+  --out FOLDER          for everything [figures/ beside the first file]
+  --data FOLDER         of images, as for sslvit.py [stimuli]
+  --cue-conflict FOLDER of <shape><n>-<texture><n>.png, Geirhos' images
+  --images N            test images; 0: all [1000]
+  --labels N            training images to learn from [four times --images]
+  --epochs N            of fine-tuning; segmentation has a quarter [10]
+  --device NAME         [cuda, if there is one]
+  --workers N           processes that read images [0]
+Where no file tells; one value, or one for each file:
+  --heads N ...         of attention
+  --grid N ...          patches in a row, where CLS has no position
+  --pixels NAME ...     imagenet or half: how the network saw pixels
+
 It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
 Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
 lesson, the metric, how it is measured and drawn, and an entry of the table FIGURES with
@@ -132,7 +149,7 @@ def after_mlp(states):
 
 STYLE = {
     "font.size": 12,
-    "figure.titlesize": 14,
+    "figure.titlesize": 12,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -195,24 +212,22 @@ def curves(axis, networks, read, label, x="layer", end=None):
     axis.set(xlabel=x, ylabel=label)
 
 
-def points(axis, networks, read, fact=""):
+def points(axis, networks, read, fact="label"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    Each name has a column, or the place that a fact of its network says.
+    The place is a fact of the network, a number or its label.
     """
     places, means = [], []
-    for x, (network, y) in enumerate(readings(networks, read)):
-        label = network.name
-        if fact:
-            x, label = getattr(network, fact), ""
+    for network, y in readings(networks, read):
+        x = getattr(network, fact)
         colour = style_of(network)["color"]
         axis.plot([x] * len(y), y, "o", ms=9, mfc="none", color=colour)
-        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=label, color=colour)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, color=colour)
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)
-    if not fact:
-        axis.set_xticks([])
+    if fact == "label":
+        axis.tick_params(axis="x", labelrotation=90)
     return places, means
 
 
@@ -1608,10 +1623,12 @@ def find_data(data, size):
     Where 20 images are not left for a test, all are tested and none is learnt from.
     """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
-    if test is None or min(len(train), len(test)) < GROUPS:
+    if test is None or len(test) < GROUPS:
         return train, train, 0
-    has_classes = train.classes == test.classes != ()
-    return train, test, len(test.classes[0]) if has_classes else 0
+    classes = 0
+    if train.classes == test.classes != ():
+        classes = len(test.classes[0])
+    return train, test, classes
 
 
 def sample(source, count, size, workers):
@@ -1678,7 +1695,7 @@ class Study:
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    functions = itertools.chain.from_iterable(map(attrgetter(slot), figures))
+    functions = sum(map(attrgetter(slot), figures), ())
     return list(dict.fromkeys(functions))
 
 
@@ -1717,8 +1734,7 @@ def t_quantile(freedom):
     """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
     angle = np.linspace(0, math.pi / 2, 100_001)
     area = np.cumsum(np.cos(angle) ** (freedom - 1))
-    place = np.searchsorted(area, 0.95 * area[-1])
-    return math.sqrt(freedom) * math.tan(angle[place])
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, area / area[-1], angle))
 
 
 def welch(more, less):
@@ -1755,18 +1771,19 @@ def sizes_of(networks):
     sizes = defaultdict(dict)
     ranked = sorted(networks, key=attrgetter("shape", "images"))
     for seeds in by_name(ranked):
-        first = seeds[0]
-        sizes[first.shape].setdefault(first.role, []).append(seeds)
+        roles = sizes[seeds[0].shape]
+        roles.setdefault(seeds[0].role, []).append(seeds)
     most = max(sizes.values(), key=len)
     if DECODED in most:
-        [first, *_], *_ = most[DECODED]
+        first = most[DECODED][0][0]
         *shape, depth = first.shape
         deeper = sizes[*shape, depth + first.decoder_depth]
-        most |= {"MIM as deep": deeper.get("MIM", [])}
+        most["MIM as deep"] = deeper.get("MIM", [])
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
-    if len(both) < 2:
-        both = [{}]
-    return {"": most, "smallest": both[0], "largest": both[-1]}
+    choices = {"": most}
+    if len(both) > 1:
+        choices |= {"smallest": both[0], "largest": both[-1]}
+    return choices
 
 
 def near(a, b):
@@ -1780,6 +1797,8 @@ def compared(part, sizes):
     Of several trainings of a role the longest; in a setting, the longest two with equal
     images, or with equal work of their encoders.
     """
+    if part.size not in sizes:
+        raise KeyError("CL and MIM of two sizes")
     roles = sizes[part.size]
     more, new = roles[part.more], {"untrained": roles["untrained"][0]}
     if not part.less:
@@ -1867,11 +1886,11 @@ def table_of(claims):
             lines.append(line)
             outcomes[row["outcome"].split()[0]] += 1
     tested = outcomes.total() - outcomes["needs"]
-    lines.append(
+    foot = (
         f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were true, "
-        f"{tested / 40:.1f} would by chance (one in forty)"
     )
-    return "\n".join(lines)
+    foot += f"{tested / 40:.1f} would by chance (one in forty)"
+    return "\n".join([*lines, foot])
 
 
 def words_of(row):
@@ -1889,6 +1908,7 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
+ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # what seeds of one network may differ in
 FREE = """
@@ -1935,6 +1955,11 @@ class Network:
         return role
 
     @property
+    def label(self):
+        """The name in several lines."""
+        return self.name.replace(", ", ",\n")
+
+    @property
     def work(self):
         """Encoder passes of its training: what an image costs, times images."""
         passes = {0: 3, 1: 8}.get(self.lam, 4 if self.one_view else 11)
@@ -1977,10 +2002,7 @@ def longest(networks):
 
 
 def give_names(networks):
-    """NAME, or role, with size and training images where networks differ in them.
-
-    Networks of one name may differ in the seed alone, and must.
-    """
+    """NAME, or role, with size and training images where networks differ in them."""
     shapes = {network.shape for network in networks}
     for network in networks:
         network.name = network.role
@@ -1993,15 +2015,19 @@ def give_names(networks):
         if network.given.lower() not in {"", *GIVEN}:
             network.name = network.given
     for seeds in by_name(networks):
-        name = seeds[0].name
-        runs = {n.path if n.seed is None else n.seed for n in seeds}
-        require(
-            len(runs) == len(seeds), f"{name}: one run, or one seed, is there twice"
-        )
-        for network in seeds:
-            differ = dict(seeds[0].settings ^ network.settings)
-            text = f"{network.path} and others differ in {', '.join(differ)}"
-            require(not differ, f"{name}: {text}: give names, NAME=FILE")
+        check_seeds(seeds)
+
+
+def check_seeds(networks):
+    """Networks of one name differ in the seed alone, and do."""
+    first = networks[0]
+    runs = set()
+    for network in networks:
+        runs.add(network.path if network.seed is None else network.seed)
+        differ = dict(first.settings ^ network.settings)
+        files = f"{first.path} and {network.path}, both {first.name},"
+        require(not differ, f"{files} differ in {', '.join(differ)}: give NAME=FILE")
+    require(len(runs) == len(networks), f"{first.name}: one run or seed is there twice")
 
 
 def name_and_path(text):
@@ -2022,12 +2048,13 @@ def load(text, heads=None, grid=None, pixels=None):
 
 def load_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
+    first = vits[0].facts.config
     lams = [vit.facts.lam for vit in vits]
-    alike = itemgetter("data", "model", "image_size", "patch_size", "decoder_depth")
     companions = []
     for path in sorted(COMPANIONS.rglob("*.pt")):
-        config = find_run(sslvit.load_checkpoint(path))["config"]
-        if config["lam"] not in lams and alike(config) == alike(vits[0].facts.config):
+        config = find_config(sslvit.load_checkpoint(path))
+        is_alike = all(config[key] == first[key] for key in ALIKE)
+        if is_alike and config["lam"] not in lams:
             companions.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
     return companions
@@ -2086,7 +2113,7 @@ def analyse(options):
 def write_results(results, out):
     """Under another name first: whole or not at all."""
     new = Path(out, "results.new")
-    new.write_text(json.dumps(results, default=to_list), encoding="utf-8")
+    new.write_text(json.dumps(results, default=to_list))
     new.replace(Path(out, "results.json"))
 
 
@@ -2098,7 +2125,7 @@ def read_results(paths):
     """results.json of one analysis or several -> results of the last, networks."""
     runs = {}
     try:
-        analyses = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths]
+        analyses = [json.loads(Path(path).read_text()) for path in paths]
         for results in analyses:
             is_joined = results["data"] == analyses[0]["data"]
             require(is_joined, "other images, labels or epochs than the first")
@@ -2121,13 +2148,13 @@ def read_results(paths):
 
 def title_of(name, claims):
     """What the claim says; the first part's numbers and outcome; the verdict."""
+    text = FIGURES[name].text
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                lines = "{text}\n{part}: {words}\nClaim {claim} {setting}: {verdict}"
-                words = {"text": FIGURES[name].text, "words": words_of(row)}
-                return lines.format(**(claim | row | words))
-    return FIGURES[name].text
+                text += f"\n{row['part']}: {words_of(row)}"
+                return text + "\nClaim {claim} {setting}: {verdict}".format(**claim)
+    return text
 
 
 def draw_figures(networks, names, claims, out):
@@ -2153,44 +2180,44 @@ def draw_figures(networks, names, claims, out):
 # ==== Command line ==================================================================
 
 
+FLAGS = {
+    "data": "",
+    "cue-conflict": "",
+    "out": "",
+    "images": 1000,
+    "labels": 0,
+    "epochs": 10,
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "workers": 0,
+}
+
+
 def parse(argv):
-    table = ["figures (for --only), their claims, and where they stand in [P]:"]
+    """The flags are explained at the top of this file, which --help prints."""
+    table = [
+        __doc__,
+        "figures (for --only), their claims, and where they stand in [P]:",
+    ]
     for name, figure in FIGURES.items():
         table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
     parser = argparse.ArgumentParser(
-        "analyze.py",
-        description="\n".join([__doc__, *table]),
-        allow_abbrev=False,
+        description="\n".join(table),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = partial(require, False)  # in one line, as all other errors
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument("checkpoints", nargs="*", default=[])
+    files.add_argument("--from", dest="results", nargs="+", default=[])
     add = parser.add_argument
-    files = parser.add_mutually_exclusive_group(required=True).add_argument
-    text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
-    files("checkpoints", nargs="*", default=[], help=text)
-    text = "results.json of one analysis or several, to judge and draw again (--only)"
-    files("--from", dest="results", nargs="+", default=[], help=text)
+    for name, default in FLAGS.items():
+        add(f"--{name}", type=type(default), default=default)
+    add("--alone", action="store_true")
     names = list(FIGURES)
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
-    add("--alone", action="store_true", help="without the shipped networks")
-    add("--out", help="folder for everything [figures/ beside the first file]")
-    add("--data", default="", help="folder of images as for sslvit.py, else stimuli")
-    add("--cue-conflict", help="folder of <shape><n>-<texture><n>.png")
-    text = "test images, 0: all [%(default)s]"
-    add("--images", type=int, default=1000, help=text)
-    add("--labels", type=int, help="training images to learn from [4 times --images]")
-    text = "of fine-tuning and segmentation, a third for a choice [%(default)s]"
-    add("--epochs", type=int, default=10, help=text)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="[%(default)s]")
-    text = "processes that read images [%(default)s]"
-    add("--workers", type=int, default=0, help=text)
-    # what no tensor tells
-    each = {"nargs": "+", "default": [None]}
-    add("--heads", type=int, help="one value, or one for each file", **each)
-    text = "patches in a row, where CLS has no position; one, or one for each file"
-    add("--grid", type=int, help=text, **each)
-    add("--pixels", choices=PIXELS, help="one, or one for each file", **each)
+    answers = {"nargs": "+", "default": [None]}
+    add("--heads", type=int, **answers)
+    add("--grid", type=int, **answers)
+    add("--pixels", choices=PIXELS, **answers)
     return parser.parse_args(argv)
 
 
@@ -2215,6 +2242,7 @@ def main(argv=None):
     what is wrong."""
     try:
         options = parse(argv)
+        check(options)
         paths = options.results
         if options.checkpoints:
             analyse(options)
@@ -2365,9 +2393,6 @@ class Inert:
 def check_archive(path):
     """A zip file must be as torch.save writes it: not compressed, checksums right."""
     with zipfile.ZipFile(path) as archive:
-        names = " ".join(archive.namelist())
-        require("data.pkl" in names, "a zip archive, but not one of torch.save")
-        require("constants.pkl" not in names, "a TorchScript program")
         # a few kB could become the whole memory
         is_packed = any(entry.compress_type for entry in archive.infolist())
         require(not is_packed, "a compressed archive, which torch.save never writes")
@@ -2412,14 +2437,14 @@ def find_tensors(content):
     return tensors
 
 
-def find_run(content):
-    """What a checkpoint of sslvit.py tells of its run, λ and more. Others: {}."""
-    written = content.get("config")
-    if not isinstance(written, dict) or "objective" not in written:
+def find_config(content):
+    """The settings of a run of sslvit.py, which tell λ and more. Others: {}."""
+    config = content.get("config")
+    if not isinstance(config, dict) or "objective" not in config:
         return {}
-    config = {}
+    config = vars(Config()) | config
     for knob in fields(Config):
-        value = config[knob.name] = written.get(knob.name, knob.default)
+        value = config[knob.name]
         types = (int, float) if knob.type is float else knob.type
         is_sound = isinstance(value, types) and str(value).isprintable()
         require(is_sound, f"in its config, {knob.name} is {value!r}")
@@ -2427,10 +2452,7 @@ def find_run(content):
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
     # the training set's identity; stimuli of any seed are one set
     data = str(content.get("data", config["data"]))
-    config["data"] = data.partition(", seed")[0]
-    run = {key: config[key] for key in ("lam", "seed", "decoder_depth", "one_view")}
-    images = int(content["step"]) * config["batch_size"]
-    return run | {"format": "sslvit", "images": images, "config": config}
+    return config | {"data": data.partition(", seed")[0]}
 
 
 # ---- From their names to ours ----
@@ -2594,7 +2616,7 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         content = read_checkpoint(path)
         tensors = find_tensors(content)
         prefix = find_prefix(tensors)
-        run = find_run(content)
+        config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights, grid)
         sines = which_sines(weights.get("pos_embed"), side)
@@ -2602,9 +2624,13 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads, grid = weights[TABLE].shape[1], side
-        if run:
-            heads, grid = SIZES[run["config"]["model"]]["num_heads"], side
-            pixels = "imagenet"
+        run = {}
+        if config:
+            form, grid, pixels = "sslvit", side, "imagenet"
+            heads = SIZES[config["model"]]["num_heads"]
+            keys = ("lam", "seed", "decoder_depth", "one_view")
+            run = {key: config[key] for key in keys} | {"config": config}
+            run["images"] = int(content["step"]) * config["batch_size"]
         sizes = find_sizes(weights, side, heads, form)
         vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
@@ -2612,9 +2638,8 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    facts = {"path": str(path), "format": form, "lam": lam}
-    facts["pixels"] = pixels or "imagenet"
-    vit.facts = Network(**(facts | sizes | run))
+    facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
+    vit.facts = Network(pixels=pixels or "imagenet", **facts)
     answers = {"--heads": heads, "--grid": grid or sines, "--pixels": pixels}
     guesses = [flag for flag, answer in answers.items() if not answer]
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
