@@ -48,7 +48,7 @@ import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from html import escape
 from operator import attrgetter, itemgetter
@@ -65,7 +65,7 @@ from torch.utils.data import DataLoader
 
 import sslvit
 from sslvit import MEAN, SIZES, STD
-from sslvit import Config, Stimuli, UserError, ViT, require, sincos_positions
+from sslvit import Config, UserError, ViT, require, sincos_positions
 
 # ==== What a figure is ==============================================================
 
@@ -1571,16 +1571,13 @@ def measure_batch(vit, x, measures, token_measures):
         states += [record.mid, record.out]
         above = added
     values = {"output": pooled_and_cls(tokens)}
+    # map() measures inside attempt()
+    stack = partial(torch.stack, dim=1)
     for measure in measures:
-        values |= attempt(measure_each, measure, layers)
+        values |= attempt(join, map(measure, layers), stack)
     for measure in token_measures:
-        values |= attempt(measure_each, measure, states)
+        values |= attempt(join, map(measure, states), stack)
     return values
-
-
-def measure_each(measure, items):
-    """measure() of every layer or state -> {key: (B, layers, ...)}."""
-    return join(map(measure, items), partial(torch.stack, dim=1))
 
 
 def join(rows, how):
@@ -1649,7 +1646,7 @@ class Study:
         train, test, self.classes = find_data(options.data, size)
         self.train = sample(train, options.labels, size, options.workers)
         self.test = sample(test, options.images, size, options.workers)
-        self.on_stimuli = isinstance(test, Stimuli)
+        self.on_stimuli = not options.data
         self.label_names = test.label_names
 
     @torch.no_grad()
@@ -1935,6 +1932,7 @@ class Network:
     images: int = 0  # that it was trained on
     config: dict = field(default_factory=dict)  # of a run of sslvit.py
     given: str = ""  # NAME of NAME=FILE
+    kind: str = ""  # shared by networks that differ in seed and length of training
     name: str = ""
     label_names: tuple = ()
     choices: dict = field(default_factory=dict)  # of learning rates
@@ -1946,8 +1944,8 @@ class Network:
         """What parts of claims call it."""
         if not self.path:
             return "untrained"
-        role = {None: "other", 0: "MIM", 1: "CL"}.get(self.lam)
-        role = role or f"hybrid, λ = {self.lam:g}"
+        roles = {None: "other", 0: "MIM", 1: "CL"}
+        role = roles.get(self.lam, f"hybrid, λ = {self.lam}")
         if self.one_view:
             role = f"one-view {role}"
         if self.decoder_depth:
@@ -1970,14 +1968,9 @@ class Network:
         return self.image_size, self.patch_size, self.embed_dim, self.depth
 
     @property
-    def kind(self):
-        """What networks share that differ in seed and length of training."""
-        return self.role, self.shape, self.given
-
-    @property
     def settings(self):
         """What seeds share. Foreign files do not tell: a NAME must."""
-        settings = self.config | {"role": self.role, "shape": self.shape}
+        settings = self.config | {"shape": self.shape}
         if not self.config and not self.given:
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
@@ -2005,15 +1998,17 @@ def give_names(networks):
     """NAME, or role, with size and training images where networks differ in them."""
     shapes = {network.shape for network in networks}
     for network in networks:
-        network.name = network.role
+        network.kind = network.role
         if len(shapes) > 1:
             size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
-            network.name += size.format(**vars(network))
+            network.kind += size.format(**vars(network))
+        if network.given.lower() not in {"", *GIVEN}:
+            network.kind = network.given
+    for network in networks:
+        network.name = network.kind
         lengths = {other.images for other in networks if other.kind == network.kind}
         if len(lengths) > 1:
             network.name += f", {network.images:,} images"
-        if network.given.lower() not in {"", *GIVEN}:
-            network.name = network.given
     for seeds in by_name(networks):
         check_seeds(seeds)
 
@@ -2046,18 +2041,16 @@ def load(text, heads=None, grid=None, pixels=None):
     return vit
 
 
-def load_companions(vits):
+def add_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
     first = vits[0].facts.config
-    lams = [vit.facts.lam for vit in vits]
-    companions = []
+    lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = find_config(sslvit.load_checkpoint(path))
         is_alike = all(config[key] == first[key] for key in ALIKE)
         if is_alike and config["lam"] not in lams:
-            companions.append(load(str(path)))
+            vits.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
-    return companions
 
 
 def untrained_like(vit):
@@ -2075,7 +2068,7 @@ def load_networks(options):
     answers = map(itertools.cycle, (options.heads, options.grid, options.pixels))
     vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
     if vits[0].facts.config and not options.alone:
-        vits += load_companions(vits)
+        add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
     vits.sort(key=lambda vit: vit.facts.seed or 0)
     kinds = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
@@ -2226,8 +2219,8 @@ def check(options):
     files = options.checkpoints or options.results
     torch.zeros(1, device=options.device)
     for values in (options.heads, options.grid, options.pixels):
-        fits = len(values) in (1, len(files))
-        require(fits, f"{values}: give one value, or one for each file")
+        text = f"{values}: give one value, or one for each file"
+        require(len(values) in (1, len(files)), text)
     options.images = options.images or None
     options.labels = options.labels or (options.images and 4 * options.images)
     if not options.out:
@@ -2395,7 +2388,7 @@ def check_archive(path):
     with zipfile.ZipFile(path) as archive:
         # a few kB could become the whole memory
         is_packed = any(entry.compress_type for entry in archive.infolist())
-        require(not is_packed, "a compressed archive, which torch.save never writes")
+        require(not is_packed, "a compressed archive, of TorchScript or NumPy perhaps")
         require(archive.testzip() is None, "damaged: a checksum is wrong")
 
 
@@ -2442,12 +2435,12 @@ def find_config(content):
     config = content.get("config")
     if not isinstance(config, dict) or "objective" not in config:
         return {}
-    config = vars(Config()) | config
-    for knob in fields(Config):
-        value = config[knob.name]
-        types = (int, float) if knob.type is float else knob.type
-        is_sound = isinstance(value, types) and str(value).isprintable()
-        require(is_sound, f"in its config, {knob.name} is {value!r}")
+    defaults = vars(Config())
+    config = defaults | config
+    for name, default in defaults.items():
+        value = config[name]
+        is_sound = type(value) is type(default) and str(value).isprintable()
+        require(is_sound, f"in its config, {name} is {value!r}")
     is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
     # the training set's identity; stimuli of any seed are one set
