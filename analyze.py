@@ -1505,9 +1505,8 @@ class Images:
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        crop = sslvit.center_crop
-        if self.training and not self.masks:
-            crop = random_crop
+        is_cropped = self.training and not self.masks
+        crop = random_crop if is_cropped else sslvit.center_crop
         crop = partial(crop, size=self.size)
         pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
@@ -1859,7 +1858,7 @@ def judge(networks, names):
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            with contextlib.suppress(IndexError):
+            with contextlib.suppress(IndexError):  # no such label set
                 row = judge_part(part, sizes) | {"figure": name}
                 table[figure.claim, part.setting].append(row)
     claims = []
@@ -1883,10 +1882,8 @@ def table_of(claims):
             lines.append(line)
             outcomes[row["outcome"].split()[0]] += 1
     tested = outcomes.total() - outcomes["needs"]
-    foot = (
-        f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were true, "
-    )
-    foot += f"{tested / 40:.1f} would by chance (one in forty)"
+    foot = f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were "
+    foot += f"true, {tested / 40:.1f} would by chance (one in forty)"
     return "\n".join([*lines, foot])
 
 
@@ -1969,7 +1966,10 @@ class Network:
 
     @property
     def settings(self):
-        """What seeds share. Foreign files do not tell: a NAME must."""
+        """What seeds of one network share, as pairs (name, value).
+
+        Files of other people do not tell: those that share a NAME are seeds.
+        """
         settings = self.config | {"shape": self.shape}
         if not self.config and not self.given:
             settings["path"] = self.path
@@ -2014,7 +2014,7 @@ def give_names(networks):
 
 
 def check_seeds(networks):
-    """Networks of one name differ in the seed alone, and do."""
+    """Seeds of one network: equal settings, no run or seed twice; else UserError."""
     first = networks[0]
     runs = set()
     for network in networks:
@@ -2071,8 +2071,8 @@ def load_networks(options):
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
     vits.sort(key=lambda vit: vit.facts.seed or 0)
-    kinds = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
-    return vits + list(map(untrained_like, kinds.values()))
+    twins = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
+    return vits + list(map(untrained_like, twins.values()))
 
 
 # ==== The engine: results ===========================================================
@@ -2250,8 +2250,8 @@ def main(argv=None):
         print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
-        text = "interrupted: results.json in --out has the networks that were measured"
-        print(f"analyze.py: {text}; --from draws them", file=sys.stderr)
+        text = "analyze.py: interrupted; --from draws what results.json in --out has"
+        print(text, file=sys.stderr)
         return 130
     # of ours, of files, and of torch: memory, a device that is not there
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
@@ -2264,10 +2264,10 @@ def main(argv=None):
 # It needs no network, library or script: pictures stand in it as base64.
 
 
-def write_report(path, results, drawn):
-    """drawn: {name: (title, file)} of draw_figures()."""
+def write_report(path, results, pictures):
+    """pictures: {name: (title, file)} of draw_figures()."""
     chapters = ""
-    for name, (title, file) in drawn.items():
+    for name, (title, file) in pictures.items():
         figure = FIGURES[name]
         picture = base64.b64encode(file.read_bytes()).decode()
         chapters += (
@@ -2277,9 +2277,7 @@ def write_report(path, results, drawn):
         )
     lines = [str(results["data"]), str(results["settings"])]
     for network in results["networks"]:
-        line = (
-            "{name}: {path}, seed {seed}, {images:,} images, {pixels} pixels, {choices}"
-        )
+        line = "{name}: {path}, seed {seed}, {images:,} images, {pixels}, {choices}"
         lines.append(line.format(**network))
     page = PAGE.format(
         table=escape(table_of(results["claims"])),
