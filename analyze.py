@@ -1776,10 +1776,10 @@ def sizes_of(networks):
         deeper = sizes[*shape, depth + first.decoder_depth]
         most["MIM as deep"] = deeper.get("MIM", [])
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
-    choices = {"": most}
+    groups = {"": most}
     if len(both) > 1:
-        choices |= {"smallest": both[0], "largest": both[-1]}
-    return choices
+        groups |= {"smallest": both[0], "largest": both[-1]}
+    return groups
 
 
 def near(a, b):
