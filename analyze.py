@@ -5,6 +5,23 @@
   python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet        photographs
   python analyze.py --from FOLDER/results.json         judges and draws again
 
+  NAME=FILE             one NAME for all seeds; cl=, mim=, hybrid= say the role
+  --only NAME ...       figures, see the table below
+  --from FILE ...       results.json of one analysis or several, joined
+  --alone               without the shipped networks
+  --out FOLDER          for everything [figures/ beside the first file]
+  --data FOLDER         of images, as for sslvit.py [stimuli]
+  --cue-conflict FOLDER of <shape><n>-<texture><n>.png, Geirhos' images
+  --images N            test images; 0: all [1000]
+  --labels N            training images to learn from [four times --images]
+  --epochs N            of fine-tuning; segmentation has a quarter [10]
+  --device NAME         [cuda, if there is one]
+  --workers N           processes that read images [0]
+Where no file tells; one value, or one for each file:
+  --heads N ...         of attention
+  --grid N ...          patches in a row, where CLS has no position
+  --pixels NAME ...     imagenet or half: how the network saw pixels
+
 It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
 Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
 lesson, the metric, how it is measured and drawn, and an entry of the table FIGURES with
@@ -20,23 +37,21 @@ attention and after each MLP, 1+2L in all.
 import argparse
 import base64
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import pickle
 import re
 import sys
-import textwrap
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from html import escape
-from itertools import pairwise, product
-from operator import itemgetter
+from itertools import cycle, pairwise, product
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +65,7 @@ from torch.utils.data import DataLoader
 
 import sslvit
 from sslvit import MEAN, SIZES, STD
-from sslvit import Config, Stimuli, UserError, ViT, require, sincos_positions
+from sslvit import Config, UserError, ViT, require, sincos_positions
 
 # ==== What a figure is ==============================================================
 
@@ -59,7 +74,7 @@ class Part(NamedTuple):
     """One sentence of a claim that can be tested: read(more) - read(less) > 0."""
 
     text: str
-    more: str  # a role: "CL", "MIM", "hybrid", "MIM with decoder", "largest CL" ...
+    more: str  # a role: "CL", "MIM", HYBRID, "MIM with decoder" ...
     less: str  # another role, or "" for 'above 0'
     # {key: value} of one network -> a number, or one for each label set
     read: Callable
@@ -67,6 +82,7 @@ class Part(NamedTuple):
     setting: str = ""
     # can be tested only if both are above a new network of their size
     trained: bool = False
+    size: str = ""  # "smallest", "largest" of CL and MIM, else that of most roles
 
 
 @dataclass
@@ -90,6 +106,7 @@ class Figure:
 
 
 FIGURES = {}
+HYBRID = "hybrid, λ = 0.2"  # which the paper analyses
 
 
 # Early is the first third of the layers, late the last, both rounded up.
@@ -132,7 +149,7 @@ def after_mlp(states):
 
 STYLE = {
     "font.size": 12,
-    "figure.titlesize": 14,
+    "figure.titlesize": 12,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -146,12 +163,12 @@ LINES = ("-", "--", "-.", ":")
 
 def style_of(network, turn=0):
     """Colour for λ, dashes for hybrids; each further size or name has other dashes."""
-    lam = network.facts["lam"]
-    if lam is None:
-        colour = "#8C8C8C" if network.role == "untrained" else "#333333"
-    else:
-        colour = LAMBDAS(float(lam))
-        turn += (0 < lam < 1) + network.facts["one_view"]
+    colour = "#8C8C8C"
+    if network.lam is not None:
+        colour = LAMBDAS(float(network.lam))
+        turn += (0 < network.lam < 1) + network.one_view
+    elif network.path:  # trained, nobody knows how
+        colour = "#333333"
     return {"color": colour, "ls": LINES[turn % 4]}
 
 
@@ -162,15 +179,13 @@ def canvas(columns, rows=1, height=4.6, **axis):
 
 
 def readings(networks, read):
-    """-> for each name (its first network, what is read of its seeds (seeds, ...))."""
-    names = {}
-    for network in longest(networks):
+    """-> for each name: its first network, what is read of its seeds (seeds, ...)."""
+    pairs = []
+    for seeds in by_name(longest(networks)):
         with contextlib.suppress(KeyError):
-            number = read(network.row(0))
-            _, numbers = names.setdefault(network.name, (network, []))
-            numbers.append(number)
-    require(names, "needs values that no network has")
-    return [(network, np.stack(numbers)) for network, numbers in names.values()]
+            pairs.append((seeds[0], numbers(read, seeds)[0]))
+    require(pairs, "needs values that no network has")
+    return pairs
 
 
 def curves(axis, networks, read, label, x="layer", end=None):
@@ -184,37 +199,35 @@ def curves(axis, networks, read, label, x="layer", end=None):
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.role])
         turns[network.role] += 1
-        depth = end or network.facts["depth"]
+        depth = end or network.depth
         start = max(0, depth + 1 - y.shape[1])
         places = np.linspace(start, depth, y.shape[1])
         if y.ndim == 3:
             heads = y.mean(axis=0)
             band = heads.min(axis=1), heads.max(axis=1)
-            axis.fill_between(places, *band, alpha=0.12, lw=0, fc=style["color"])
+            axis.fill_between(places, *band, alpha=0.12, fc=style["color"])
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
     axis.set(xlabel=x, ylabel=label)
 
 
-def points(axis, networks, read, fact=""):
+def points(axis, networks, read, fact="label"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    Each name has a column, or the place of a fact of its network.
+    The place is a fact of the network, a number or its label.
     """
     places, means = [], []
-    for x, (network, y) in enumerate(readings(networks, read)):
-        name = network.name
-        if fact:
-            x, name = network.facts[fact], ""
-        style = {"color": style_of(network)["color"], "mfc": "none"}
-        axis.plot([x] * len(y), y, "o", ms=9, **style)
-        axis.plot(x, y.mean(), "_", ms=30, mew=3, label=name, **style)
+    for network, y in readings(networks, read):
+        x = getattr(network, fact)
+        colour = style_of(network)["color"]
+        axis.plot([x] * len(y), y, "o", ms=9, mfc="none", color=colour)
+        axis.plot(x, y.mean(), "_", ms=30, mew=3, color=colour)
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)
-    if not fact:
-        axis.set_xticks([])
+    if fact == "label":
+        axis.tick_params(axis="x", labelrotation=90)
     return places, means
 
 
@@ -234,15 +247,14 @@ def label_axes(networks, keys, axes):
 
     An axis is labelled after the caller has drawn on it.
     """
-    labels = networks[0].facts["label_names"]
-    pairs = [(key, place) for key in keys for place in range(len(labels))]
-    for axis, (key, place) in zip(np.ravel(axes), pairs, strict=True):
+    pairs = product(keys, enumerate(networks[0].label_names))
+    for axis, (key, (place, label)) in zip(np.ravel(axes), pairs, strict=True):
         yield axis, of_label(key, place)
-        say_range(axis, f"{key}, {labels[place]}")
+        say_range(axis, f"{key}, {label}")
 
 
 def label_count(networks):
-    return len(networks[0].facts["label_names"])
+    return len(networks[0].label_names)
 
 
 def reference(axis, y, text):
@@ -261,8 +273,8 @@ def legend(fig):
     """One legend below, each name once."""
     lines = {}
     for axis in fig.axes:
-        handles, labels = axis.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
+        handles, names = axis.get_legend_handles_labels()
+        lines |= zip(names, handles, strict=True)
     place = "outside lower center"
     fig.legend(lines.values(), lines, loc=place, ncols=3, frameon=False)
 
@@ -315,7 +327,7 @@ def draw_maps(networks):
                 outline = pictures["objects"][image]
                 axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
     for axis, network in zip(axes[1:, 0], networks, strict=True):
-        axis.set_ylabel(network.name.replace(", ", ",\n"))
+        axis.set_ylabel(network.label)
     fig.colorbar(shown, ax=axes, label="attention / uniform")
     return fig
 
@@ -367,12 +379,11 @@ def measure_distance(layer):
 
 
 def plot_distance(axis, networks):
-    curves(
-        axis, networks, itemgetter("distance"), "attention distance (px; band: heads)"
-    )
-    facts = networks[0].facts
-    patches = grid_points(facts["image_size"] // facts["patch_size"], torch.ones(1))
-    far = torch.cdist(patches, patches).mean().item() * facts["patch_size"]
+    label = "attention distance (px; band: heads)"
+    curves(axis, networks, itemgetter("distance"), label)
+    first = networks[0]
+    patches = grid_points(first.image_size // first.patch_size, torch.ones(1))
+    far = torch.cdist(patches, patches).mean().item() * first.patch_size
     reference(axis, far, "uniform attention")
 
 
@@ -565,7 +576,7 @@ def draw_plane(networks):
             axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
         first, second = network.pictures["shares"]
         axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
-        axis.set_title(network.name.replace(", ", ",\n"))
+        axis.set_title(network.label)
         axis.axis("equal")
     return fig
 
@@ -993,19 +1004,20 @@ What to look at: the slopes rather than the points, and grey's slope too."""
 
 def scaling_parts(setting):
     how = {"read": of(np.mean, "fine-tuned"), "setting": setting, "trained": True}
+    smallest, largest = {"size": "smallest"}, {"size": "largest"}
     return (
-        Part("fine-tune accuracy, smallest size", "smallest CL", "smallest MIM", **how),
-        Part("fine-tune accuracy, largest size", "largest MIM", "largest CL", **how),
+        Part("fine-tune accuracy, smallest size", "CL", "MIM", **how, **smallest),
+        Part("fine-tune accuracy, largest size", "MIM", "CL", **how, **largest),
     )
 
 
 def draw_scaling(networks):
     """A line for each role and number of training images."""
-    sizes = {network.facts["embed_dim"] for network in networks}
+    sizes = {network.embed_dim for network in networks}
     require(len(sizes) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
-    for network in sorted(networks, key=lambda network: network.facts["embed_dim"]):
-        name = f"{network.role}, {network.facts['images']:,} images"
+    for network in sorted(networks, key=attrgetter("embed_dim")):
+        name = f"{network.role}, {network.images:,} images"
         lines[name].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read in label_axes(networks, ["fine-tuned"], axes):
@@ -1377,30 +1389,28 @@ whether its NMI follows blue at first and orange at the end."""
 def hybrid_parts(setting):
     probe, tuned = of(np.mean, "linear probe"), of(np.mean, "fine-tuned")
     return (
-        Part("linear probe", "hybrid", "CL", probe, setting),
-        Part("linear probe", "hybrid", "MIM", probe, setting),
-        Part("fine-tune accuracy", "hybrid", "CL", tuned, setting),
-        Part("fine-tune accuracy", "hybrid", "MIM", tuned, setting),
-        Part(
-            "NMI of hybrid, middle - last", "hybrid", "", of(end_fall, "nmi"), setting
-        ),
-        Part("Δ at π, early", "hybrid", "CL", early_high, setting),
-        Part("Δ at π, late", "MIM", "hybrid", late_high, setting),
+        Part("linear probe", HYBRID, "CL", probe, setting),
+        Part("linear probe", HYBRID, "MIM", probe, setting),
+        Part("fine-tune accuracy", HYBRID, "CL", tuned, setting),
+        Part("fine-tune accuracy", HYBRID, "MIM", tuned, setting),
+        Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi"), setting),
+        Part("Δ at π, early", HYBRID, "CL", early_high, setting),
+        Part("Δ at π, late", "MIM", HYBRID, late_high, setting),
     )
 
 
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
-    hybrids = [network for network in networks if network.role == "hybrid"]
+    hybrids = [network for network in networks if network.role == HYBRID]
     require(hybrids, "needs a hybrid of λ = 0.2")
     first = hybrids[0]
-    alike = [n for n in networks if n.shape == first.shape and not n.facts["one_view"]]
+    alike = [n for n in networks if n.shape == first.shape and not n.one_view]
     fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
     keys = ("linear probe", "fine-tuned")
     for axis, read in label_axes(networks, keys, axes[:-1]):
         for fact, dashes in (("work", ":"), ("images", "-")):
-            swept = [n for n in alike if near(n.facts[fact], first.facts[fact])]
-            swept.sort(key=lambda network: network.facts["lam"])
+            swept = [n for n in alike if near(getattr(n, fact), getattr(first, fact))]
+            swept.sort(key=attrgetter("lam"))
             means = points(axis, swept, read, "lam")
             axis.plot(*means, dashes, color="black", label=f"equal {fact}")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
@@ -1427,6 +1437,7 @@ FIGURES["sweep"] = Figure(
 # their number are the values and features of each.
 
 FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
+PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
 @dataclass
@@ -1453,17 +1464,17 @@ class Images:
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        pair = sslvit.CenterCrops(self.source, self.size)[index]
-        pixels, labels = map(torch.from_numpy, pair)
+        is_cropped = self.training and not self.masks
+        crop = random_crop if is_cropped else sslvit.center_crop
+        crop = partial(crop, size=self.size)
+        pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
-            _, shape, _, inside = self.source[index]
-            labels = torch.from_numpy(inside) * (1 + shape)
-        elif self.training:
-            pixels = random_square(pixels)
+            _, shape, _, mask = self.source[index]
+            labels = mask * (1 + shape)
         if self.training and torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
+            pixels = pixels[..., ::-1].copy()
             if self.masks:
-                labels = labels.flip(-1)
+                labels = labels[..., ::-1].copy()
         return pixels, labels
 
     def batches(self, size):
@@ -1478,20 +1489,15 @@ class Images:
         )
 
 
-def random_square(pixels):
-    """A square of SMALLEST_CROP to all of the area, as large as the whole."""
-    size = pixels.shape[-1]
-    side = round(size * torch.empty(()).uniform_(SMALLEST_CROP, 1).item() ** 0.5)
-    top, left = torch.randint(size - side + 1, (2,)).tolist()
-    square = pixels[None, :, top : top + side, left : left + side]
-    return F.interpolate(square, size, mode="bilinear", antialias=True)[0]
+def random_crop(image, size):
+    """SMALLEST_CROP to all of the area -> uint8 (3, size, size)."""
+    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
+    return sslvit.random_crops(image, size, [SMALLEST_CROP], rng)[0]
 
 
 def normalise(pixels, vit):
     """Brightness 0 .. 255 -> what the network was trained on, on its device."""
-    mean, std = MEAN, STD
-    if vit.facts["pixels"] == "half":
-        mean = std = torch.tensor(0.5)
+    mean, std = PIXELS[vit.facts.pixels]
     return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
@@ -1512,32 +1518,33 @@ def measure_batch(vit, x, measures, token_measures):
     """All measurements of a batch -> {key: (B, layers or states, ...)}."""
     tokens, records = vit(x, record=True)
     states = [vit.embed(x, None, None, vit.grid, vit.grid)]
-    layers, above = [], None
+    layers = []
+    above = None
     for block, record in zip(vit.blocks, records, strict=True):
-        attn = record.attn[:, :, 1:, 1:]
-        attn = attn / attn.sum(dim=-1, keepdim=True).clamp(min=1e-37)
-        added = (record.mid - states[-1])[:, 1:]
+        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1)
         heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
-        layers.append(
-            Layer(attn, heads, added, above, weight, vit.grid, vit.patch_size)
-        )
+        added = (record.mid - states[-1])[:, 1:]
+        sizes = vit.grid, vit.patch_size
+        layers.append(Layer(attn, heads, added, above, weight, *sizes))
         states += [record.mid, record.out]
         above = added
     values = {"output": pooled_and_cls(tokens)}
+    # map() measures inside attempt()
+    stack = partial(torch.stack, dim=1)
     for measure in measures:
-        values |= attempt(stack, measure, layers)
+        values |= attempt(join, map(measure, layers), stack)
     for measure in token_measures:
-        values |= attempt(stack, measure, states)
+        values |= attempt(join, map(measure, states), stack)
     return values
 
 
-def stack(measure, items):
-    """measure() of every layer or state -> {key: (B, layers, ...)}."""
+def join(rows, how):
+    """Several {key: value} -> {key: how([value, ...])}."""
     values = defaultdict(list)
-    for item in items:
-        for key, value in measure(item).items():
+    for row in rows:
+        for key, value in row.items():
             values[key].append(value)
-    return {key: torch.stack(value, dim=1) for key, value in values.items()}
+    return {key: how(parts) for key, parts in values.items()}
 
 
 def attempt(function, *arguments):
@@ -1555,26 +1562,36 @@ say_once = cache(print)
 @torch.no_grad()
 def one_pass(vit, images, measures=(), token_measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
-    # at most 200 MB of attention weights
-    weights = len(vit.blocks) * vit.facts["num_heads"] * (1 + vit.grid**2) ** 2
-    rows = defaultdict(list)
-    for pixels, labels in images.batches(max(1, min(BATCH, 5 * 10**7 // weights))):
+    rows = []
+    # attention weights grow with the square of the number of patches
+    for pixels, labels in images.batches(min(BATCH, 1 + 2000 // vit.grid**2)):
         x = normalise(pixels, vit)
-        values = measure_batch(vit, x, measures, token_measures)
-        for key, value in (values | {"labels": labels}).items():
-            rows[key].append(value.cpu().numpy())
-    return {key: np.concatenate(parts) for key, parts in rows.items()}
+        values = measure_batch(vit, x, measures, token_measures) | {"labels": labels}
+        rows.append({key: value.cpu().numpy() for key, value in values.items()})
+    return join(rows, np.concatenate)
 
 
 @cache
 def find_data(data, size):
-    """-> training set, test set, number of classes to learn; 0: there are no labels."""
+    """-> training set, test set, number of classes; 0: nothing can be learnt.
+
+    Where 20 images are not left for a test, all are tested and none is learnt from.
+    """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
-    if test is None or min(len(train), len(test)) < GROUPS:
-        test, classes = train, ()
-    else:
-        classes = train.classes if train.classes == test.classes else ()
-    return train, test, len(classes[0]) if classes else 0
+    if test is None or len(test) < GROUPS:
+        return train, train, 0
+    classes = 0
+    if train.classes == test.classes != ():
+        classes = len(test.classes[0])
+    return train, test, classes
+
+
+def sample(source, count, size, workers):
+    """`count` random Images (None: all), the same for every network."""
+    order = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+    few = f"{len(order)} images: at least {GROUPS} are needed"
+    require(len(order) >= GROUPS, few)
+    return Images(source, order, size, workers)
 
 
 class Study:
@@ -1583,20 +1600,12 @@ class Study:
     def __init__(self, vit, options, choices):
         self.vit, self.options, self.device = vit, options, options.device
         self.choices = choices  # of learning rates, shared by the seeds of a network
-        size = vit.facts["image_size"]
+        size = vit.facts.image_size
         train, test, self.classes = find_data(options.data, size)
-        self.on_stimuli = isinstance(test, Stimuli)
+        self.train = sample(train, options.labels, size, options.workers)
+        self.test = sample(test, options.images, size, options.workers)
+        self.on_stimuli = not options.data
         self.label_names = test.label_names
-        rng = np.random.default_rng(0)
-        order = rng.permutation(len(test))[: options.images].tolist()
-        self.test = Images(test, order, size, options.workers)
-        order = rng.permutation(len(train))[: options.labels].tolist()
-        self.train = Images(train, order, size, options.workers)
-        few = f"{len(self.test)} test images: at least {GROUPS} are needed"
-        require(len(self.test) >= GROUPS, few)
-        # what analyses must share to be joined
-        sizes = len(self.test), len(self.train), options.epochs
-        self.data = [test.identity().replace(f"of {size} px", ""), *sizes]
 
     @torch.no_grad()
     def output(self, pixels):
@@ -1613,7 +1622,11 @@ class Study:
         """-> {key: (21, ...)}, everything that the figures need."""
         measures = unique(figures, "measure"), unique(figures, "measure_tokens")
         self.rows = one_pass(self.vit, self.test, *measures)
-        for function in unique(figures, "learn") if self.classes else []:
+        learners = unique(figures, "learn")
+        if learners and not self.classes:
+            print("  no accuracies: they need classes, the same in train and val")
+            learners = []
+        for function in learners:
             print(f"  {function.__name__}", flush=True)
             self.rows |= attempt(function, self)
         values = leave_out(self.rows, unique(figures, "whole"))
@@ -1621,11 +1634,11 @@ class Study:
 
     @torch.no_grad()
     def pictures(self, figures):
-        """Three images, at most 64 px wide, and what the figures show of them."""
+        """Three images, 64 px wide, and what the figures show of them."""
         images = replace(self.test.part(0, 3), masks=self.on_stimuli)
         [(pixels, labels)] = images.batches(3)
-        small = F.adaptive_avg_pool2d(pixels.float(), min(64, images.size))
-        pictures = {"photographs": small.byte().permute(0, 2, 3, 1)}
+        small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
+        pictures = {"photographs": small}
         if self.on_stimuli:
             pictures["objects"] = (labels > 0).byte()
         x = normalise(pixels, self.vit)
@@ -1637,7 +1650,8 @@ class Study:
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    return list(dict.fromkeys(f for figure in figures for f in getattr(figure, slot)))
+    functions = sum(map(attrgetter(slot), figures), ())
+    return list(dict.fromkeys(functions))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1651,34 +1665,42 @@ COUNTS = {1: "one network", 2: "two networks"}
 
 def leave_out(rows, whole=()):
     """{key: (n, ...)} -> {key: (21, ...)}: means over images, and what `whole` adds."""
-    values = defaultdict(list)
+    results = []
     for group in range(-1, GROUPS):  # -1 leaves none out
         subset = {}
         for key, x in rows.items():
             subset[key] = x[np.arange(len(x)) % GROUPS != group]
-            values[key].append(subset[key].mean(axis=0, dtype=float))
+        values = {key: x.mean(axis=0, dtype=float) for key, x in subset.items()}
         for summarise in whole:
-            for key, value in attempt(summarise, subset).items():
-                values[key].append(value)
-    return {key: np.stack(value) for key, value in values.items()}
+            values |= attempt(summarise, subset)
+        results.append(values)
+    return join(results, np.stack)
+
+
+def numbers(read, networks):
+    """What is read of every row of the networks' values -> (21, networks, ...)."""
+    rows = []
+    for i in range(GROUPS + 1):
+        rows.append([read(network.row(i)) for network in networks])
+    return np.array(rows, dtype=float)
 
 
 def t_quantile(freedom):
     """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
     angle = np.linspace(0, math.pi / 2, 100_001)
     area = np.cumsum(np.cos(angle) ** (freedom - 1))
-    place = np.searchsorted(area, 0.95 * area[-1])
-    return math.sqrt(freedom) * math.tan(angle[place])
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, area / area[-1], angle))
 
 
 def welch(more, less):
     """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
-    a = more.var(ddof=1) / len(more)
-    b = less.var(ddof=1) / len(less)
-    if a + b == 0:
+    counts = np.array([len(more), len(less)])
+    variances = np.array([more.var(ddof=1), less.var(ddof=1)]) / counts
+    total = variances.sum()
+    if total == 0:
         return 0.0
-    freedom = (a + b) ** 2 / (a**2 / (len(more) - 1) + b**2 / (len(less) - 1))
-    return t_quantile(freedom) * math.sqrt(a + b)
+    freedom = total**2 / np.sum(variances**2 / (counts - 1))
+    return t_quantile(freedom) * math.sqrt(total)
 
 
 def interval(more, less):
@@ -1688,12 +1710,35 @@ def interval(more, less):
     networks share. Networks, where both groups have three or more: Welch's t.
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
-    deviation = difference[1:] - difference[1:].mean()
-    images = T_19 * math.sqrt(19 / 20 * np.sum(deviation**2))
+    images = T_19 * math.sqrt(19 * difference[1:].var())
     networks = 0.0
     if min(more.shape[1], less.shape[1]) >= 3:
         networks = welch(more[0], less[0])
     return difference[0], math.hypot(images, networks)
+
+
+def sizes_of(networks):
+    """-> {size: {role: [its seeds, those of a longer training, ...]}}.
+
+    Size "" is the one that has most roles. There, "MIM as deep" is as deep as encoder
+    and decoder together.
+    """
+    sizes = defaultdict(dict)
+    ranked = sorted(networks, key=attrgetter("shape", "images"))
+    for seeds in by_name(ranked):
+        roles = sizes[seeds[0].shape]
+        roles.setdefault(seeds[0].role, []).append(seeds)
+    most = max(sizes.values(), key=len)
+    if DECODED in most:
+        first = most[DECODED][0][0]
+        *shape, depth = first.shape
+        deeper = sizes[*shape, depth + first.decoder_depth]
+        most["MIM as deep"] = deeper.get("MIM", [])
+    both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
+    groups = {"": most}
+    if len(both) > 1:
+        groups |= {"smallest": both[0], "largest": both[-1]}
+    return groups
 
 
 def near(a, b):
@@ -1701,83 +1746,56 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def groups_of(networks):
-    """-> {role: [seeds of a network, of a longer run, ...]}, of the size that has most
-    roles; "smallest CL" ... of others; all of a size have one shape."""
-    runs = defaultdict(list)
-    for network in networks:
-        images, name = network.facts["images"], network.name
-        runs[network.shape, network.role, images, name].append(network)
-    sizes = {}
-    for key in sorted(runs):
-        shape, role, *_ = key
-        roles = sizes.setdefault(shape, {})
-        roles.setdefault(role, []).append(runs[key])
-    groups = dict(max(sizes.values(), key=len, default={}))
-    if DECODED in groups:
-        first = groups[DECODED][0][0]
-        *shape, depth = first.shape
-        deeper = sizes.get((*shape, depth + first.facts["decoder_depth"]), {})
-        groups |= {f"{role} as deep": names for role, names in deeper.items()}
-    both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
-    if len(both) > 1:
-        for size, roles in (("smallest", both[0]), ("largest", both[-1])):
-            groups |= {f"{size} {role}": roles[role] for role in ("CL", "MIM")}
-    return groups
+def compared(part, sizes):
+    """-> {role: seeds} that a part compares; KeyError if some are missing.
 
-
-def compared(part, groups):
-    """-> {role: networks} that a part compares; KeyError if some are missing.
-
-    Of several of a role the one that was trained on the most images; in a setting, the
-    longest two with equal images, or equal work of their encoders.
+    Of several trainings of a role the longest; in a setting, the longest two with equal
+    images, or with equal work of their encoders.
     """
-    more = groups[part.more]
+    if part.size not in sizes:
+        raise KeyError("CL and MIM of two sizes")
+    roles = sizes[part.size]
+    more, new = roles[part.more], {"untrained": roles["untrained"][0]}
     if not part.less:
-        return {part.more: more[-1]}
+        return {part.more: more[-1]} | new
     fact = part.setting.removeprefix("equal ")
-    for a in more[::-1]:
-        for b in groups[part.less][::-1]:
-            if not fact or near(a[0].facts[fact], b[0].facts[fact]):
-                return {part.more: a, part.less: b}
-    raise KeyError(f"{part.more} and {part.less} of {part.setting}")
+    for a, b in product(more[::-1], roles[part.less][::-1]):
+        if not fact or near(getattr(a[0], fact), getattr(b[0], fact)):
+            return {part.more: a, part.less: b} | new
+    raise KeyError(f"{part.more} and {part.less} {part.setting}")
 
 
-def numbers(read, networks):
-    """What a part reads -> (21, networks)."""
-    rows = range(GROUPS + 1)
-    return np.array([[read(n.row(i)) for n in networks] for i in rows], dtype=float)
-
-
-def judge_part(part, groups, networks):
-    """-> a row of the table; none if the images have no such label set."""
-    row = {"part": part.text}
+def judge_part(part, sizes):
+    """-> a row of the table; IndexError if the images have no such label set."""
+    row = {"part": part.text, "outcome": "undecided"}
     try:
-        pair = compared(part, groups)
-        shape = pair[part.more][0].shape
-        new = [n for n in networks if n.role == "untrained" and n.shape == shape]
-        values = {role: numbers(part.read, group) for role, group in pair.items()}
-        untrained = numbers(part.read, new)
+        pair = compared(part, sizes)
+        values = {role: numbers(part.read, seeds) for role, seeds in pair.items()}
     except KeyError as error:
-        missing = error.args[0].replace("hybrid", "hybrid, λ = 0.2")
-        return [row | {"outcome": f"needs {missing}"}]
-    except IndexError:
-        return []
-    more = values[part.more]
-    less = values.get(part.less, 0 * more)
-    difference, reach = interval(more, less)
-    row |= {"difference": difference, "reach": reach, "untrained": untrained[0].mean()}
-    row["networks"] = min(more.shape[1], less.shape[1])
+        return row | {"outcome": f"needs {error.args[0]}"}
     row["values"] = {role: x[0].mean() for role, x in values.items()}
-    row["gains"] = {role: interval(x, untrained) for role, x in values.items()}
-    row["outcome"] = "undecided"
-    if math.isnan(reach):
+    new = values.pop("untrained")
+    gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
+    more, *less = values.values()
+    row["difference"], row["reach"] = interval(more, *less or [0 * more])
+    row["networks"] = min(x.shape[1] for x in values.values())
+    if math.isnan(row["reach"]):
         row["outcome"] = "needs a number"
-    elif part.trained and not all(gain > far for gain, far in row["gains"].values()):
+    elif part.trained and any(gain <= reach for gain, reach in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
-    elif abs(difference) > reach:
-        row["outcome"] = "holds" if difference > 0 else "opposed"
-    return [row]
+    elif row["difference"] > row["reach"]:
+        row["outcome"] = "holds"
+    elif row["difference"] < -row["reach"]:
+        row["outcome"] = "opposed"
+    return row
+
+
+VERDICTS = {  # some parts hold, some are opposed
+    (True, False): "partly",
+    (True, True): "mixed",
+    (False, True): "opposed",
+    (False, False): "undecided",
+}
 
 
 def verdict_of(rows):
@@ -1785,67 +1803,55 @@ def verdict_of(rows):
     outcomes = {row["outcome"] for row in rows}
     if not outcomes <= {"holds", "opposed", "undecided"}:
         return "not testable"
-    verdict = "undecided"
+    verdict = VERDICTS["holds" in outcomes, "opposed" in outcomes]
     if outcomes == {"holds"}:
         verdict = "agrees"
-    elif outcomes >= {"holds", "opposed"}:
-        verdict = "mixed"
-    elif "holds" in outcomes:
-        verdict = "partly"
-    elif "opposed" in outcomes:
-        verdict = "opposed"
     fewest = min(row["networks"] for row in rows)
     return f"{verdict} ({COUNTS.get(fewest, f'{fewest} networks')})"
 
 
 def judge(networks, names):
     """-> the table: a claim after the other, claims 2 and 12 once for each setting."""
-    groups = groups_of(networks)
+    sizes = sizes_of(networks)
     table = defaultdict(list)
     for name in names:
         figure = FIGURES[name]
         for part in figure.parts:
-            for row in judge_part(part, groups, networks):
-                row |= {"figure": name}
+            with contextlib.suppress(IndexError):  # no such label set
+                row = judge_part(part, sizes) | {"figure": name}
                 table[figure.claim, part.setting].append(row)
     claims = []
     for (number, setting), rows in sorted(table.items()):
-        texts = "; ".join(dict.fromkeys(FIGURES[row["figure"]].text for row in rows))
-        claim = {"claim": number, "setting": setting, "text": texts}
+        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
+        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
         claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
     return claims
 
 
 def table_of(claims):
-    """The claims as lines of text."""
+    """The claims as lines of text; gains are over the untrained network."""
     lines = []
-    outcomes = []
+    outcomes = Counter()
     for claim in claims:
         lines.append("{claim:2} {text} {setting}: {verdict}".format(**claim))
         for row in claim["parts"]:
-            lines.append(f"   {row['part']:34} {words_of(row)}")
-            outcomes.append(row["outcome"])
-    tested = sum(not outcome.startswith("needs") for outcome in outcomes)
-    lines.append(
-        f"{tested} parts were tested, {outcomes.count('holds')} hold; if nothing were "
-        f"true, {tested / 40:.1f} would by chance (one in forty)"
-    )
-    return "\n".join(lines)
+            line = f"   {row['part']:34} {words_of(row)}"
+            for role, gain in row.get("gains", {}).items():
+                line += f"; {role} gains {between(*gain)}"
+            lines.append(line)
+            outcomes[row["outcome"].split()[0]] += 1
+    tested = outcomes.total() - outcomes["needs"]
+    foot = f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were "
+    foot += f"true, {tested / 40:.1f} would by chance (one in forty)"
+    return "\n".join([*lines, foot])
 
 
 def words_of(row):
-    """Values, difference [its interval], outcome; how far each is from untrained."""
+    """Values, difference [its interval], outcome."""
     if "values" not in row:
         return row["outcome"]
-    text = f"{words_of_values(row)}: {between(row['difference'], row['reach'])} "
-    text += f"{row['outcome']}; from untrained {row['untrained']:.3f}:"
-    for role, gain in row["gains"].items():
-        text += f" {role} {between(*gain)}"
-    return text
-
-
-def words_of_values(row):
-    return ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
+    values = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
+    return f"{values}: {between(row['difference'], row['reach'])} {row['outcome']}"
 
 
 def between(difference, reach):
@@ -1855,51 +1861,127 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
-SHAPE = "image_size patch_size embed_dim depth".split()
 ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
-# encoder passes of a training image
-PASSES = {"CL": 8, "MIM": 3, "hybrid": 11, "one-view hybrid": 4}
+# what seeds of one network may differ in
+FREE = """
+    seed device dtype accum workers compile keep out resume overwrite dry_run
+    save_every log_every knn_images""".split()
 
 
 @dataclass
 class Network:
     """One trained or untrained network as it stands in results.json."""
 
-    facts: dict
+    path: str  # "": untrained
+    format: str
+    lam: float | None  # None: the file does not tell, as with seed
+    pixels: str
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    seed: int | None = None
+    decoder_depth: int = 0
+    one_view: bool = False
+    images: int = 0  # that it was trained on
+    config: dict = field(default_factory=dict)  # of a run of sslvit.py
+    given: str = ""  # NAME of NAME=FILE
+    kind: str = ""  # shared by networks that differ in seed and length of training
+    name: str = ""
+    label_names: tuple = ()
+    choices: dict = field(default_factory=dict)  # of learning rates
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
 
     @property
     def role(self):
-        return self.facts["role"]
+        """What parts of claims call it."""
+        if not self.path:
+            return "untrained"
+        roles = {None: "other", 0: "MIM", 1: "CL"}
+        role = roles.get(self.lam, f"hybrid, λ = {self.lam}")
+        if self.one_view:
+            role = f"one-view {role}"
+        if self.decoder_depth:
+            role = f"{role} with decoder"
+        return role
 
     @property
-    def name(self):
-        return self.facts["name"]
+    def label(self):
+        """The name in several lines."""
+        return self.name.replace(", ", ",\n")
+
+    @property
+    def work(self):
+        """Encoder passes of its training: what an image costs, times images."""
+        passes = {0: 3, 1: 8}.get(self.lam, 4 if self.one_view else 11)
+        return passes * self.images
 
     @property
     def shape(self):
-        return tuple(self.facts[key] for key in SHAPE)
+        return self.image_size, self.patch_size, self.embed_dim, self.depth
 
     @property
-    def kind(self):
-        return self.role, self.shape, self.facts["given"]
+    def settings(self):
+        """What seeds of one network share, as pairs (name, value).
+
+        Files of other people do not tell: those that share a NAME are seeds.
+        """
+        settings = self.config | {"shape": self.shape}
+        if not self.config and not self.given:
+            settings["path"] = self.path
+        return {pair for pair in settings.items() if pair[0] not in FREE}
 
     def row(self, number):
         return {key: value[number] for key, value in self.values.items()}
 
 
-def role_of(lam, one_view, decoder_depth):
-    """The hybrid of λ = 0.2, which the paper analyses, is simply "hybrid"."""
-    role = {None: "other", 0: "MIM", 1: "CL"}.get(lam, "hybrid")
-    if one_view:
-        role = "one-view hybrid"
-    if "hybrid" in role and lam != 0.2:
-        role += f", λ = {lam:g}"
-    if decoder_depth:
-        role += " with decoder"
-    return role
+def by_name(networks):
+    """-> lists of the networks of one name, which are its seeds."""
+    names = defaultdict(list)
+    for network in networks:
+        names[network.name].append(network)
+    return list(names.values())
+
+
+def longest(networks):
+    """Of several trainings of a kind the longest; figures 1 and 12 have all."""
+    ranked = sorted(networks, key=attrgetter("images"))
+    images = {network.kind: network.images for network in ranked}
+    return [n for n in networks if n.images == images[n.kind]]
+
+
+def give_names(networks):
+    """NAME, or role, with size and training images where networks differ in them."""
+    shapes = {network.shape for network in networks}
+    for network in networks:
+        network.kind = network.role
+        if len(shapes) > 1:
+            size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
+            network.kind += size.format(**vars(network))
+        if network.given.lower() not in {"", *GIVEN}:
+            network.kind = network.given
+    for network in networks:
+        network.name = network.kind
+        lengths = {other.images for other in networks if other.kind == network.kind}
+        if len(lengths) > 1:
+            network.name += f", {network.images:,} images"
+    for seeds in by_name(networks):
+        check_seeds(seeds)
+
+
+def check_seeds(networks):
+    """Seeds of one network: equal settings, no run or seed twice; else UserError."""
+    first = networks[0]
+    runs = set()
+    for network in networks:
+        runs.add(network.path if network.seed is None else network.seed)
+        differ = dict(first.settings ^ network.settings)
+        files = f"{first.path} and {network.path}, both {first.name},"
+        require(not differ, f"{files} differ in {', '.join(differ)}: give NAME=FILE")
+    require(len(runs) == len(networks), f"{first.name}: one run or seed is there twice")
 
 
 def name_and_path(text):
@@ -1910,120 +1992,46 @@ def name_and_path(text):
 
 
 def load(text, heads=None, grid=None, pixels=None):
-    """FILE or NAME=FILE -> ViT with all the facts of a Network."""
+    """FILE or NAME=FILE -> ViT."""
     given, path = name_and_path(text)
     vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
-    facts, config = vit.facts, vit.facts["config"]
-    lam = GIVEN.get(given.lower(), facts["lam"])
-    one_view = config.get("one_view", False)
-    role = role_of(lam, one_view, facts["decoder_depth"])
-    images = 0
-    if config:
-        images = sslvit.load_checkpoint(path)["step"] * config["batch_size"]
-    work = images * PASSES.get(role.partition(",")[0], 0)
-    facts |= {"lam": lam, "one_view": one_view, "role": role, "given": given}
-    facts |= {"images": images, "work": work}
-    facts["name"] = name_of(facts)
+    vit.facts.given = given
+    vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
     return vit
 
 
-def name_of(facts, has_sizes=True, has_lengths=True):
-    """NAME, or role and λ, with size and training images where networks differ."""
-    if facts["given"].lower() not in {"", *GIVEN}:
-        return facts["given"]
-    name = facts["role"]
-    if facts["lam"] == 0.2:
-        name += ", λ = 0.2"
-    if has_sizes:
-        name += f", {facts['embed_dim']} × {facts['depth']}"
-        name += f", {facts['image_size']}/{facts['patch_size']} px"
-    if has_lengths and facts["images"]:
-        name += f", {facts['images']:,} images"
-    return name
-
-
-def load_companions(vits):
+def add_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
-    first = run_of(vits[0].facts["path"])
-    companions = []
+    first = vits[0].facts.config
+    lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
-        run = run_of(path)
-        is_new = run["lam"] not in [vit.facts["lam"] for vit in vits]
-        if is_new and all(run[key] == first[key] for key in ALIKE):
-            companions.append(load(str(path)))
+        config = find_config(sslvit.load_checkpoint(path))
+        is_alike = all(config[key] == first[key] for key in ALIKE)
+        if is_alike and config["lam"] not in lams:
+            vits.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
-    return companions
-
-
-def run_of(path):
-    """Config of a checkpoint, with the identity of its training set as `data`."""
-    state = sslvit.load_checkpoint(path)
-    data = state.get("data", state["config"]["data"] or "stimuli")
-    if "stimuli of" in data:
-        data = "stimuli"  # of any seed
-    return state["config"] | {"data": data}
 
 
 def untrained_like(vit):
     """A network of the same shape and seed that was never trained."""
-    torch.manual_seed(vit.facts["seed"] or 0)
-    new = ViT(*[vit.facts[key] for key in (*SHAPE, "num_heads")], **vit.options)
-    new.facts = vit.facts | {"role": "untrained", "lam": None, "path": "", "config": {}}
-    new.facts |= {"decoder_depth": 0, "images": 0, "work": 0, "given": ""}
-    new.facts["name"] = name_of(new.facts)
+    facts = vit.facts
+    torch.manual_seed(facts.seed or 0)
+    sizes = *facts.shape, facts.num_heads
+    new = ViT(*sizes, **vit.options)
+    new.facts = Network("", "new", None, facts.pixels, *sizes, facts.seed)
     return new.eval().requires_grad_(False)
 
 
 def load_networks(options):
-    """-> the given ViTs, shipped ones beside them, an untrained one for each seed."""
-    vits = []
-    for place, text in enumerate(options.checkpoints):
-        answers = (options.heads, options.grid, options.pixels)
-        vits.append(load(text, *[values[place % len(values)] for values in answers]))
-    if vits[0].facts["config"] and not options.alone:
-        vits += load_companions(vits)
+    """-> ViTs: given, shipped beside them, untrained ones."""
+    answers = map(cycle, (options.heads, options.grid, options.pixels))
+    vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
+    if vits[0].facts.config and not options.alone:
+        add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
-    vits.sort(key=lambda vit: vit.facts["seed"] or 0)
-    twins = {tuple(vit.facts[key] for key in (*SHAPE, "seed")): vit for vit in vits}
-    return vits + [untrained_like(vit) for vit in twins.values()]
-
-
-def require_seeds(networks):
-    """Networks of one name differ in the seed alone, and none is there twice."""
-    names, runs = {}, set()
-    for network in networks:
-        facts = network.facts
-        first = names.setdefault(network.name, network)
-        a, b = settings_of(first), settings_of(network)
-        differ = [key for key in a.keys() & b.keys() if a[key] != b[key]]
-        files = f"{first.facts['path']} and {facts['path']}, both {network.name},"
-        require(not differ, f"{files} differ in {differ}: give names, NAME=FILE")
-        run = (network.name, facts["path"] if facts["seed"] is None else facts["seed"])
-        require(run not in runs, f"{files} are one run, or of one seed")
-        runs.add(run)
-
-
-# what seeds of one network may differ in
-FREE = """
-    seed device dtype accum workers compile keep out resume overwrite dry_run
-    save_every log_every knn_images""".split()
-
-
-def settings_of(network):
-    """What seeds of one network share. Foreign files do not tell: their name must."""
-    facts = network.facts
-    settings = {"role": network.role, "shape": network.shape} | facts["config"]
-    if not facts["config"] and not facts["given"]:
-        settings["path"] = facts["path"]
-    return {key: settings[key] for key in settings.keys() - set(FREE)}
-
-
-def longest(networks):
-    """Of several runs of a role and size the longest; figures 1 and 12 have all."""
-    most = defaultdict(int)
-    for network in networks:
-        most[network.kind] = max(most[network.kind], network.facts["images"])
-    return [n for n in networks if n.facts["images"] == most[n.kind]]
+    vits.sort(key=lambda vit: vit.facts.seed or 0)
+    twins = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
+    return vits + list(map(untrained_like, twins.values()))
 
 
 # ==== The engine: results ===========================================================
@@ -2032,24 +2040,23 @@ def longest(networks):
 def analyse(options):
     """Measures every network; results.json is whole after each."""
     vits = load_networks(options)
-    networks = [Network(vit.facts | {"choices": {}}) for vit in vits]
-    require_seeds(networks)
-    for vit in vits:
-        *_, classes = find_data(options.data, vit.facts["image_size"])
-    if not classes:
-        print("no accuracies: they need classes, the same in train and val")
+    give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
-    results = {"edition": 3, "settings": vars(options), "networks": []}
-    for vit, network in zip(vits, networks, strict=True):
+    results = {"settings": vars(options), "networks": []}
+    firsts = {}
+    for vit in vits:
+        network = vit.facts
         print(network.name, flush=True)
-        say_once.cache_clear()
-        first = next(seed for seed in networks if seed.name == network.name)
-        study = Study(vit.to(options.device), options, first.facts["choices"])
+        first = firsts.setdefault(network.name, network)
+        network.choices = first.choices
+        study = Study(vit.to(options.device), options, network.choices)
+        network.label_names = study.label_names
         network.values = study.measure(figures)
         if network is first:
             network.pictures = study.pictures(figures)
-        network.facts |= {"label_names": study.label_names, "choices": study.choices}
-        results["data"] = study.data
+        # what analyses must share to be joined
+        sizes = len(study.test), len(study.train), options.epochs
+        results["data"] = [study.test.source.identity(), *sizes]
         results["networks"].append(vars(network))
         write_results(results, options.out)
         vit.cpu()
@@ -2058,8 +2065,8 @@ def analyse(options):
 def write_results(results, out):
     """Under another name first: whole or not at all."""
     new = Path(out, "results.new")
-    new.write_text(json.dumps(results, default=to_list), encoding="utf-8")
-    os.replace(new, Path(out, "results.json"))
+    new.write_text(json.dumps(results, default=to_list))
+    new.replace(Path(out, "results.json"))
 
 
 def to_list(array):
@@ -2070,9 +2077,8 @@ def read_results(paths):
     """results.json of one analysis or several -> results of the last, networks."""
     runs = {}
     try:
-        analyses = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths]
+        analyses = [json.loads(Path(path).read_text()) for path in paths]
         for results in analyses:
-            require(results["edition"] == 3, "of another edition: analyse again")
             is_joined = results["data"] == analyses[0]["data"]
             require(is_joined, "other images, labels or epochs than the first")
             for entry in results["networks"]:
@@ -2081,16 +2087,11 @@ def read_results(paths):
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = (network.facts["path"], network.facts["seed"], network.shape)
+                run = (network.path, network.seed, network.shape)
                 runs.setdefault(run, network).values |= network.values
-        require(runs, "no networks")
         networks = list(runs.values())
-        sizes = {network.shape for network in networks}
-        for network in networks:
-            same = [n.facts["images"] for n in networks if n.kind == network.kind]
-            has_lengths = len(set(same)) > 1
-            network.facts["name"] = name_of(network.facts, len(sizes) > 1, has_lengths)
-        require_seeds(networks)
+        require(networks, "no networks")
+        give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         fault = f"{type(error).__name__}: {error}"
         raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
@@ -2099,102 +2100,86 @@ def read_results(paths):
 
 def title_of(name, claims):
     """What the claim says; the first part's numbers and outcome; the verdict."""
-    testable = [claim for claim in claims if claim["verdict"] != "not testable"]
-    for claim in testable + claims:
+    text = FIGURES[name].text
+    for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                line = f"{row['part']}: {words_of_values(row)}: {row['outcome']}"
-                which = f"{claim['claim']}, {claim['setting']}".removesuffix(", ")
-                line += f". Claim {which}: {claim['verdict']}"
-                return f"{FIGURES[name].text}\n{textwrap.fill(line, 100)}"
-    return FIGURES[name].text
+                text += f"\n{row['part']}: {words_of(row)}"
+                return text + "\nClaim {claim} {setting}: {verdict}".format(**claim)
+    return text
 
 
 def draw_figures(networks, names, claims, out):
     """Every figure that the networks allow -> {name: (title, file)}."""
-    drawn = {}
+    pictures = {}
     for name in names:
-        number, *side = FIGURES[name].number.split()
-        file = Path(out, "_".join([f"fig{number:0>2}", *side, name]) + ".png")
+        figure = FIGURES[name]
+        file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
         title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
-                fig = FIGURES[name].draw(networks)
+                fig = figure.draw(networks)
                 legend(fig)
                 fig.suptitle(title)
                 fig.savefig(file, dpi=150)
-            drawn[name] = (title, file)
+            pictures[name] = (title, file)
         except Exception as error:  # costs this figure, not the others
             print(f"skipped {name}: {error}")
         plt.close("all")
-    return drawn
+    return pictures
 
 
 # ==== Command line ==================================================================
 
+
 FLAGS = {
-    "data": ("", "folder of images as for sslvit.py, else stimuli"),
-    "cue-conflict": ("", "folder of <shape><n>-<texture><n>.png"),
-    "out": ("", "for everything, else figures/ beside the first file"),
-    "images": (1000, "test images; 0: all"),
-    "labels": (0, "training images to learn from; 0: four times --images"),
-    "epochs": (10, "of fine-tuning and segmentation, a third for a choice"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu", "one"),
-    "workers": (0, "processes that read images"),
+    "data": "",
+    "cue-conflict": "",
+    "out": "",
+    "images": 1000,
+    "labels": 0,
+    "epochs": 10,
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "workers": 0,
 }
 
 
 def parse(argv):
-    table = ["figures (for --only), their claims, and where they stand in [P]:"]
+    """The flags are explained at the top of this file, which --help prints."""
+    table = [
+        __doc__,
+        "figures (for --only), their claims, and where they stand in [P]:",
+    ]
     for name, figure in FIGURES.items():
         table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
     parser = argparse.ArgumentParser(
-        "analyze.py",
-        description="\n".join([__doc__, *table]),
-        allow_abbrev=False,
+        description="\n".join(table),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = refuse
+    parser.error = partial(require, False)  # in one line, as all other errors
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument("checkpoints", nargs="*", default=[])
+    files.add_argument("--from", dest="results", nargs="+", default=[])
     add = parser.add_argument
-    text = "FILE or NAME=FILE, one NAME for all seeds; cl=, mim=, hybrid= say the role"
-    add("checkpoints", nargs="*", help=text)
-    for name, (default, text) in FLAGS.items():
-        add(
-            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
-        )
+    for name, default in FLAGS.items():
+        add(f"--{name}", type=type(default), default=default)
+    add("--alone", action="store_true")
     names = list(FIGURES)
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
-    text = "results.json of one analysis or several, to judge and draw again (--only)"
-    add("--from", dest="results", nargs="+", default=[], help=text)
-    add("--alone", action="store_true", help="without the shipped networks")
-    more = {"nargs": "+", "default": [None]}
-    text = "where no file tells; one value, or one for each file"
-    add("--heads", type=int, help=text, **more)
-    add("--grid", type=rows_and_cols, metavar="ROWSxCOLS", help=text, **more)
-    add("--pixels", choices=("imagenet", "half"), help=text, **more)
-    options = parser.parse_args(argv)
-    check(options)
-    return options
-
-
-def refuse(message):
-    raise UserError(message)
-
-
-def rows_and_cols(text):
-    rows, cols = text.split("x")
-    return int(rows), int(cols)
+    answers = {"nargs": "+", "default": [None]}
+    add("--heads", type=int, **answers)
+    add("--grid", type=int, **answers)
+    add("--pixels", choices=PIXELS, **answers)
+    return parser.parse_args(argv)
 
 
 def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
-    one = bool(options.checkpoints) != bool(options.results)
-    require(one, "give checkpoints, or --from results")
     torch.zeros(1, device=options.device)
     for values in (options.heads, options.grid, options.pixels):
-        fits = len(values) in (1, len(files))
-        require(fits, f"{values}: give one value, or one for each file")
+        text = f"{values}: give one value, or one for each file"
+        require(len(values) in (1, len(files)), text)
     options.images = options.images or None
     options.labels = options.labels or (options.images and 4 * options.images)
     if not options.out:
@@ -2202,7 +2187,6 @@ def check(options):
         options.out = str(folder if options.results else folder / "figures")
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
-    Path(options.out, "results.new").unlink()
 
 
 def main(argv=None):
@@ -2210,6 +2194,7 @@ def main(argv=None):
     what is wrong."""
     try:
         options = parse(argv)
+        check(options)
         paths = options.results
         if options.checkpoints:
             analyse(options)
@@ -2219,13 +2204,13 @@ def main(argv=None):
         results |= {"networks": [vars(n) for n in networks], "claims": claims}
         write_results(results, options.out)
         print(table_of(claims))
-        drawn = draw_figures(networks, options.only, claims, options.out)
-        write_report(Path(options.out, "report.html"), results, drawn)
+        pictures = draw_figures(networks, options.only, claims, options.out)
+        write_report(Path(options.out, "report.html"), results, pictures)
         print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
-        text = "interrupted: results.json in --out has the networks that were measured"
-        print(f"analyze.py: {text}; --from draws them", file=sys.stderr)
+        text = "analyze.py: interrupted; --from draws what results.json in --out has"
+        print(text, file=sys.stderr)
         return 130
     # of ours, of files, and of torch: memory, a device that is not there
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
@@ -2238,10 +2223,10 @@ def main(argv=None):
 # It needs no network, library or script: pictures stand in it as base64.
 
 
-def write_report(path, results, drawn):
-    """drawn: {name: (title, file)} of draw_figures()."""
+def write_report(path, results, pictures):
+    """pictures: {name: (title, file)} of draw_figures()."""
     chapters = ""
-    for name, (title, file) in drawn.items():
+    for name, (title, file) in pictures.items():
         figure = FIGURES[name]
         picture = base64.b64encode(file.read_bytes()).decode()
         chapters += (
@@ -2249,8 +2234,10 @@ def write_report(path, results, drawn):
             f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
-    lines = [str(network["facts"]) for network in results["networks"]]
-    lines += [str(results["data"]), str(results["settings"])]
+    lines = [str(results["data"]), str(results["settings"])]
+    for network in results["networks"]:
+        line = "{name}: {path}, seed {seed}, {images:,} images, {pixels}, {choices}"
+        lines.append(line.format(**network))
     page = PAGE.format(
         table=escape(table_of(results["claims"])),
         chapters=chapters,
@@ -2356,12 +2343,9 @@ class Inert:
 def check_archive(path):
     """A zip file must be as torch.save writes it: not compressed, checksums right."""
     with zipfile.ZipFile(path) as archive:
-        names = " ".join(archive.namelist())
-        require("data.pkl" in names, "a zip archive, but not one of torch.save")
-        require("constants.pkl" not in names, "a TorchScript program")
         # a few kB could become the whole memory
         is_packed = any(entry.compress_type for entry in archive.infolist())
-        require(not is_packed, "a compressed archive, which torch.save never writes")
+        require(not is_packed, "a compressed archive, of TorchScript or NumPy perhaps")
         require(archive.testzip() is None, "damaged: a checksum is wrong")
 
 
@@ -2375,9 +2359,7 @@ def read_checkpoint(path):
         require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
     require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
     if start[8:9] == b"{":  # a header behind its length
-        has_package = importlib.util.find_spec("safetensors")
-        require(has_package, "a safetensors file: first pip install safetensors")
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file  # not among our requirements
 
         return load_file(path)
     stand_ins = []
@@ -2410,15 +2392,17 @@ def find_config(content):
     config = content.get("config")
     if not isinstance(config, dict) or "objective" not in config:
         return {}
-    for knob in fields(Config):
-        value = config.get(knob.name, knob.default)
-        kind = type(knob.default)
-        types = (int, float) if kind is float else kind
-        is_sound = isinstance(value, types) and str(value).isprintable()
-        require(is_sound, f"in its config, {knob.name} is {value!r}")
+    defaults = vars(Config())
+    config = defaults | config
+    for name, default in defaults.items():
+        value = config[name]
+        is_sound = type(value) is type(default) and str(value).isprintable()
+        require(is_sound, f"in its config, {name} is {value!r}")
     is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
-    return config
+    # the training set's identity; stimuli of any seed are one set
+    data = str(content.get("data", config["data"]))
+    return config | {"data": data.partition(", seed")[0]}
 
 
 # ---- From their names to ours ----
@@ -2476,7 +2460,7 @@ def join_biases(weights):
 # ---- What no tensor tells ----
 
 
-def find_side(weights, grid):
+def find_side(weights, side):
     """Patches in a row of the square grid. Where CLS has no position, it gets zeros."""
     positions = weights.get("pos_embed")
     if positions is None:
@@ -2484,11 +2468,12 @@ def find_side(weights, grid):
         offsets = len(weights[TABLE]) - 3 if TABLE in weights else 1
         return (math.isqrt(offsets) + 1) // 2
     count = positions.shape[1]
-    rows, cols = grid or 2 * [math.isqrt(count - 1)]
-    require(rows == cols, f"{rows} x {cols} patches: only square grids are analysed")
-    if rows * cols == count:
+    side = side or math.isqrt(count - 1)
+    no_square = "pos_embed: no square and CLS (--grid if CLS has none)"
+    require(count - side**2 in (0, 1), no_square)
+    if count == side**2:
         weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
-    return rows
+    return side
 
 
 def which_sines(positions, side):
@@ -2498,8 +2483,7 @@ def which_sines(positions, side):
     embed_dim = positions.shape[-1]
     sines = sincos_positions(embed_dim, side, side)
     for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-        turned = sines.roll(shift, dims=-1)
-        if turned.shape == positions.shape and turned.allclose(positions, atol=1e-3):
+        if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
             return first
     return ""
 
@@ -2552,11 +2536,8 @@ def build(weights, sizes):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    positions = weights.get("pos_embed")
-    has_any = TABLE in weights or positions is not None
-    require(has_any, "no positions: no tensor tells how they are computed")
-    is_square = positions is None or positions.shape[1] == 1 + vit.grid**2
-    require(is_square, "pos_embed: no square and CLS (--grid if CLS has none)")
+    has_positions = TABLE in weights or "pos_embed" in weights
+    require(has_positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
     vit.options = options
     return vit.eval()
@@ -2568,10 +2549,10 @@ def in_one_line(text):
 
 
 def load_encoder(path, heads=None, grid=None, pixels=None):
-    """File -> ViT in eval mode with a dict `facts`; prints what it is.
+    """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
     What no tensor tells can be given: heads (else 64 wide each; 12 in a ViT-S of MoCo
-    v3), grid (rows, cols) of patches (else a square and CLS), pixels "imagenet" or
+    v3), grid, the patches in a row (else a square and CLS), pixels "imagenet" or
     "half", which is (x - 0.5) / 0.5 (else half for BEiT, ImageNet's mean and deviation
     for others). A table of position biases and a config of sslvit.py count more.
 
@@ -2592,10 +2573,14 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
         pixels = pixels or usual_pixels
         if TABLE in weights:
-            heads = weights[TABLE].shape[1]
+            heads, grid = weights[TABLE].shape[1], side
+        run = {}
         if config:
+            form, grid, pixels = "sslvit", side, "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
-            form, lam, pixels = "sslvit", config["lam"], "imagenet"
+            keys = ("lam", "seed", "decoder_depth", "one_view")
+            run = {key: config[key] for key in keys} | {"config": config}
+            run["images"] = int(content["step"]) * config["batch_size"]
         sizes = find_sizes(weights, side, heads, form)
         vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
@@ -2603,18 +2588,13 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    answers = {
-        "heads": heads,
-        "grid": grid or sines or config or TABLE in weights,
-        "pixels": pixels,
-    }
-    guesses = [f"--{name}" for name, answer in answers.items() if not answer]
-    vit.facts = sizes | {"path": str(path), "format": form, "lam": lam}
-    vit.facts |= {"pixels": pixels or "imagenet", "seed": config.get("seed")}
-    vit.facts |= {"config": config, "decoder_depth": config.get("decoder_depth", 0)}
+    facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
+    vit.facts = Network(pixels=pixels or "imagenet", **facts)
+    answers = {"--heads": heads, "--grid": grid or sines, "--pixels": pixels}
+    guesses = [flag for flag, answer in answers.items() if not answer]
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
     line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
-    print(line.format(**vit.facts) + (", ".join(guesses) or "nothing"))
+    print(line.format(**vars(vit.facts)) + (", ".join(guesses) or "nothing"))
     print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
 

@@ -28,6 +28,7 @@ def plot_layers(axis, networks):
     analyze.curves(axis, networks, analyze.pooled_layers, "linear probe accuracy")
 
 
+ROLES = ("CL", "MIM", analyze.HYBRID, "untrained")
 # name in analyze.FIGURES, question, what draws it on an axis
 COLUMNS = (
     ("distance", "How far does a token look?", analyze.plot_distance),
@@ -43,7 +44,6 @@ def finding(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 values = [f"{role} {x:.2f}" for role, x in row["values"].items()]
-                values.append(f"untrained {row['untrained']:.2f}")
                 return f"{', '.join(values)}:\n{row['outcome']}"
     return ""
 
@@ -51,8 +51,8 @@ def finding(name, claims):
 def draw_row(row, path):
     """A row of axes -> {name: line} for the legend."""
     results, networks = analyze.read_results([path])
-    networks = [n for n in networks if n.role in ("CL", "MIM", "hybrid", "untrained")]
-    name = "stimuli" if len(networks[0].facts["label_names"]) > 1 else "photographs"
+    networks = [n for n in networks if n.role in ROLES]
+    name = "stimuli" if len(networks[0].label_names) > 1 else "photographs"
     row.suptitle(name, fontsize=TITLE, weight="bold", x=0.01, ha="left")
     claims = analyze.judge(networks, [column[0] for column in COLUMNS])
     roles = {network.name: network.role for network in networks}

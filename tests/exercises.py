@@ -126,7 +126,7 @@ def print_keys(path, images=200):
     """Your looked_at_keys in every layer of a network, for stimuli it has not seen."""
     vit = analyze.load_encoder(path)
     _, test = sslvit.find_data(sslvit.Config())
-    crops = sslvit.CenterCrops(test, vit.facts["image_size"])
+    crops = sslvit.CenterCrops(test, vit.facts.image_size)
     pixels = torch.stack([torch.from_numpy(crops[i][0]) for i in range(images)])
     with torch.no_grad():
         _, layers = vit((pixels / 255 - sslvit.MEAN) / sslvit.STD, record=True)
