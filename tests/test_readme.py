@@ -199,7 +199,9 @@ def row_of(claim):
     part = claim["parts"][0]
     values = dict(part.get("values", {}))
     cl, mim = [number(values.pop(r)) if r in values else "" for r in ("CL", "MIM")]
-    name = part["part"] + "".join(f"; {r} {number(x)}" for r, x in values.items())
+    name = part["part"]
+    for role, value in values.items():
+        name += f"; {role.partition(',')[0]} {number(value)}"
     gap = ""
     if "difference" in part:
         low, high = [part["difference"] + sign * part["reach"] for sign in (-1, 1)]
