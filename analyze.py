@@ -1250,8 +1250,10 @@ def noise_slope(values):
 
 
 def plot_noise(axis, networks):
-    x = "noise frequency, upper end (π per pixel)"
+    x = "noise frequency, upper end of its ring (π per pixel)"
     curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
+    places = np.linspace(0, 1, len(BANDS))
+    axis.set_xticks(places, [f"{high / math.pi:.1f}" for _, high in BANDS])
 
 
 FIGURES["noise"] = Figure(
@@ -1833,7 +1835,7 @@ def table_of(claims):
     lines = []
     outcomes = Counter()
     for claim in claims:
-        lines.append("{claim:2} {text} {setting}: {verdict}".format(**claim))
+        lines.append("{claim:2} {text}: {verdict} {setting}".format(**claim))
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
@@ -2105,7 +2107,7 @@ def title_of(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 text += f"\n{row['part']}: {words_of(row)}"
-                return text + "\nClaim {claim} {setting}: {verdict}".format(**claim)
+                return text + "\nClaim {claim}: {verdict} {setting}".format(**claim)
     return text
 
 
