@@ -78,8 +78,6 @@ class Part(NamedTuple):
     less: str  # another role, or "" for 'above 0'
     # {key: value} of one network -> a number, or one for each label set
     read: Callable
-    # "equal images" or "equal work": which networks, with a verdict of its own
-    setting: str = ""
     # can be tested only if both are above a new network of their size
     trained: bool = False
     size: str = ""  # "smallest", "largest" of CL and MIM, else that of most roles
@@ -93,6 +91,8 @@ class Figure:
     lesson: str
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
+    # "equal images", "equal work": which networks, each with a verdict of its own
+    settings: tuple = ("",)
     # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
     # measure_tokens(state (B, 1+N, D)) -> the same, stacked over states
     measure: tuple = ()
@@ -889,17 +889,12 @@ def parameter_groups(network, lr, decay):
     return groups
 
 
-def rate_at(steps, step):
-    """A rise over a tenth of the steps, and half a cosine; a share of the peak."""
-    progress = (step + 1) / (steps + 1)
-    return min(10 * progress, (1 + math.cos(math.pi * progress)) / 2)
-
-
 def fit(network, images, epochs, lr, decay=1.0):
     """Trains a Tuned on crops and flips of images."""
     batches = replace(images, training=True).batches(BATCH)
     solver = torch.optim.AdamW(parameter_groups(network, lr, decay), weight_decay=0.05)
-    rates = partial(rate_at, epochs * len(batches))
+    steps = epochs * len(batches)
+    rates = partial(sslvit.lr_at, total=steps, warmup=steps / 10, peak=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(solver, rates)
     device = network.head.weight.device.type
     bf16 = sslvit.has_bf16(device == "cuda")
@@ -954,6 +949,11 @@ def learn_tuned(study):
     return {"fine-tuned": np.equal(*tune(study, "fine-tuned", FINE_TUNING))}
 
 
+# of several label sets; shape and texture apart are claim 1's
+mean_probe = of(np.mean, "linear probe")
+mean_tuned = of(np.mean, "fine-tuned")
+
+
 def draw_accuracy(networks):
     fig, axes = canvas(2 * label_count(networks))
     for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes):
@@ -1002,15 +1002,6 @@ size (grey), else the verdict is 'not testable'.
 What to look at: the slopes rather than the points, and grey's slope too."""
 
 
-def scaling_parts(setting):
-    how = {"read": of(np.mean, "fine-tuned"), "setting": setting, "trained": True}
-    smallest, largest = {"size": "smallest"}, {"size": "largest"}
-    return (
-        Part("fine-tune accuracy, smallest size", "CL", "MIM", **how, **smallest),
-        Part("fine-tune accuracy, largest size", "MIM", "CL", **how, **largest),
-    )
-
-
 def draw_scaling(networks):
     """A line for each role and number of training images."""
     sizes = {network.embed_dim for network in networks}
@@ -1034,7 +1025,11 @@ FIGURES["scaling"] = Figure(
     "CL wins small models, MIM wins large ones",
     scaling_lesson,
     draw_scaling,
-    parts=scaling_parts("equal images") + scaling_parts("equal work"),
+    parts=(
+        Part("fine-tuning, smallest size", "CL", "MIM", mean_tuned, True, "smallest"),
+        Part("fine-tuning, largest size", "MIM", "CL", mean_tuned, True, "largest"),
+    ),
+    settings=("equal images", "equal work"),
     learn=(learn_tuned,),
 )
 
@@ -1388,19 +1383,6 @@ What to look at: whether λ = 0.2 is above both ends by more than the seeds scat
 whether its NMI follows blue at first and orange at the end."""
 
 
-def hybrid_parts(setting):
-    probe, tuned = of(np.mean, "linear probe"), of(np.mean, "fine-tuned")
-    return (
-        Part("linear probe", HYBRID, "CL", probe, setting),
-        Part("linear probe", HYBRID, "MIM", probe, setting),
-        Part("fine-tune accuracy", HYBRID, "CL", tuned, setting),
-        Part("fine-tune accuracy", HYBRID, "MIM", tuned, setting),
-        Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi"), setting),
-        Part("Δ at π, early", HYBRID, "CL", early_high, setting),
-        Part("Δ at π, late", "MIM", HYBRID, late_high, setting),
-    )
-
-
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
     hybrids = [network for network in networks if network.role == HYBRID]
@@ -1427,7 +1409,16 @@ FIGURES["sweep"] = Figure(
     "a hybrid beats both",
     sweep_lesson,
     draw_sweep,
-    parts=hybrid_parts("equal images") + hybrid_parts("equal work"),
+    parts=(
+        Part("linear probe", HYBRID, "CL", mean_probe),
+        Part("linear probe", HYBRID, "MIM", mean_probe),
+        Part("fine-tune accuracy", HYBRID, "CL", mean_tuned),
+        Part("fine-tune accuracy", HYBRID, "MIM", mean_tuned),
+        Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
+        Part("Δ at π, early", HYBRID, "CL", early_high),
+        Part("Δ at π, late", "MIM", HYBRID, late_high),
+    ),
+    settings=("equal images", "equal work"),
     measure=(measure_nmi,),
     measure_tokens=(measure_fourier,),
     learn=(learn_probe, learn_tuned),
@@ -1748,7 +1739,7 @@ def near(a, b):
     return 0 < max(a, b) <= 1.02 * min(a, b)
 
 
-def compared(part, sizes):
+def compared(part, setting, sizes):
     """-> {role: seeds} that a part compares; KeyError if some are missing.
 
     Of several trainings of a role the longest; in a setting, the longest two with equal
@@ -1760,18 +1751,18 @@ def compared(part, sizes):
     more, new = roles[part.more], {"untrained": roles["untrained"][0]}
     if not part.less:
         return {part.more: more[-1]} | new
-    fact = part.setting.removeprefix("equal ")
+    fact = setting.removeprefix("equal ")
     for a, b in product(more[::-1], roles[part.less][::-1]):
         if not fact or near(getattr(a[0], fact), getattr(b[0], fact)):
             return {part.more: a, part.less: b} | new
-    raise KeyError(f"{part.more} and {part.less} {part.setting}")
+    raise KeyError(f"{part.more} and {part.less} {setting}")
 
 
-def judge_part(part, sizes):
+def judge_part(part, setting, sizes):
     """-> a row of the table; IndexError if the images have no such label set."""
     row = {"part": part.text, "outcome": "undecided"}
     try:
-        pair = compared(part, sizes)
+        pair = compared(part, setting, sizes)
         values = {role: numbers(part.read, seeds) for role, seeds in pair.items()}
     except KeyError as error:
         return row | {"outcome": f"needs {error.args[0]}"}
@@ -1818,10 +1809,10 @@ def judge(networks, names):
     table = defaultdict(list)
     for name in names:
         figure = FIGURES[name]
-        for part in figure.parts:
+        for setting, part in product(figure.settings, figure.parts):
             with contextlib.suppress(IndexError):  # no such label set
-                row = judge_part(part, sizes) | {"figure": name}
-                table[figure.claim, part.setting].append(row)
+                row = judge_part(part, setting, sizes) | {"figure": name}
+                table[figure.claim, setting].append(row)
     claims = []
     for (number, setting), rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
