@@ -54,7 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 try:
@@ -1460,17 +1460,11 @@ class ImageFolder(list):
         return f"{len(self)} images ({digest[:12]})"
 
     def load(self, index):
-        """-> upright PIL image, [class]; small ones are decoded once and kept."""
+        """-> opened PIL image, [class]; small ones are decoded once and kept."""
         path, labels = self[index]
         if path in self.kept:
             return self.kept[path], labels
         image = Image.open(path)
-        if image.format == "TIFF":  # which Pillow turns as it decodes it
-            image.load()
-        # others that the camera turned are decoded here, an upright JPEG later;
-        # a broken EXIF block costs no pixels
-        with contextlib.suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
         if len(self) * math.prod(image.size) <= 8e7:  # 240 MB; CIFAR-10 has 154
             image.load()
             self.kept[path] = image
@@ -1519,6 +1513,13 @@ def crop_box(width, height, smallest, rng):
     return left, top, left + w, top + h
 
 
+def make_upright(image):
+    """Turns an opened image that its camera held otherwise; decodes only such."""
+    with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            ImageOps.exif_transpose(image, in_place=True)
+
+
 def to_rgb(image):
     """Decodes an opened image of any mode -> RGB; what is transparent becomes white.
 
@@ -1540,6 +1541,7 @@ def random_crops(image, size, scales, rng):
 
     The image is decoded here, once -> uint8 (len(scales), 3, size, size).
     """
+    make_upright(image)
     width = image.width
     boxes = np.array([crop_box(*image.size, smallest, rng) for smallest in scales])
     # a large JPEG is decoded at 1/2, 1/4 or 1/8, never smaller than a crop needs
@@ -1557,6 +1559,7 @@ def random_crops(image, size, scales, rng):
 
 def center_crop(image, size):
     """The largest centred square -> uint8 (3, size, size)."""
+    make_upright(image)
     image.draft("RGB", (size, size))
     square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BILINEAR)
     return np.array(square).transpose(2, 0, 1)

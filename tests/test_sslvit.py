@@ -1067,6 +1067,13 @@ def test_an_image_is_what_its_file_shows(tmp_path, kind):
     assert abs(out - RAMP).max() <= (12 if ".jpg" in kind else 2)
 
 
+def test_a_large_jpeg_is_not_decoded_at_full_size(tmp_path):
+    Image.new("RGB", (800, 800)).save(tmp_path / "large.jpg")
+    image = Image.open(tmp_path / "large.jpg")
+    sslvit.center_crop(image, 100)
+    assert image.size == (100, 100)
+
+
 def fill(folder, count, size=(9, 7)):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
