@@ -76,15 +76,9 @@ def test_every_name_exists():
         assert (ROOT / path).exists(), path
     for program, name in re.findall(r"`(sslvit|analyze)\.(?!py)(\w+)", TEXT):
         assert hasattr(PROGRAMS[f"{program}.py"], name), name
-    flags = {"--help", "--nproc_per_node", "--nnodes", "--only", "--rdzv_backend"}
-    flags |= {
-        "--rdzv_endpoint",
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--signal",
-    }
-    flags |= {"--cpus-per-task", "--time"}
+    others = "help nproc_per_node nnodes only rdzv_backend rdzv_endpoint nodes time "
+    others += "ntasks-per-node gpus-per-node signal cpus-per-task"  # Slurm's
+    flags = {"--" + name for name in others.split()}
     flags |= {"--" + field.name.replace("_", "-") for field in fields(sslvit.Config)}
     flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "analyze.py").read_text()))
     flags |= {"--" + name for name in analyze.FLAGS}
