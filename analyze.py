@@ -1128,8 +1128,8 @@ def shape_bias(cues):
     that match shape, texture -> scalar in [0, 1], mean over the pairings. 1: always the
     shape, 0: always the texture; nan if no decision matches.
     """
-    shape, texture = np.asarray(cues, dtype=float).T
-    return (shape / (shape + texture)).mean()
+    shape, texture = torch.as_tensor(cues, dtype=torch.float64).T
+    return (shape / (shape + texture)).mean().item()
 
 
 def learn_bias(study):
@@ -1514,7 +1514,8 @@ def measure_batch(vit, x, measures, token_measures):
     layers = []
     above = None
     for block, record in zip(vit.blocks, records, strict=True):
-        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1)
+        # rows sum to 1 also where CLS took all but 1e-12
+        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)
         heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
         added = (record.mid - states[-1])[:, 1:]
         sizes = vit.grid, vit.patch_size
