@@ -1083,6 +1083,7 @@ PRESETS = {
     # stimuli, minutes on two cores; the encoder's work is equal: 1.056 million passes
     # (an image costs MoCo 2·3 + 2, SimMIM 3, the hybrid 11)
     "micro": "",
+    "micro-hybrid": "--lr 6e-3",
     "micro-moco": "--steps 1032 --batch-size 128 --lr 4e-3",
     "micro-simmim": "--steps 5500",
     # photographs of 32 px

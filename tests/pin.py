@@ -26,7 +26,7 @@ RUN = (
     "--dtype fp32 --device cpu --workers 0 --log-every 1 --save-every 10"
 ).split()
 OBJECTIVES = ("moco", "simmim", "hybrid")
-TIMES = ("images/s", "stall", "minutes left")
+TIMES = ("images/s", "minutes left")
 
 
 def write_jpegs(folder):
