@@ -1084,7 +1084,7 @@ PRESETS = {
     # (an image costs MoCo 2·3 + 2, SimMIM 3, the hybrid 11)
     "micro": "",
     "micro-hybrid": "--lr 6e-3",
-    "micro-moco": "--steps 1032 --batch-size 128 --lr 4e-3",
+    "micro-moco": "--steps 1032 --batch-size 128 --lr 2e-3",
     "micro-simmim": "--steps 5500",
     # photographs of 32 px
     "small32": """

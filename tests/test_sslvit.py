@@ -963,7 +963,7 @@ SETTINGS = """
     --preset small32 --steps 7 --blur 1 : steps=7 epochs=0 blur=1 hue_shift=.1
     --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-seed3
     : lam=.2 batch_size=64 steps=1500 lr=6e-3 out=runs/micro-hybrid
-    --objective moco : lam=1 batch_size=128 steps=1032
+    --objective moco : lam=1 batch_size=128 steps=1032 lr=2e-3
     --objective simmim : lam=0 batch_size=64 steps=5500
     --data x --objective moco : preset=imagenet model=base image_size=224 patch_size=16
         epochs=300 clip=0 batch_size=4096 lr=1.5e-4 weight_decay=.1 temperature=.2
