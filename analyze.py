@@ -575,7 +575,10 @@ def draw_plane(networks):
             axis.plot(x, y, "o-", color=colour, lw=0.5, ms=3.5, mfc="none")  # N lines
             axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
         first, second = network.pictures["shares"]
-        axis.set(xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
+        axis.set(
+            xlabel=f"{first:.0%} of the variance",
+            ylabel=f"{second:.0%} of the variance",
+        )
         axis.set_title(network.label)
         axis.axis("equal")
     return fig

@@ -1205,7 +1205,8 @@ def settle(cfg):
         if has_bf16(on_gpu):
             cfg.dtype = "bf16"
     if cfg.workers < 0:
-        cfg.workers = min(16, os.cpu_count()) if on_gpu else 0
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = min(16, os.cpu_count() // ranks_here) if on_gpu else 0
     share = cfg.batch_size // WORLD_SIZE
     if cfg.accum == 0:
         cfg.accum = 1
