@@ -75,7 +75,7 @@ list_rates() { # lines of: name of the run, its flags
   for factor in 1 0.5 2 0.25; do
     echo "rate-hybrid-$factor --seed 9 --lr $(scaled 12e-3 $factor)"
     echo "rate-moco-$factor --seed 9 --objective moco --lr $(scaled 4e-3 $factor)"
-    [ $factor = 0.25 ] && continue # not needed: half is no better than once
+    [ $factor = 0.25 ] && continue # SimMIM: half is no better than once; one view: perhaps
     echo "rate-simmim-$factor --seed 9 --objective simmim --lr $(scaled 12e-3 $factor)"
     echo "rate-one-view-$factor --seed 9 --one-view --steps 4125 --lr $(scaled 12e-3 $factor)"
   done
