@@ -360,7 +360,7 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
     # in the test set red is called black: a setting that learns is worse there
     paint(tmp_path / "photos" / "train", {"a": "black", "b": "red"}, count=50)
     paint(tmp_path / "photos" / "val", {"a": "red", "b": "black"})
-    settings = [{"lr": 1e-9, "decay": 1.0}, {"lr": 0.03, "decay": 0.1}]
+    settings = [{"lr": 1e-9, "decay": 1.0}, {"lr": 0.003, "decay": 0.1}]
     monkeypatch.setattr(analyze, "FINE_TUNING", settings)
     monkeypatch.setattr(torch.optim, "AdamW", Counted)
     files = [runs["moco"], runs["moco1"]]
