@@ -19,7 +19,6 @@
   --workers N           processes that read images [0]
 Where no file tells; one value, or one for each file:
   --heads N ...         of attention
-  --grid N ...          patches in a row, where CLS has no position
   --pixels NAME ...     imagenet or half: how the network saw pixels
 
 It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
@@ -76,11 +75,11 @@ class Part(NamedTuple):
     text: str
     more: str  # a role: "CL", "MIM", HYBRID, "MIM with decoder" ...
     less: str  # another role, or "" for 'above 0'
-    # {key: value} of one network -> a number, or one for each label set
+    # {key: value} of one network -> a number
     read: Callable
     # can be tested only if both are above a new network of their size
     trained: bool = False
-    size: str = ""  # "smallest", "largest" of CL and MIM, else that of most roles
+    size: str = ""  # SMALLEST or LARGEST, else the one that has most roles
 
 
 @dataclass
@@ -91,8 +90,6 @@ class Figure:
     lesson: str
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
-    # "equal images", "equal work": which networks, each with a verdict of its own
-    settings: tuple = ("",)
     # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
     # measure_tokens(state (B, 1+N, D)) -> the same, stacked over states
     measure: tuple = ()
@@ -107,6 +104,8 @@ class Figure:
 
 FIGURES = {}
 HYBRID = "hybrid, λ = 0.2"  # which the paper analyses
+SMALLEST = "CL and MIM of two sizes, the smallest"
+LARGEST = "CL and MIM of two sizes, the largest"
 
 
 # Early is the first third of the layers, late the last, both rounded up.
@@ -181,7 +180,7 @@ def canvas(columns, rows=1, height=4.6, **axis):
 def readings(networks, read):
     """-> for each name: its first network, what is read of its seeds (seeds, ...)."""
     pairs = []
-    for seeds in by_name(longest(networks)):
+    for seeds in by_name(networks):
         with contextlib.suppress(KeyError):
             pairs.append((seeds[0], numbers(read, seeds)[0]))
     require(pairs, "needs values that no network has")
@@ -309,7 +308,7 @@ def picture_maps(vit, x):
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
-    networks = [n for n in longest(networks) if "maps" in n.pictures]
+    networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
     maps = [np.array(network.pictures["maps"]) for network in networks]
     highest = max(np.percentile(row, 99) for row in maps)
@@ -566,7 +565,7 @@ def picture_plane(vit, x):
 
 
 def draw_plane(networks):
-    networks = [n for n in longest(networks) if "plane" in n.pictures]
+    networks = [n for n in networks if "plane" in n.pictures]
     fig, [axes] = canvas(len(networks))
     for axis, network in zip(axes, networks, strict=True):
         planes = np.array(network.pictures["plane"])
@@ -828,14 +827,13 @@ def probes(features, labels, test, device):
 
 def probe(*data):
     """Predicted by the token, pooled or CLS, that is better on validation."""
-    _, predicted = max(probes(*data), key=itemgetter(0))
+    accuracy, predicted = max(probes(*data), key=itemgetter(0))
+    print(f"  linear probe: {accuracy:.4f} on validation")
     return predicted
 
 
 def learn_probe(study):
-    results = probes(*study.learnt, study.rows["output"], study.device)
-    accuracy, predicted = max(results, key=itemgetter(0))
-    print(f"  linear probe: {accuracy:.4f} on validation")
+    predicted = probe(*study.learnt, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -874,6 +872,9 @@ class Tuned(nn.Module):
         return logits.reshape(len(pixels), self.classes, -1)
 
 
+EMBEDDING = ("vit.patch_embed", "vit.cls_token", "vit.pos_embed")
+
+
 def parameter_groups(network, lr, decay):
     """What is early is general and moves less (BEiT, SimMIM).
 
@@ -884,9 +885,9 @@ def parameter_groups(network, lr, decay):
     groups = []
     for name, weight in network.named_parameters():
         layer = depth
-        if block := re.match(r"vit\.blocks\.(\d+)", name):
-            layer = int(block[1]) + 1
-        elif re.match(r"vit\.(patch_embed|cls_token|pos_embed)", name):
+        if name.startswith("vit.blocks."):
+            layer = 1 + int(name.split(".")[2])
+        elif name.startswith(EMBEDDING):
             layer = 0
         groups.append({"params": [weight], "lr": lr * decay ** (depth - layer)})
     return groups
@@ -997,27 +998,25 @@ FIGURES["accuracy"] = Figure(
 scaling_lesson = """\
 Which objective to pretrain with may depend on how large the network is: the paper saw
 CL fine-tune better as ViT-Ti and MIM as ViT-L, and reads it as attention that does not
-collapse making use of more room. It trained every network on as many images, which is
-the first verdict; equal work of the encoder has a verdict of its own. The comparison is
-fair only where pretraining helped at all: each network must be above a new one of its
-size (grey), else the verdict is 'not testable'.
+collapse making use of more room. It trained every network on as many images; the table
+says whether these were. The comparison is fair only where pretraining helped at all:
+each network must be above a new one of its size (grey), else the verdict is 'not
+testable'.
 
 What to look at: the slopes rather than the points, and grey's slope too."""
 
 
 def draw_scaling(networks):
-    """A line for each role and number of training images."""
-    sizes = {network.embed_dim for network in networks}
-    require(len(sizes) > 1, "needs networks of two sizes")
+    """A line for each role."""
+    require(len({n.embed_dim for n in networks}) > 1, "needs networks of two sizes")
     lines = defaultdict(list)
     for network in sorted(networks, key=attrgetter("embed_dim")):
-        name = f"{network.role}, {network.images:,} images"
-        lines[name].append(network)
+        lines[network.role].append(network)
     fig, axes = canvas(label_count(networks))
     for axis, read in label_axes(networks, ["fine-tuned"], axes):
-        for name, group in lines.items():
+        for role, group in lines.items():
             means = points(axis, group, read, "embed_dim")
-            axis.plot(*means, label=name, **style_of(group[0]))
+            axis.plot(*means, label=role, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
     return fig
 
@@ -1029,10 +1028,9 @@ FIGURES["scaling"] = Figure(
     scaling_lesson,
     draw_scaling,
     parts=(
-        Part("fine-tuning, smallest size", "CL", "MIM", mean_tuned, True, "smallest"),
-        Part("fine-tuning, largest size", "MIM", "CL", mean_tuned, True, "largest"),
+        Part("fine-tuning, smallest size", "CL", "MIM", mean_tuned, True, SMALLEST),
+        Part("fine-tuning, largest size", "MIM", "CL", mean_tuned, True, LARGEST),
     ),
-    settings=("equal images", "equal work"),
     learn=(learn_tuned,),
 )
 
@@ -1070,9 +1068,8 @@ def overlaps(predicted, true, classes):
     counts = []
     for label in range(classes):
         p, t = predicted == label, true == label
-        pixels = np.stack([p & t, p | t], axis=1)  # (n, 2, S, S)
-        counts.append(pixels.sum(axis=(2, 3)))
-    return np.stack(counts, axis=1)
+        counts.append([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))])
+    return np.transpose(counts, (2, 0, 1))
 
 
 def learn_dense(study):
@@ -1226,17 +1223,16 @@ def band_noise_drop(accuracies):
 
 
 def learn_noise(study):
-    """-> noise (n / 2, 1 + bands, label sets): is it correct? Clean first."""
+    """-> noise (n, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
-    half = study.test.part(0, max(GROUPS, len(study.test) // 2))
     rows = []
-    for pixels, _ in half.batches(BATCH):
+    for pixels, _ in study.test.batches(BATCH):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
         rows.append(torch.stack([study.output(x) for x in noisy], dim=1))
-    # of outputs (n / 2, 1 + bands, 2, D)
+    # of outputs (n, 1 + bands, 2, D)
     predicted = probe(*study.learnt, torch.cat(rows), study.device)
-    return {"noise": predicted == study.rows["labels"][: len(half), None]}
+    return {"noise": predicted == study.rows["labels"][:, None]}
 
 
 def noise_drop(values):
@@ -1379,8 +1375,8 @@ sweep_lesson = """\
 L = (1 - λ)·L_MIM + λ·L_CL on one shared encoder. The two objectives ask for different
 layers, so the paper expected no quarrel, and saw the sum beat both at λ = 0.2: masked
 early, contrastive late. An image costs the hybrid 11 encoder passes, CL 8 and MIM 3. So
-there are two fair comparisons, each with a verdict: equal images, as in the paper, and
-equal work.
+there are two fair comparisons: equal images, as in the paper, and equal work. The table
+says which one this is.
 
 What to look at: whether λ = 0.2 is above both ends by more than the seeds scatter, and
 whether its NMI follows blue at first and orange at the end."""
@@ -1389,17 +1385,13 @@ whether its NMI follows blue at first and orange at the end."""
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
     hybrids = [network for network in networks if network.role == HYBRID]
-    require(hybrids, "needs a hybrid of λ = 0.2")
-    first = hybrids[0]
-    alike = [n for n in networks if n.shape == first.shape and not n.one_view]
+    require(hybrids, f"needs a {HYBRID}")
+    shape = hybrids[0].shape
+    swept = [n for n in networks if n.shape == shape and n.lam is not None]
+    swept.sort(key=attrgetter("lam"))
     fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
-    keys = ("linear probe", "fine-tuned")
-    for axis, read in label_axes(networks, keys, axes[:-1]):
-        for fact, dashes in (("work", ":"), ("images", "-")):
-            swept = [n for n in alike if near(getattr(n, fact), getattr(first, fact))]
-            swept.sort(key=attrgetter("lam"))
-            means = points(axis, swept, read, "lam")
-            axis.plot(*means, dashes, color="black", label=f"equal {fact}")
+    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes[:-1]):
+        axis.plot(*points(axis, swept, read, "lam"), color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     plot_nmi(axes[-1, 0], networks)
     plot_high_frequencies(axes[-1, 1], networks)
@@ -1421,7 +1413,6 @@ FIGURES["sweep"] = Figure(
         Part("Δ at π, early", HYBRID, "CL", early_high),
         Part("Δ at π, late", "MIM", HYBRID, late_high),
     ),
-    settings=("equal images", "equal work"),
     measure=(measure_nmi,),
     measure_tokens=(measure_fourier,),
     learn=(learn_probe, learn_tuned),
@@ -1441,7 +1432,7 @@ class Images:
     """Some images of a set (Stimuli, ImageFolder): centre squares, in an order.
 
     training: in random order, cropped and mirrored. masks: of stimuli, whose pixels are
-    the labels: 0 for the ground, else 1 + the shape; not cropped.
+    the labels: 0 for the ground, else 1 + the shape; neither cropped nor mirrored.
     """
 
     source: object
@@ -1467,10 +1458,6 @@ class Images:
         if self.masks:
             _, shape, _, mask = self.source[index]
             labels = mask * (1 + shape)
-        if self.training and torch.rand(()) < 0.5:
-            pixels = pixels[..., ::-1].copy()
-            if self.masks:
-                labels = labels[..., ::-1].copy()
         return pixels, labels
 
     def batches(self, size):
@@ -1486,9 +1473,10 @@ class Images:
 
 
 def random_crop(image, size):
-    """SMALLEST_CROP to all of the area -> uint8 (3, size, size)."""
+    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
     rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
-    return sslvit.random_crops(image, size, [SMALLEST_CROP], rng)[0]
+    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
+    return crop[:, :, :: rng.choice((1, -1))].copy()
 
 
 def normalise(pixels, vit):
@@ -1657,7 +1645,6 @@ def unique(figures, slot):
 
 GROUPS = 20
 T_19 = 2.09  # Student's t with 19 degrees of freedom, 95 % two-sided
-COUNTS = {1: "one network", 2: "two networks"}
 
 
 def leave_out(rows, whole=()):
@@ -1676,10 +1663,10 @@ def leave_out(rows, whole=()):
 
 def numbers(read, networks):
     """What is read of every row of the networks' values -> (21, networks, ...)."""
-    rows = []
-    for i in range(GROUPS + 1):
-        rows.append([read(network.row(i)) for network in networks])
-    return np.array(rows, dtype=float)
+    columns = []
+    for network in networks:
+        columns.append([read(network.row(i)) for i in range(GROUPS + 1)])
+    return np.stack(columns, axis=1, dtype=float)
 
 
 def t_quantile(freedom):
@@ -1715,59 +1702,36 @@ def interval(more, less):
 
 
 def sizes_of(networks):
-    """-> {size: {role: [its seeds, those of a longer training, ...]}}.
+    """-> {size: {role: its networks}}.
 
     Size "" is the one that has most roles. There, "MIM as deep" is as deep as encoder
     and decoder together.
     """
-    sizes = defaultdict(dict)
-    ranked = sorted(networks, key=attrgetter("shape", "images"))
-    for seeds in by_name(ranked):
-        roles = sizes[seeds[0].shape]
-        roles.setdefault(seeds[0].role, []).append(seeds)
+    sizes = defaultdict(lambda: defaultdict(list))
+    for network in sorted(networks, key=attrgetter("shape")):
+        sizes[network.shape][network.role].append(network)
     most = max(sizes.values(), key=len)
-    if DECODED in most:
-        first = most[DECODED][0][0]
-        *shape, depth = first.shape
-        deeper = sizes[*shape, depth + first.decoder_depth]
-        most["MIM as deep"] = deeper.get("MIM", [])
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
     groups = {"": most}
     if len(both) > 1:
-        groups |= {"smallest": both[0], "largest": both[-1]}
+        groups |= {SMALLEST: both[0], LARGEST: both[-1]}
+    for network in most.get(DECODED, [])[:1]:
+        *shape, depth = network.shape
+        deeper = sizes[*shape, depth + network.decoder_depth]
+        most["MIM as deep"] = deeper["MIM"]
     return groups
 
 
-def near(a, b):
-    """Equal within 2 %, and not 0."""
-    return 0 < max(a, b) <= 1.02 * min(a, b)
-
-
-def compared(part, setting, sizes):
-    """-> {role: seeds} that a part compares; KeyError if some are missing.
-
-    Of several trainings of a role the longest; in a setting, the longest two with equal
-    images, or with equal work of their encoders.
-    """
-    if part.size not in sizes:
-        raise KeyError("CL and MIM of two sizes")
-    roles = sizes[part.size]
-    more, new = roles[part.more], {"untrained": roles["untrained"][0]}
-    if not part.less:
-        return {part.more: more[-1]} | new
-    fact = setting.removeprefix("equal ")
-    for a, b in product(more[::-1], roles[part.less][::-1]):
-        if not fact or near(getattr(a[0], fact), getattr(b[0], fact)):
-            return {part.more: a, part.less: b} | new
-    raise KeyError(f"{part.more} and {part.less} {setting}")
-
-
-def judge_part(part, setting, sizes):
+def judge_part(part, sizes):
     """-> a row of the table; IndexError if the images have no such label set."""
     row = {"part": part.text, "outcome": "undecided"}
+    values = {}
     try:
-        pair = compared(part, setting, sizes)
-        values = {role: numbers(part.read, seeds) for role, seeds in pair.items()}
+        for role in filter(None, (part.more, part.less, "untrained")):
+            names = by_name(sizes[part.size][role])
+            if len(names) != 1:
+                raise KeyError(f"{role}, of one name")
+            values[role] = numbers(part.read, names[0])
     except KeyError as error:
         return row | {"outcome": f"needs {error.args[0]}"}
     row["values"] = {role: x[0].mean() for role, x in values.items()}
@@ -1804,33 +1768,41 @@ def verdict_of(rows):
     if outcomes == {"holds"}:
         verdict = "agrees"
     fewest = min(row["networks"] for row in rows)
-    return f"{verdict} ({COUNTS.get(fewest, f'{fewest} networks')})"
+    return f"{verdict} ({fewest} network{'s' * (fewest > 1)})"
+
+
+def fairness(networks):
+    """Do trained networks have equal images, or equal work, within two in a hundred?"""
+    for fact in ("images", "work"):
+        values = [getattr(network, fact) for network in networks if network.path]
+        if 0 < max(values) <= 1.02 * min(values):
+            return f"equal {fact}"
+    return "neither equal images nor equal work"
 
 
 def judge(networks, names):
-    """-> the table: a claim after the other, claims 2 and 12 once for each setting."""
+    """-> the table: a claim after the other."""
     sizes = sizes_of(networks)
     table = defaultdict(list)
     for name in names:
-        figure = FIGURES[name]
-        for setting, part in product(figure.settings, figure.parts):
+        for part in FIGURES[name].parts:
             with contextlib.suppress(IndexError):  # no such label set
-                row = judge_part(part, setting, sizes) | {"figure": name}
-                table[figure.claim, setting].append(row)
+                row = judge_part(part, sizes) | {"figure": name}
+                table[FIGURES[name].claim].append(row)
     claims = []
-    for (number, setting), rows in sorted(table.items()):
+    for number, rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
-        claim = {"claim": number, "setting": setting, "text": "; ".join(texts)}
-        claims.append(claim | {"verdict": verdict_of(rows), "parts": rows})
+        claim = {"claim": number, "text": "; ".join(texts), "parts": rows}
+        claims.append(claim | {"verdict": verdict_of(rows)})
     return claims
 
 
-def table_of(claims):
+def table_of(results):
     """The claims as lines of text; gains are over the untrained network."""
-    lines = []
+    lines = [f"trained with {results['training']}"]
     outcomes = Counter()
-    for claim in claims:
-        lines.append("{claim:2} {text}: {verdict} {setting}".format(**claim))
+    for claim in results["claims"]:
+        lines.append("{claim:2} {text}: {verdict}".format(**claim))
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
@@ -1885,7 +1857,6 @@ class Network:
     images: int = 0  # that it was trained on
     config: dict = field(default_factory=dict)  # of a run of sslvit.py
     given: str = ""  # NAME of NAME=FILE
-    kind: str = ""  # shared by networks that differ in seed and length of training
     name: str = ""
     label_names: tuple = ()
     choices: dict = field(default_factory=dict)  # of learning rates
@@ -1943,28 +1914,16 @@ def by_name(networks):
     return list(names.values())
 
 
-def longest(networks):
-    """Of several trainings of a kind the longest; figures 1 and 12 have all."""
-    ranked = sorted(networks, key=attrgetter("images"))
-    images = {network.kind: network.images for network in ranked}
-    return [n for n in networks if n.images == images[n.kind]]
-
-
 def give_names(networks):
-    """NAME, or role, with size and training images where networks differ in them."""
+    """NAME, or role, with the size where networks differ in it."""
     shapes = {network.shape for network in networks}
     for network in networks:
-        network.kind = network.role
+        network.name = network.role
         if len(shapes) > 1:
             size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
-            network.kind += size.format(**vars(network))
+            network.name += size.format(**vars(network))
         if network.given.lower() not in {"", *GIVEN}:
-            network.kind = network.given
-    for network in networks:
-        network.name = network.kind
-        lengths = {other.images for other in networks if other.kind == network.kind}
-        if len(lengths) > 1:
-            network.name += f", {network.images:,} images"
+            network.name = network.given
     for seeds in by_name(networks):
         check_seeds(seeds)
 
@@ -1988,10 +1947,10 @@ def name_and_path(text):
     return text.split("=", 1)
 
 
-def load(text, heads=None, grid=None, pixels=None):
+def load(text, heads=None, pixels=None):
     """FILE or NAME=FILE -> ViT."""
     given, path = name_and_path(text)
-    vit = load_encoder(path, heads, grid, pixels).requires_grad_(False)
+    vit = load_encoder(path, heads, pixels).requires_grad_(False)
     vit.facts.given = given
     vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
     return vit
@@ -2021,7 +1980,7 @@ def untrained_like(vit):
 
 def load_networks(options):
     """-> ViTs: given, shipped beside them, untrained ones."""
-    answers = map(cycle, (options.heads, options.grid, options.pixels))
+    answers = cycle(options.heads), cycle(options.pixels)
     vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
     if vits[0].facts.config and not options.alone:
         add_companions(vits)
@@ -2102,7 +2061,7 @@ def title_of(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 text += f"\n{row['part']}: {words_of(row)}"
-                return text + "\nClaim {claim}: {verdict} {setting}".format(**claim)
+                return text + "\nClaim {claim}: {verdict}".format(**claim)
     return text
 
 
@@ -2165,7 +2124,6 @@ def parse(argv):
     add("--only", nargs="+", default=names, choices=names, metavar="NAME")
     answers = {"nargs": "+", "default": [None]}
     add("--heads", type=int, **answers)
-    add("--grid", type=int, **answers)
     add("--pixels", choices=PIXELS, **answers)
     return parser.parse_args(argv)
 
@@ -2174,7 +2132,7 @@ def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
     torch.zeros(1, device=options.device)
-    for values in (options.heads, options.grid, options.pixels):
+    for values in (options.heads, options.pixels):
         text = f"{values}: give one value, or one for each file"
         require(len(values) in (1, len(files)), text)
     options.images = options.images or None
@@ -2199,8 +2157,9 @@ def main(argv=None):
         results, networks = read_results(paths)
         claims = judge(networks, options.only)
         results |= {"networks": [vars(n) for n in networks], "claims": claims}
+        results["training"] = fairness(networks)
         write_results(results, options.out)
-        print(table_of(claims))
+        print(table_of(results))
         pictures = draw_figures(networks, options.only, claims, options.out)
         write_report(Path(options.out, "report.html"), results, pictures)
         print(f"what was computed and drawn is in {options.out}")
@@ -2236,7 +2195,7 @@ def write_report(path, results, pictures):
         line = "{name}: {path}, seed {seed}, {images:,} images, {pixels}, {choices}"
         lines.append(line.format(**network))
     page = PAGE.format(
-        table=escape(table_of(results["claims"])),
+        table=escape(table_of(results)),
         chapters=chapters,
         facts=escape("\n".join(lines)),
     )
@@ -2457,20 +2416,19 @@ def join_biases(weights):
 # ---- What no tensor tells ----
 
 
-def find_side(weights, side):
-    """Patches in a row of the square grid. Where CLS has no position, it gets zeros."""
-    positions = weights.get("pos_embed")
-    if positions is None:
-        # (2·side - 1)² offsets, and three places for CLS
-        offsets = len(weights[TABLE]) - 3 if TABLE in weights else 1
-        return (math.isqrt(offsets) + 1) // 2
-    count = positions.shape[1]
-    side = side or math.isqrt(count - 1)
-    no_square = "pos_embed: no square and CLS (--grid if CLS has none)"
-    require(count - side**2 in (0, 1), no_square)
-    if count == side**2:
-        weights["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
-    return side
+def find_side(weights):
+    """Patches in a row of the square grid."""
+    if "pos_embed" in weights:
+        count = weights["pos_embed"].shape[1]
+        side = math.isqrt(count - 1)
+        # 169 may be 13 × 13 patches, or 14 × 12 and CLS
+        require(
+            count == 1 + side**2, f"{count} positions: no square of patches and CLS"
+        )
+        return side
+    if TABLE in weights:  # (2·side - 1)² offsets, and three places for CLS
+        return (math.isqrt(len(weights[TABLE]) - 3) + 1) // 2
+    return 1  # build() refuses it
 
 
 def which_sines(positions, side):
@@ -2545,17 +2503,17 @@ def in_one_line(text):
     return ascii(" ".join(text.split()))[1:-1][:400]
 
 
-def load_encoder(path, heads=None, grid=None, pixels=None):
+def load_encoder(path, heads=None, pixels=None):
     """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
     What no tensor tells can be given: heads (else 64 wide each; 12 in a ViT-S of MoCo
-    v3), grid, the patches in a row (else a square and CLS), pixels "imagenet" or
-    "half", which is (x - 0.5) / 0.5 (else half for BEiT, ImageNet's mean and deviation
-    for others). A table of position biases and a config of sslvit.py count more.
+    v3), pixels "imagenet" or "half", which is (x - 0.5) / 0.5 (else half for BEiT,
+    ImageNet's mean and deviation for others). A table of position biases and a config
+    of sslvit.py count more. Learned positions might be of a grid that is not square.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
     to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each
-    block, no CLS, no last norm (fine-tuned on mean tokens), a grid that is not square.
+    block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
     No tensor tells other activations, norms behind attention and MLP, or RoPE beside
     learned positions: figures of such a network would be another's.
     """
@@ -2565,15 +2523,15 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         prefix = find_prefix(tensors)
         config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
-        side = find_side(weights, grid)
+        side = find_side(weights)
         sines = which_sines(weights.get("pos_embed"), side)
         form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
         pixels = pixels or usual_pixels
         if TABLE in weights:
-            heads, grid = weights[TABLE].shape[1], side
+            heads = weights[TABLE].shape[1]
         run = {}
         if config:
-            form, grid, pixels = "sslvit", side, "imagenet"
+            form, pixels = "sslvit", "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
             keys = ("lam", "seed", "decoder_depth", "one_view")
             run = {key: config[key] for key in keys} | {"config": config}
@@ -2587,8 +2545,9 @@ def load_encoder(path, heads=None, grid=None, pixels=None):
         raise UserError(f"{path}: {in_one_line(reason)}") from error
     facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
     vit.facts = Network(pixels=pixels or "imagenet", **facts)
-    answers = {"--heads": heads, "--grid": grid or sines, "--pixels": pixels}
-    guesses = [flag for flag, answer in answers.items() if not answer]
+    is_square = sines or config or TABLE in weights
+    answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
+    guesses = [guess for guess, answer in answers.items() if not answer]
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
     line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
     print(line.format(**vars(vit.facts)) + (", ".join(guesses) or "nothing"))

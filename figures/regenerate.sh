@@ -155,13 +155,15 @@ done
 
 
 photographs="--data $data --cue-conflict $cues --images 0"
-python analyze.py $(of moco simmim hybrid one-view) $(of {moco,simmim,one-view}-images) --alone --out figures/stimuli
+# equal work: the stimuli, the photographs, the decoder; equal images: sweep and sizes
+python analyze.py $(of moco simmim hybrid one-view) --alone --out figures/stimuli
 python analyze.py $(of cifar10-{moco,simmim,hybrid,one-view}) --alone $photographs --out figures/photographs
-# of these the reports alone: claims 2, 11 and 12, and the choice of learning rates
+# of these the reports alone: claims 1, 2, 11 and 12, and the choice of learning rates
 python analyze.py $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --alone --only scaling --out figures/more/sizes
 python analyze.py $(of simmim decoder micro8) --alone --only decoder --out figures/more/decoder
-python analyze.py $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --alone --only sweep --out figures/more/sweep
-python analyze.py $(ls runs/rate-*/ckpt.pt) --alone --only accuracy --out figures/more/rates
+python analyze.py $(of {moco,simmim,one-view}-images lam-{0.05,0.1,0.5,0.8} hybrid) --alone --only accuracy sweep --out figures/more/sweep
+rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
+python analyze.py $rates --alone --images 500 --only accuracy --out figures/more/rates
 rm figures/more/*/*.png
 cp runs/hybrid-10/masked.png figures/
 python figures/diagrams.py

@@ -196,14 +196,28 @@ def published():
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
-    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", "--heads, --grid", "momentum_back"),
-    "MAE": (2, "MAE", 0.0, "imagenet", "--heads, --grid", "'decoder_blocks': 1"),
-    "DINO": (2, "timm", None, "imagenet", "--heads, --grid, --pixels", "student.back"),
-    "iBOT": (2, "iBOT", None, "imagenet", "--heads, --grid", "masked_embed"),
-    "DINOv2": (2, "DINOv2", None, "imagenet", "--heads, --grid", "mask_token"),
+    "solo-learn": (
+        12,
+        "MoCo v3",
+        1.0,
+        "imagenet",
+        "--heads, square grid",
+        "momentum_back",
+    ),
+    "MAE": (2, "MAE", 0.0, "imagenet", "--heads, square grid", "'decoder_blocks': 1"),
+    "DINO": (
+        2,
+        "timm",
+        None,
+        "imagenet",
+        "--heads, square grid, --pixels",
+        "student.back",
+    ),
+    "iBOT": (2, "iBOT", None, "imagenet", "--heads, square grid", "masked_embed"),
+    "DINOv2": (2, "DINOv2", None, "imagenet", "--heads, square grid", "mask_token"),
     "SimMIM": (4, "SimMIM", 0.0, "imagenet", "nothing", "'model.decoder': 1"),
     "BEiT": (4, "BEiT", 0.0, "half", "nothing", "relative_position_index"),
-    "timm": (2, "timm", None, "imagenet", "--heads, --grid, --pixels", "_ema"),
+    "timm": (2, "timm", None, "imagenet", "--heads, square grid, --pixels", "_ema"),
 }
 
 
@@ -239,24 +253,20 @@ def test_timm_is_an_oracle_too(tmp_path):
         assert error < 1e-4
 
 
-def test_heads_grid_and_pixels_can_be_given(tmp_path, capsys):
+def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     state = timm_state(384)
     path = write(tmp_path, state)
     check_same(path, state, 6)
-    vit = check_same(path, state, 3, heads=3, grid=3, pixels="half")
+    vit = check_same(path, state, 3, heads=3, pixels="half")
     assert vit.facts.pixels == "half"
-    assert "guessed: nothing" in capsys.readouterr().out
+    assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
     # sines that begin with x are MAE's, or of a MoCo v3 that was written anew
     state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
     vit = check_same(write(tmp_path, state), state, 12)
     assert vit.facts.format == "MoCo v3 or MAE" and vit.facts.lam is None
     # 224 x 192 px: 14·12 + 1 = 13²; DeiT III: 13² patches, and none for CLS
     state["pos_embed"] = torch.ones(1, 169, 384)
-    path = write(tmp_path, state)
-    check_refused(path, "pos_embed", "--grid")
-    check_refused(path, "pos_embed", "--grid", grid=14)
-    vit = analyze.load_encoder(path, grid=13)
-    assert vit.pos_embed[0, :2, 0].tolist() == [0, 1] and vit.grid == 13
+    check_refused(write(tmp_path, state), "169 positions")
 
 
 ONES, MATRIX = torch.ones(D), (4 * D, D)

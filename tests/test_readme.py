@@ -195,9 +195,9 @@ def row_of(claim):
     if "difference" in part:
         low, high = [part["difference"] + sign * part["reach"] for sign in (-1, 1)]
         gap = f"{number(part['difference'])} [{number(low)}, {number(high)}]"
-    which = f"{claim['claim']}, {claim['setting']}".removesuffix(", ")
     verdict = claim["verdict"].partition(" (")[0]
-    return "|".join(["", which, claim["text"], name, cl, mim, gap, verdict, ""])
+    row = [str(claim["claim"]), claim["text"], name, cl, mim, gap, verdict]
+    return "|".join(["", *row, ""])
 
 
 def test_the_table_says_what_results_json_says():

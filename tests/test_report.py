@@ -396,7 +396,7 @@ def test_noise_is_clipped_and_the_same_for_all(runs, tmp_path, passes, no_drawin
     for vit, x in passes:
         images.setdefault(id(vit), []).append(x * sslvit.STD + sslvit.MEAN)
     cl, mim, untrained = [torch.cat(x) for x in images.values()]
-    # 20 test images, 80 to learn from, then 20 clean and with ten rings of noise
+    # 20 test images, 80 to learn from, then the 20 clean and with ten rings of noise
     assert len(cl) == 20 + 80 + 20 * 11
     assert cl.min() > -1e-4 and cl.max() < 1 + 1e-4
     assert torch.equal(cl, mim) and torch.equal(cl, untrained)
@@ -413,17 +413,22 @@ def test_a_linear_head_leaves_the_network_frozen(runs, tmp_path, passes, no_draw
     assert same == [True, True, True, False, False] * 2
 
 
-def test_masks_are_mirrored_with_their_images():
+def test_masks_belong_to_their_images():
     stimuli = sslvit.Stimuli(20, 32)
     images = analyze.Images(stimuli, list(range(20)), 32, 0, training=True, masks=True)
-    mirrored = 0
     for i, (image, shape, _, inside) in enumerate(map(stimuli.__getitem__, range(20))):
         pixels, mask = images[i]
-        is_mirrored = not np.array_equal(pixels.transpose(1, 2, 0), image)
-        mask = mask[:, ::-1] if is_mirrored else mask
+        assert np.array_equal(pixels.transpose(1, 2, 0), image)
         assert np.array_equal(mask, inside * (1 + shape))
-        mirrored += is_mirrored
-    assert 0 < mirrored < 20
+
+
+def test_half_of_the_crops_are_mirrored():
+    grey = np.tile(
+        np.uint8(np.arange(64) * 4)[None, :, None], (64, 1, 3)
+    )  # to the right
+    crops = [analyze.random_crop(Image.fromarray(grey), 16) for _ in range(40)]
+    mirrored = sum(crop[0, 0, 0] > crop[0, 0, -1] for crop in crops)
+    assert 10 < mirrored < 30
 
 
 def test_cue_conflict_images(runs, tmp_path, no_drawing):
