@@ -1120,13 +1120,8 @@ what a line of the log says:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
-
-
 def make_parser():
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         "sslvit.py",
         description=__doc__,
         epilog=inspect.getsource(Config) + LOG_HELP,
@@ -1134,6 +1129,7 @@ def make_parser():
         argument_default=argparse.SUPPRESS,  # only what was given comes back
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.error = functools.partial(require, False)  # in one line, as all errors
     for knob in fields(Config):
         how = {"type": knob.type, "choices": CHOICES.get(knob.name)}
         if knob.type is bool:
@@ -1411,7 +1407,7 @@ def list_images(folder, left_out, top=""):
     """Yields (top, path) of the images in and below a folder; links are followed.
 
     top: the folder of the first level, "" if there is none. left_out counts the rest.
-    OSError if a folder cannot be listed, UserError if links lead in a circle.
+    OSError if a folder cannot be listed, or links lead in a circle.
     """
     kinds = Image.registered_extensions()
     for entry in os.scandir(folder):
@@ -1419,9 +1415,6 @@ def list_images(folder, left_out, top=""):
         if entry.name[0] == "." or entry.name.lower() in MASK_FOLDERS:
             left_out[f"hidden, or named {', '.join(MASK_FOLDERS)}"] += 1
         elif entry.is_dir():
-            place = os.path.realpath(folder)
-            is_circle = Path(place).is_relative_to(os.path.realpath(entry))
-            require(not is_circle, f"{entry.path}: a link to a folder that holds it")
             yield from list_images(entry.path, left_out, top or entry.name)
         elif kinds.get(ending) in Image.OPEN:
             yield top, entry.path
@@ -1442,7 +1435,6 @@ class ImageFolder(list):
             say(f"left out in {root}: {number} x {reason}")
         require(images, f"--data {root}: no image that can be read (JPEG, PNG ...)")
         self.root = os.path.join(root, "")
-        self.kept = {}
         self.label_names = ()
         self.classes = ()
         names = sorted({top for top, _ in images} - {""})
@@ -1462,15 +1454,9 @@ class ImageFolder(list):
         return f"{len(self)} images ({digest[:12]})"
 
     def load(self, index):
-        """-> opened PIL image, [class]; small ones are decoded once and kept."""
+        """-> opened PIL image, [class]."""
         path, labels = self[index]
-        if path in self.kept:
-            return self.kept[path], labels
-        image = Image.open(path)
-        if len(self) * math.prod(image.size) <= 8e7:  # 240 MB; CIFAR-10 has 154
-            image.load()
-            self.kept[path] = image
-        return image, labels
+        return Image.open(path), labels
 
 
 def find_data(cfg):
@@ -1872,13 +1858,12 @@ def draw_reconstruction(cfg, model, source):
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
-    patches = torch.cat([target, target * ~hidden, predicted])
-    # the patches at their places again (3·8, 3, h, w)
-    x = F.fold(patches.mT, images.shape[2:], cfg.patch_size, stride=cfg.patch_size)
-    x = x.cpu() * STD + MEAN
-    rows = [torch.cat([*row], dim=2) for row in x.chunk(3)]  # (3, h, 8w) each
-    picture = torch.cat(rows, dim=1).clamp(0, 1).permute(1, 2, 0)  # (3h, 8w, 3)
-    picture = Image.fromarray((255 * picture).byte().numpy())
+    patches = torch.stack([target, target * ~hidden, predicted]).cpu()
+    # back to their places: (3, 8, 3p², grid, grid), then (3, 8, 3, h, w)
+    x = patches.mT.unflatten(-1, (model.encoder.grid, -1))
+    x = F.pixel_shuffle(x, cfg.patch_size) * STD + MEAN
+    x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3h, 8w, 3)
+    picture = Image.fromarray((255 * x.clamp(0, 1)).byte().numpy())
     enlarged = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
     enlarged.save(Path(cfg.out, "masked.png"))
 
