@@ -46,6 +46,8 @@ METHODS = ["--objective moco", "--objective simmim", "--lam .3", "--lam .3 --one
 def small(monkeypatch):
     monkeypatch.setitem(sslvit.SIZES, "micro", TINY)
     torch.manual_seed(0)
+    # as in a terminal: a shell ignores Ctrl-C for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def config(**changes):
