@@ -737,7 +737,7 @@ def test_fp16_scales_gradients_and_leaves_out_those_that_overflow(
 def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd, name, status):
     """Unless it is ignored, as nohup makes it."""
     number = getattr(signal, f"SIG{name.split()[0]}")
-    own = signal.getsignal(number) if status else signal.SIG_IGN
+    own = signal.SIG_DFL if status else signal.SIG_IGN
     before = signal.signal(number, own)
     at_step(monkeypatch, 2, lambda: signal.raise_signal(number))
     assert run("--steps 5 --log-every 100", tmp_path) == status
