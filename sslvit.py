@@ -1242,9 +1242,12 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console has a λ
-    handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
-        return run(argv)
+        # also torch's, which raises wherever it hears that a loading process has died
+        with contextlib.ExitStack() as handlers:
+            for number in (*STOPS, *DEATHS):
+                handlers.callback(signal.signal, number, signal.getsignal(number))
+            return run(argv)
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
@@ -1259,8 +1262,6 @@ def main(argv=None):
             process.kill()  # loading processes, which ignore softer signals
         return 2
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1723,6 +1724,7 @@ def load_checkpoint(path):
 
 # Ctrl-C, the end of a cluster job, a closed terminal
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+DEATHS = [s for s in signal.Signals if s.name == "SIGCHLD"]
 
 
 def catch_signals():

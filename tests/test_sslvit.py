@@ -1201,7 +1201,14 @@ def test_test_images_look_for_training_images():
     # 40 of 80 are spread over both classes
     train = plain((40, 0, 0), (40, 200, 1))
     # a network that sees anything gets all right, however the test set is made up
-    assert score(train, plain((3, 0, 0), (2, 200, 1))) == {"knn_class": 1}
+    test = plain((3, 0, 0), (2, 200, 1))
+    assert score(train, test) == {"knn_class": 1}
+    # nor if the last patch alone tells: of the tokens the mean of all patches counts
+    encoder.forward = lambda x: F.pad(
+        x.mean(dim=(1, 2, 3))[:, None, None], (1, 0, 2, 0)
+    )
+    assert score(train, test) == {"knn_class": 1}
+    del encoder.forward
     # the labels are the training set's, also where the test set disagrees
     assert score(train, plain((4, 0, 1), (1, 200, 1))) == {"knn_class": 0.2}
     assert score(train, None) == {}
