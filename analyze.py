@@ -90,10 +90,8 @@ class Figure:
     lesson: str
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
-    # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
-    # measure_tokens(state (B, 1+N, D)) -> the same, stacked over states
+    # measure(Batch of test images) -> {key: (B, ...)}
     measure: tuple = ()
-    measure_tokens: tuple = ()
     # learn(study) -> {key: (n, ...)}: what must be trained first, for each test image
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
@@ -373,8 +371,9 @@ def grid_points(grid, like):
     return places.to(like)
 
 
-def measure_distance(layer):
-    return {"distance": attention_distance(layer.attn, layer.grid, layer.patch_size)}
+def measure_distance(batch):
+    vit = batch.vit
+    return {"distance": attention_distance(batch.attn, vit.grid, vit.patch_size)}
 
 
 def plot_distance(axis, networks):
@@ -433,8 +432,8 @@ def attention_nmi(attn):
     return torch.where(key_entropy > 0, nmi, 0.0).clamp(0, 1)
 
 
-def measure_nmi(layer):
-    return {"nmi": attention_nmi(layer.attn)}
+def measure_nmi(batch):
+    return {"nmi": attention_nmi(batch.attn)}
 
 
 def nmi_fall(values):
@@ -491,7 +490,7 @@ def head_similarity(heads):
     heads (B, H, N, d), in coordinates that all heads share -> (B,) in [-1/(H-1), 1].
     1: alike; one head: nan.
     """
-    return token_similarity(heads.transpose(1, 2)).mean(dim=-1)
+    return token_similarity(heads.transpose(-3, -2)).mean(dim=-1)
 
 
 def depth_similarity(a, b):
@@ -503,14 +502,17 @@ def depth_similarity(a, b):
     return F.cosine_similarity(a, b, dim=-1).mean(dim=-1)
 
 
-def measure_similarity(layer):
-    heads = layer.heads[:, :, ::4]  # H times as large as tokens: a quarter is enough
-    slices = layer.output_weight.unflatten(1, (heads.shape[1], -1))  # (D, H, d)
-    heads = torch.einsum("bhnd,ehd->bhne", heads, slices)  # A_h·V_h·W_h: (B, H, N/4, D)
-    values = {"heads": head_similarity(heads), "tokens": token_similarity(layer.added)}
-    if layer.above is not None:
-        values["depths"] = depth_similarity(layer.above, layer.added)
-    return values
+def measure_similarity(batch):
+    heads = batch.heads[:, :, :, ::4]  # H times as large as tokens: a quarter is enough
+    weights = torch.stack([block.attn.proj.weight for block in batch.vit.blocks])
+    slices = weights.unflatten(2, (heads.shape[2], -1))  # (L, D, H, d)
+    # A_h·V_h·W_h: (B, L, H, N/4, D)
+    heads = torch.einsum("blhnd,lehd->blhne", heads, slices)
+    return {
+        "heads": head_similarity(heads),
+        "depths": depth_similarity(batch.added[:, :-1], batch.added[:, 1:]),
+        "tokens": token_similarity(batch.added),
+    }
 
 
 COSINES = ("heads", "depths", "tokens")
@@ -635,18 +637,19 @@ def log_volume(x):
     return log[..., : x.shape[-2] - 1].mean(dim=-1) - size
 
 
-def measure_volume(state):
-    return {"token volume": log_volume(state[:, 1:])}
+def measure_volume(batch):
+    return {"token volume": log_volume(batch.states[:, :, 1:])}
 
 
-def measure_features(state):
-    """Mean patch token and CLS (B, D)."""
-    return {"pooled": state[:, 1:].mean(dim=1), "cls": state[:, 0]}
+def measure_features(batch):
+    """Mean patch token and CLS of every state, in turn (B, 2·(1+2L), D)."""
+    return {"features": pooled_and_cls(batch.states).flatten(1, 2)}
 
 
 def image_spectra(rows):
     """The same of the mean tokens of all images (n, D), and the last spectrum."""
-    states = torch.from_numpy(rows["pooled"]).transpose(0, 1)  # (1+2L, n, D)
+    pooled = rows["features"][:, ::2]  # (n, 1+2L, D)
+    states = torch.from_numpy(pooled).transpose(0, 1)
     log = singular_spectrum(states[-1:])
     spectrum = F.interpolate(log[None], POINTS, mode="linear", align_corners=True)
     return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
@@ -674,7 +677,7 @@ FIGURES["spectra"] = Figure(
         Part("log volume, tokens of an image", "MIM", "CL", of(last, "token volume")),
         Part("log volume, images", "CL", "MIM", of(last, "image volume")),
     ),
-    measure_tokens=(measure_volume, measure_features),
+    measure=(measure_volume, measure_features),
     whole=(image_spectra,),
 )
 
@@ -711,9 +714,8 @@ def fourier_amplitude(tokens, grid):
     return log - log[..., :1]
 
 
-def measure_fourier(state):
-    tokens = state[:, 1:]
-    return {"fourier": fourier_amplitude(tokens, math.isqrt(tokens.shape[1]))}  # (B, F)
+def measure_fourier(batch):
+    return {"fourier": fourier_amplitude(batch.states[:, :, 1:], batch.vit.grid)}
 
 
 def high_frequencies(values):
@@ -752,7 +754,7 @@ FIGURES["fourier"] = Figure(
     fourier_lesson,
     draw_fourier,
     parts=(Part("Δ log amplitude at π, late", "MIM", "CL", late_high),),
-    measure_tokens=(measure_fourier,),
+    measure=(measure_fourier,),
 )
 
 
@@ -931,7 +933,8 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     make = partial(Tuned, study, is_dense, is_frozen)
     images, test = [replace(x, masks=is_dense) for x in (study.train, study.test)]
     cut = 3 * len(images) // 4
-    train, val = images.part(0, cut), images.part(cut, None)
+    train = replace(images, indices=images.indices[:cut])
+    val = replace(images, indices=images.indices[cut:])
     epochs = study.options.epochs
     if is_dense:  # an image has as many labels as pixels
         epochs = math.ceil(epochs / 4)
@@ -1225,12 +1228,13 @@ def band_noise_drop(accuracies):
 def learn_noise(study):
     """-> noise (n, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
+    vit = study.vit
     rows = []
     for pixels, _ in study.test.batches(BATCH):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
-        rows.append(torch.stack([study.output(x) for x in noisy], dim=1))
-    # of outputs (n, 1 + bands, 2, D)
+        outputs = [pooled_and_cls(vit(normalise(x, vit))) for x in noisy]
+        rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
     predicted = probe(*study.learnt, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
@@ -1274,13 +1278,14 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
-    train = one_pass(study.vit, study.train, (), (measure_features,))
-    values = {}
-    for token in ("pooled", "cls"):
-        data = train[token], train["labels"], study.rows[token], study.device
-        correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
-        values[f"probe of {token} tokens"] = np.stack(correct, axis=1)
-    return values
+    train = one_pass(study.vit, study.train, [measure_features])
+    data = train["features"], train["labels"], study.rows["features"], study.device
+    correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
+    correct = np.stack(correct, axis=1)
+    return {
+        "probe of pooled tokens": correct[:, ::2],
+        "probe of cls tokens": correct[:, 1::2],
+    }
 
 
 def pooled_layers(values):
@@ -1322,7 +1327,7 @@ FIGURES["layers"] = Figure(
         Part("pooled probe, last layer", "CL", "MIM", of_pooled(last)),
         Part("pooled probe of MIM, middle - last", "MIM", "", of_pooled(end_fall)),
     ),
-    measure_tokens=(measure_features,),
+    measure=(measure_features,),
     learn=(learn_layers,),
 )
 
@@ -1363,8 +1368,7 @@ FIGURES["decoder"] = Figure(
         Part("the same, as deep", "MIM as deep", DECODED, of_pooled(end_fall)),
         Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
-    measure=(measure_nmi,),
-    measure_tokens=(measure_features, measure_fourier),
+    measure=(measure_nmi, measure_features, measure_fourier),
     learn=(learn_layers,),
 )
 
@@ -1413,8 +1417,7 @@ FIGURES["sweep"] = Figure(
         Part("Δ at π, early", HYBRID, "CL", early_high),
         Part("Δ at π, late", "MIM", HYBRID, late_high),
     ),
-    measure=(measure_nmi,),
-    measure_tokens=(measure_fourier,),
+    measure=(measure_nmi, measure_fourier),
     learn=(learn_probe, learn_tuned),
 )
 
@@ -1423,7 +1426,7 @@ FIGURES["sweep"] = Figure(
 # Images are read by DataLoader's workers and are never all in memory; what grows with
 # their number are the values and features of each.
 
-FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
+FEATURES = {"output", "features", "labels"}  # not in results.json
 PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
@@ -1445,20 +1448,14 @@ class Images:
     def __len__(self):
         return len(self.indices)
 
-    def part(self, start, end):
-        return replace(self, indices=self.indices[start:end])
-
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        is_cropped = self.training and not self.masks
-        crop = random_crop if is_cropped else sslvit.center_crop
-        crop = partial(crop, size=self.size)
-        pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
-            _, shape, _, mask = self.source[index]
-            labels = mask * (1 + shape)
-        return pixels, labels
+            image, shape, _, mask = self.source[index]
+            return image.transpose(2, 0, 1), mask * (1 + shape)
+        crop = random_crop if self.training else sslvit.center_crop
+        return sslvit.first_readable(self.source, index, partial(crop, size=self.size))
 
     def batches(self, size):
         return DataLoader(
@@ -1485,51 +1482,37 @@ def normalise(pixels, vit):
     return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
-# One layer on one batch, without CLS. attn: among patches, rows renormalised to sum 1
-# (B, H, N, N); heads: A_h·V_h (B, H, N, d); added: what attention adds to the tokens
-# (B, N, D); above: the same of the layer before, or None; output_weight: of attention
-# (D, H·d); grid: patches in a row.
-names = "attn heads added above output_weight grid patch_size"
-Layer = namedtuple("Layer", names)
+# Some images in a network. attn: of all layers, among patches, rows renormalised to sum
+# 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d); added: what attention
+# adds to patches (B, L, N, D); states (B, 1+2L, 1+N, D).
+Batch = namedtuple("Batch", "vit attn heads added states")
+
+
+def look_inside(vit, x):
+    """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
+    tokens, records = vit(x, record=True)
+    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
+    for record in records:
+        states += [record.mid, record.out]
+    states = torch.stack(states, dim=1)
+    attn = torch.stack([record.attn for record in records], dim=1)[..., 1:, 1:]
+    # rows sum to 1 also where CLS took all but 1e-12
+    attn = F.normalize(attn, p=1, dim=-1, eps=1e-37)
+    heads = torch.stack([record.heads for record in records], dim=1)[..., 1:, :]
+    added = (states[:, 1::2] - states[:, :-1:2])[:, :, 1:]
+    return tokens, Batch(vit, attn, heads, added, states)
 
 
 def pooled_and_cls(tokens):
-    """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
-    return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
-
-
-def measure_batch(vit, x, measures, token_measures):
-    """All measurements of a batch -> {key: (B, layers or states, ...)}."""
-    tokens, records = vit(x, record=True)
-    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
-    layers = []
-    above = None
-    for block, record in zip(vit.blocks, records, strict=True):
-        # rows sum to 1 also where CLS took all but 1e-12
-        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)
-        heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
-        added = (record.mid - states[-1])[:, 1:]
-        sizes = vit.grid, vit.patch_size
-        layers.append(Layer(attn, heads, added, above, weight, *sizes))
-        states += [record.mid, record.out]
-        above = added
-    values = {"output": pooled_and_cls(tokens)}
-    # map() measures inside attempt()
-    stack = partial(torch.stack, dim=1)
-    for measure in measures:
-        values |= attempt(join, map(measure, layers), stack)
-    for measure in token_measures:
-        values |= attempt(join, map(measure, states), stack)
-    return values
+    """Tokens (..., 1+N, D) -> (..., 2, D): the mean patch token, and CLS."""
+    pooled = tokens[..., 1:, :].mean(dim=-2)
+    return torch.stack([pooled, tokens[..., 0, :]], dim=-2)
 
 
 def join(rows, how):
-    """Several {key: value} -> {key: how([value, ...])}."""
-    values = defaultdict(list)
-    for row in rows:
-        for key, value in row.items():
-            values[key].append(value)
-    return {key: how(parts) for key, parts in values.items()}
+    """Several {key: value} -> {key: how([value, ...])}, of the keys that all have."""
+    keys = set.intersection(*map(set, rows))
+    return {key: how([row[key] for row in rows]) for key in keys}
 
 
 def attempt(function, *arguments):
@@ -1544,14 +1527,15 @@ def attempt(function, *arguments):
 say_once = cache(print)
 
 
-@torch.no_grad()
-def one_pass(vit, images, measures=(), token_measures=()):
+def one_pass(vit, images, measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
     # attention weights grow with the square of the number of patches
     for pixels, labels in images.batches(min(BATCH, 1 + 2000 // vit.grid**2)):
-        x = normalise(pixels, vit)
-        values = measure_batch(vit, x, measures, token_measures) | {"labels": labels}
+        tokens, batch = look_inside(vit, normalise(pixels, vit))
+        values = {"output": pooled_and_cls(tokens), "labels": labels}
+        for measure in measures:
+            values |= attempt(measure, batch)
         rows.append({key: value.cpu().numpy() for key, value in values.items()})
     return join(rows, np.concatenate)
 
@@ -1592,11 +1576,6 @@ class Study:
         self.on_stimuli = not options.data
         self.label_names = test.label_names
 
-    @torch.no_grad()
-    def output(self, pixels):
-        """-> the mean patch token, and CLS (B, 2, D)."""
-        return pooled_and_cls(self.vit(normalise(pixels, self.vit))).cpu()
-
     @cached_property
     def learnt(self):
         """What probes learn from: output (n, 2, D), labels (n, label sets)."""
@@ -1605,8 +1584,7 @@ class Study:
 
     def measure(self, figures):
         """-> {key: (21, ...)}, everything that the figures need."""
-        measures = unique(figures, "measure"), unique(figures, "measure_tokens")
-        self.rows = one_pass(self.vit, self.test, *measures)
+        self.rows = one_pass(self.vit, self.test, unique(figures, "measure"))
         learners = unique(figures, "learn")
         if learners and not self.classes:
             print("  no accuracies: they need classes, the same in train and val")
@@ -1617,10 +1595,10 @@ class Study:
         values = leave_out(self.rows, unique(figures, "whole"))
         return {key: values[key] for key in values.keys() - FEATURES}
 
-    @torch.no_grad()
     def pictures(self, figures):
         """Three images, 64 px wide, and what the figures show of them."""
-        images = replace(self.test.part(0, 3), masks=self.on_stimuli)
+        three = self.test.indices[:3]
+        images = replace(self.test, indices=three, masks=self.on_stimuli)
         [(pixels, labels)] = images.batches(3)
         small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
         pictures = {"photographs": small}
@@ -1651,9 +1629,9 @@ def leave_out(rows, whole=()):
     """{key: (n, ...)} -> {key: (21, ...)}: means over images, and what `whole` adds."""
     results = []
     for group in range(-1, GROUPS):  # -1 leaves none out
-        subset = {}
-        for key, x in rows.items():
-            subset[key] = x[np.arange(len(x)) % GROUPS != group]
+        subset = {
+            key: x[np.arange(len(x)) % GROUPS != group] for key, x in rows.items()
+        }
         values = {key: x.mean(axis=0, dtype=float) for key, x in subset.items()}
         for summarise in whole:
             values |= attempt(summarise, subset)
@@ -1665,7 +1643,9 @@ def numbers(read, networks):
     """What is read of every row of the networks' values -> (21, networks, ...)."""
     columns = []
     for network in networks:
-        columns.append([read(network.row(i)) for i in range(GROUPS + 1)])
+        items = network.values.items()
+        rows = [{key: x[i] for key, x in items} for i in range(GROUPS + 1)]
+        columns.append([read(row) for row in rows])
     return np.stack(columns, axis=1, dtype=float)
 
 
@@ -1901,9 +1881,6 @@ class Network:
         if not self.config and not self.given:
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
-
-    def row(self, number):
-        return {key: value[number] for key, value in self.values.items()}
 
 
 def by_name(networks):

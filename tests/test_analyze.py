@@ -80,15 +80,15 @@ def test_similarities_by_hand():
 def test_heads_are_compared_by_what_they_add_to_a_token():
     # two heads of width 1, whose columns of the output matrix are (1, 0) and (3, 4):
     # the first adds (1, 0), the second -2·(3, 4), and their cosine is -3/5
-    layer = SimpleNamespace(
-        heads=torch.tensor([1.0, -2])[None, :, None, None].expand(1, 2, 4, 1),
-        output_weight=torch.tensor([[1.0, 3], [0, 4]]),
-        added=torch.ones(1, 4, 2),
-        above=None,
-        grid=2,
+    weight = torch.tensor([[1.0, 3], [0, 4]])
+    attn = SimpleNamespace(proj=SimpleNamespace(weight=weight))
+    batch = SimpleNamespace(
+        vit=SimpleNamespace(blocks=[SimpleNamespace(attn=attn)]),
+        heads=torch.tensor([1.0, -2])[None, None, :, None, None].expand(1, 1, 2, 4, 1),
+        added=torch.ones(1, 1, 4, 2),
     )
     [measure] = analyze.FIGURES["similarity"].measure
-    assert close(measure(layer)["heads"], -0.6)
+    assert close(measure(batch)["heads"], -0.6)
 
 
 @pytest.mark.parametrize("side, bin", [(8, 1), (8, 4), (7, 3), (14, 7)])
@@ -122,14 +122,16 @@ def test_volume_by_hand():
     # values 3√2 and 4√2, Frobenius norm √(18 + 32). CLS is far away, and no patch
     box = torch.tensor([[999.0, 999], [10, 7], [4, 7], [7, 11], [7, 3]])
     volume = math.log(3 * 4 * 2) / 2 - math.log(50) / 2
-    measure, *_ = analyze.FIGURES["spectra"].measure_tokens
+    measure, *_ = analyze.FIGURES["spectra"].measure
     for scale in (1, 100):
-        assert close(measure(scale * box[None])["token volume"], volume)
+        batch = SimpleNamespace(states=scale * box[None, None])
+        assert close(measure(batch)["token volume"], volume)
     # three images around their mean: Gram matrix diag(2a², 2b²/3), so that b = 3√3 is
     # as 3 above, and a = 1, b = √3 fill both directions alike: 1/√2 each
     [summarise] = analyze.FIGURES["spectra"].whole
     triangles = [[[a, 0], [-a, 0], [0, b]] for a, b in ((4, 3 * 3**0.5), (1, 3**0.5))]
-    rows = summarise({"pooled": np.float32(triangles).swapaxes(0, 1)})
+    pooled = np.float32(triangles).swapaxes(0, 1)  # (3, 2, 2)
+    rows = summarise({"features": np.repeat(pooled, 2, axis=1)})  # and CLS, in turn
     assert close(rows["image volume"], [volume, -math.log(2) / 2])
 
 
@@ -177,12 +179,14 @@ TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_hea
 
 
 def measured(vit, x, *names):
-    """What two figures measure on a batch -> {key: (B, layers or states, ...)}."""
-    first, second = [analyze.FIGURES[name] for name in names]
-    measures = first.measure + second.measure
-    token_measures = first.measure_tokens + second.measure_tokens
+    """What figures measure on a batch -> {key: (B, layers or states, ...)}."""
+    values = {}
     with torch.no_grad():
-        return analyze.measure_batch(vit, x, measures, token_measures)
+        values["tokens"], batch = analyze.look_inside(vit, x)
+        for name in names:
+            for measure in analyze.FIGURES[name].measure:
+                values |= measure(batch)
+    return values
 
 
 def test_attention_is_among_patches():
@@ -207,13 +211,14 @@ def test_states_begin_with_the_embedding():
     assert values["fourier"].shape == (2, 7, 3)
     for place, state in enumerate(states):
         patches = state[:, 1:]
-        assert close(values["pooled"][:, place], patches.mean(dim=1))
-        assert close(values["cls"][:, place], state[:, 0])
+        assert close(values["features"][:, 2 * place], patches.mean(dim=1))
+        assert close(values["features"][:, 2 * place + 1], state[:, 0])
         amplitude = analyze.fourier_amplitude(patches, 4)
         assert close(values["fourier"][:, place], amplitude)
     # what probes read of the whole network: mean patch token, and CLS
-    assert close(values["output"][:, 0], tokens[:, 1:].mean(dim=1))
-    assert close(values["output"][:, 1], tokens[:, 0])
+    output = analyze.pooled_and_cls(values["tokens"])
+    assert close(output[:, 0], tokens[:, 1:].mean(dim=1))
+    assert close(output[:, 1], tokens[:, 0])
 
 
 @pytest.fixture
