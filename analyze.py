@@ -49,7 +49,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from html import escape
-from itertools import cycle, pairwise, product
+from itertools import pairwise, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +171,7 @@ def style_of(network, turn=0):
 
 def canvas(columns, rows=1, height=4.6, **axis):
     """A figure 1,600 px wide, at 150 dots an inch, and its axes (rows, columns)."""
-    size = (32 / 3, height * rows)
+    size = 32 / 3, height * rows
     return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=axis)
 
 
@@ -254,26 +254,11 @@ def label_count(networks):
     return len(networks[0].label_names)
 
 
-def reference(axis, y, text):
-    """A dotted line that says what a value would mean; its name is in the legend."""
-    axis.axhline(y, color="black", lw=1, ls=(0, (1, 3)), label=text, zorder=0)
-
-
 def alone(plot, networks):
     """A figure of one axis."""
     fig, [[axis]] = canvas(1)
     plot(axis, networks)
     return fig
-
-
-def legend(fig):
-    """One legend below, each name once."""
-    lines = {}
-    for axis in fig.axes:
-        handles, names = axis.get_legend_handles_labels()
-        lines |= zip(names, handles, strict=True)
-    place = "outside lower center"
-    fig.legend(lines.values(), lines, loc=place, ncols=3, frameon=False)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -316,7 +301,7 @@ def draw_maps(networks):
     columns = product(range(2), QUERIES, ("first", "last"))
     # pixels, patches and outlines in the same coordinates: shares of the image
     for column, (image, query, layer) in enumerate(columns):
-        axes[0, column].set_title(f"{layer} layer", fontsize=12)
+        axes[0, column].set_title(f"{layer} layer")
         for axis, row in zip(axes[:, column], rows, strict=True):
             shown = axis.imshow(row[column], **style)
             axis.plot(query, query, "wP", mec="black", ms=9)
@@ -382,7 +367,7 @@ def plot_distance(axis, networks):
     first = networks[0]
     patches = grid_points(first.image_size // first.patch_size, torch.ones(1))
     far = torch.cdist(patches, patches).mean().item() * first.patch_size
-    reference(axis, far, "uniform attention")
+    axis.axhline(far, color="black", ls=":", label="uniform attention")
 
 
 FIGURES["distance"] = Figure(
@@ -442,7 +427,7 @@ def nmi_fall(values):
 
 def plot_nmi(axis, networks):
     curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)")
-    reference(axis, 0, "one map for all queries")
+    axis.axhline(0, color="black", ls=":", label="one map for all queries")
 
 
 FIGURES["nmi"] = Figure(
@@ -874,6 +859,13 @@ class Tuned(nn.Module):
         return logits.reshape(len(pixels), self.classes, -1)
 
 
+def random_crop(image, size):
+    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
+    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
+    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
+    return crop[:, :, :: rng.choice((1, -1))].copy()
+
+
 EMBEDDING = ("vit.patch_embed", "vit.cls_token", "vit.pos_embed")
 
 
@@ -945,11 +937,12 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
         print(f"  {key}: {setting}: {share:.4f} on validation", flush=True)
         return share
 
-    if key not in study.choices:
-        best = study.choices[key] = max(settings, key=accuracy)
+    choices = study.vit.facts.choices
+    if key not in choices:
+        best = choices[key] = max(settings, key=accuracy)
         if best["lr"] in (settings[0]["lr"], settings[-1]["lr"]):
             print(f"  {key}: {best}, with a learning rate at an end of the grid")
-    return predict(fit(make(), train, epochs, **study.choices[key]), test)
+    return predict(fit(make(), train, epochs, **choices[key]), test)
 
 
 def learn_tuned(study):
@@ -1168,7 +1161,7 @@ def cue_conflict(study):
 
 
 def plot_bias(axis, networks):
-    reference(axis, 0.5, "no preference")
+    axis.axhline(0.5, color="black", ls=":", label="no preference")
     points(axis, networks, of(shape_bias, "cues"))
     say_range(axis, "share of shape decisions")
 
@@ -1469,13 +1462,6 @@ class Images:
         )
 
 
-def random_crop(image, size):
-    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
-    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
-    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
-    return crop[:, :, :: rng.choice((1, -1))].copy()
-
-
 def normalise(pixels, vit):
     """Brightness 0 .. 255 -> what the network was trained on, on its device."""
     mean, std = PIXELS[vit.facts.pixels]
@@ -1556,8 +1542,8 @@ def find_data(data, size):
 
 
 def sample(source, count, size, workers):
-    """`count` random Images (None: all), the same for every network."""
-    order = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+    """`count` random Images (0: all), the same for every network."""
+    order = np.random.default_rng(0).permutation(len(source))[: count or None].tolist()
     few = f"{len(order)} images: at least {GROUPS} are needed"
     require(len(order) >= GROUPS, few)
     return Images(source, order, size, workers)
@@ -1566,9 +1552,8 @@ def sample(source, count, size, workers):
 class Study:
     """One network, the images it is tested on and learns from, and its values."""
 
-    def __init__(self, vit, options, choices):
+    def __init__(self, vit, options):
         self.vit, self.options, self.device = vit, options, options.device
-        self.choices = choices  # of learning rates, shared by the seeds of a network
         size = vit.facts.image_size
         train, test, self.classes = find_data(options.data, size)
         self.train = sample(train, options.labels, size, options.workers)
@@ -1695,9 +1680,9 @@ def sizes_of(networks):
     groups = {"": most}
     if len(both) > 1:
         groups |= {SMALLEST: both[0], LARGEST: both[-1]}
-    for network in most.get(DECODED, [])[:1]:
-        *shape, depth = network.shape
-        deeper = sizes[*shape, depth + network.decoder_depth]
+    if DECODED in most:
+        *shape, depth = most[DECODED][0].shape
+        deeper = sizes[*shape, depth + most[DECODED][0].decoder_depth]
         most["MIM as deep"] = deeper["MIM"]
     return groups
 
@@ -1927,7 +1912,7 @@ def name_and_path(text):
 def load(text, heads=None, pixels=None):
     """FILE or NAME=FILE -> ViT."""
     given, path = name_and_path(text)
-    vit = load_encoder(path, heads, pixels).requires_grad_(False)
+    vit = load_encoder(path, heads, pixels)
     vit.facts.given = given
     vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
     return vit
@@ -1939,8 +1924,8 @@ def add_companions(vits):
     lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = find_config(sslvit.load_checkpoint(path))
-        is_alike = all(config[key] == first[key] for key in ALIKE)
-        if is_alike and config["lam"] not in lams:
+        is_new = config["lam"] not in lams
+        if is_new and all(config[key] == first[key] for key in ALIKE):
             vits.append(load(str(path)))
             print("  shipped, stands beside yours; --alone leaves it out")
 
@@ -1952,13 +1937,20 @@ def untrained_like(vit):
     sizes = *facts.shape, facts.num_heads
     new = ViT(*sizes, **vit.options)
     new.facts = Network("", "new", None, facts.pixels, *sizes, facts.seed)
-    return new.eval().requires_grad_(False)
+    return new
+
+
+def for_each(files, values):
+    """One value for all files, or one for each."""
+    require(len(values) in (1, len(files)), f"{values}: for one file, or for each?")
+    return values * (len(files) // len(values))
 
 
 def load_networks(options):
     """-> ViTs: given, shipped beside them, untrained ones."""
-    answers = cycle(options.heads), cycle(options.pixels)
-    vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
+    files = options.checkpoints
+    answers = for_each(files, options.heads), for_each(files, options.pixels)
+    vits = [load(*row) for row in zip(files, *answers, strict=True)]
     if vits[0].facts.config and not options.alone:
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
@@ -1971,7 +1963,7 @@ def load_networks(options):
 
 
 def analyse(options):
-    """Measures every network; results.json is whole after each."""
+    """Measures every network; results.json, whole after each -> its path."""
     vits = load_networks(options)
     give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
@@ -1982,7 +1974,7 @@ def analyse(options):
         print(network.name, flush=True)
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
-        study = Study(vit.to(options.device), options, network.choices)
+        study = Study(vit.to(options.device).requires_grad_(False), options)
         network.label_names = study.label_names
         network.values = study.measure(figures)
         if network is first:
@@ -1991,15 +1983,16 @@ def analyse(options):
         sizes = len(study.test), len(study.train), options.epochs
         results["data"] = [study.test.source.identity(), *sizes]
         results["networks"].append(vars(network))
-        write_results(results, options.out)
+        path = write_results(results, options.out)
         vit.cpu()
+    return path
 
 
 def write_results(results, out):
-    """Under another name first: whole or not at all."""
+    """results.json under another name first, whole or not at all -> its path."""
     new = Path(out, "results.new")
     new.write_text(json.dumps(results, default=to_list))
-    new.replace(Path(out, "results.json"))
+    return new.replace(Path(out, "results.json"))
 
 
 def to_list(array):
@@ -2042,17 +2035,21 @@ def title_of(name, claims):
     return text
 
 
-def draw_figures(networks, names, claims, out):
+def draw_figures(networks, chosen, claims, out):
     """Every figure that the networks allow -> {name: (title, file)}."""
     pictures = {}
-    for name in names:
+    for name in chosen:
         figure = FIGURES[name]
         file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
         title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
                 fig = figure.draw(networks)
-                legend(fig)
+                lines = {}
+                for axis in fig.axes:
+                    handles, names = axis.get_legend_handles_labels()
+                    lines |= zip(names, handles, strict=True)
+                fig.legend(lines.values(), lines, loc="outside lower center", ncols=3)
                 fig.suptitle(title)
                 fig.savefig(file, dpi=150)
             pictures[name] = (title, file)
@@ -2085,11 +2082,10 @@ def parse(argv):
     ]
     for name, figure in FIGURES.items():
         table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
-    parser = argparse.ArgumentParser(
+    parser = sslvit.Parser(
         description="\n".join(table),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.error = partial(require, False)  # in one line, as all other errors
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
     files.add_argument("--from", dest="results", nargs="+", default=[])
@@ -2108,12 +2104,7 @@ def parse(argv):
 def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
-    torch.zeros(1, device=options.device)
-    for values in (options.heads, options.pixels):
-        text = f"{values}: give one value, or one for each file"
-        require(len(values) in (1, len(files)), text)
-    options.images = options.images or None
-    options.labels = options.labels or (options.images and 4 * options.images)
+    options.labels = options.labels or 4 * options.images
     if not options.out:
         folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
@@ -2127,11 +2118,7 @@ def main(argv=None):
     try:
         options = parse(argv)
         check(options)
-        paths = options.results
-        if options.checkpoints:
-            analyse(options)
-            paths = [Path(options.out, "results.json")]
-        results, networks = read_results(paths)
+        results, networks = read_results(options.results or [analyse(options)])
         claims = judge(networks, options.only)
         results |= {"networks": [vars(n) for n in networks], "claims": claims}
         results["training"] = fairness(networks)
@@ -2290,7 +2277,6 @@ def read_checkpoint(path):
     require(start, "an empty file")
     for first_bytes, what in NOT_CHECKPOINTS.items():
         require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
-    require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
     if start[8:9] == b"{":  # a header behind its length
         from safetensors.torch import load_file  # not among our requirements
 
@@ -2408,29 +2394,25 @@ def find_side(weights):
     return 1  # build() refuses it
 
 
-def which_sines(positions, side):
-    """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
-    if positions is None:
-        return ""
+def has_moco_sines(weights, side):
+    """MoCo v3's fixed sines begin with y, those of MAE and of ours with x."""
+    if "pos_embed" not in weights:
+        return False
+    positions = weights["pos_embed"]
     embed_dim = positions.shape[-1]
-    sines = sincos_positions(embed_dim, side, side)
-    for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-        if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
-            return first
-    return ""
+    sines = sincos_positions(embed_dim, side, side).roll(embed_dim // 2, dims=-1)
+    return positions.allclose(sines, atol=1e-3)
 
 
-def recognise(tensors, prefix, sines, content):
+def recognise(tensors, prefix, has_sines, content):
     """-> format, λ, pixels; None: nothing tells."""
     # solo-learn writes its method into the file
     is_moco = "mocov3" in str(content.get("hyper_parameters"))
-    if is_moco or sines == "y" or "base_encoder" in prefix:
+    if is_moco or has_sines or "base_encoder" in prefix:
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
         if any(f".{key}".endswith(mark) for key in tensors if key.startswith(prefix)):
             return facts
-    if sines:
-        return "MoCo v3 or MAE", None, "imagenet"
     return "timm", None, None
 
 
@@ -2441,7 +2423,7 @@ def find_sizes(weights, side, heads, form):
     embed_dim, _, _, patch_size = shape
     numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     usual = {1280: 16}
-    if form.startswith("MoCo v3"):
+    if form == "MoCo v3":
         usual[384] = 12
     return {
         "image_size": side * patch_size,
@@ -2501,8 +2483,8 @@ def load_encoder(path, heads=None, pixels=None):
         config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
-        sines = which_sines(weights.get("pos_embed"), side)
-        form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
+        has_sines = has_moco_sines(weights, side)
+        form, lam, usual_pixels = recognise(tensors, prefix, has_sines, content)
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
@@ -2522,7 +2504,7 @@ def load_encoder(path, heads=None, pixels=None):
         raise UserError(f"{path}: {in_one_line(reason)}") from error
     facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
     vit.facts = Network(pixels=pixels or "imagenet", **facts)
-    is_square = sines or config or TABLE in weights
+    is_square = has_sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
     line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
