@@ -209,10 +209,11 @@ def curves(axis, networks, read, label, x="layer", end=None):
     axis.set(xlabel=x, ylabel=label)
 
 
-def points(axis, networks, read, fact="label"):
+def points(axis, networks, read, label, fact="label"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    The place is a fact of the network, a number or its label.
+    The place is a fact of the network, a number or its label. An axis that does not
+    begin at 0 enlarges differences: it says so.
     """
     places, means = [], []
     for network, y in readings(networks, read):
@@ -225,13 +226,9 @@ def points(axis, networks, read, fact="label"):
     axis.margins(x=0.2)
     if fact == "label":
         axis.tick_params(axis="x", labelrotation=90)
-    return places, means
-
-
-def say_range(axis, label):
-    """An axis that does not begin at 0 enlarges differences: it says so."""
     low, high = axis.get_ylim()
     axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
+    return places, means
 
 
 def of_label(key, place):
@@ -240,14 +237,10 @@ def of_label(key, place):
 
 
 def label_axes(networks, keys, axes):
-    """-> axis, read for each of the keys and of the label sets (shape, ...).
-
-    An axis is labelled after the caller has drawn on it.
-    """
+    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
     pairs = product(keys, enumerate(networks[0].label_names))
-    for axis, (key, (place, label)) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, of_label(key, place)
-        say_range(axis, f"{key}, {label}")
+    for axis, (key, (place, name)) in zip(np.ravel(axes), pairs, strict=True):
+        yield axis, of_label(key, place), f"{key}, {name}"
 
 
 def label_count(networks):
@@ -293,7 +286,7 @@ def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
     networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
-    maps = [np.array(network.pictures["maps"]) for network in networks]
+    maps = [network.pictures["maps"] for network in networks]
     highest = max(np.percentile(row, 99) for row in maps)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
@@ -488,6 +481,8 @@ def depth_similarity(a, b):
 
 
 def measure_similarity(batch):
+    states = batch.states[:, :, 1:]
+    added = states[:, 1::2] - states[:, :-1:2]  # by attention (B, L, N, D)
     heads = batch.heads[:, :, :, ::4]  # H times as large as tokens: a quarter is enough
     weights = torch.stack([block.attn.proj.weight for block in batch.vit.blocks])
     slices = weights.unflatten(2, (heads.shape[2], -1))  # (L, D, H, d)
@@ -495,8 +490,8 @@ def measure_similarity(batch):
     heads = torch.einsum("blhnd,lehd->blhne", heads, slices)
     return {
         "heads": head_similarity(heads),
-        "depths": depth_similarity(batch.added[:, :-1], batch.added[:, 1:]),
-        "tokens": token_similarity(batch.added),
+        "depths": depth_similarity(added[:, :-1], added[:, 1:]),
+        "tokens": token_similarity(added),
     }
 
 
@@ -934,7 +929,7 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     def accuracy(setting):
         network = fit(make(), train, max(1, epochs // 3), **setting)
         share = np.mean(np.equal(*predict(network, val)))
-        print(f"  {key}: {setting}: {share:.4f} on validation", flush=True)
+        sslvit.say(f"  {key}: {setting}: {share:.4f} on validation")
         return share
 
     choices = study.vit.facts.choices
@@ -956,8 +951,9 @@ mean_tuned = of(np.mean, "fine-tuned")
 
 def draw_accuracy(networks):
     fig, axes = canvas(2 * label_count(networks))
-    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes):
-        points(axis, networks, read)
+    keys = "linear probe", "fine-tuned"
+    for axis, read, label in label_axes(networks, keys, axes):
+        points(axis, networks, read, label)
     return fig
 
 
@@ -1009,9 +1005,9 @@ def draw_scaling(networks):
     for network in sorted(networks, key=attrgetter("embed_dim")):
         lines[network.role].append(network)
     fig, axes = canvas(label_count(networks))
-    for axis, read in label_axes(networks, ["fine-tuned"], axes):
+    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
         for role, group in lines.items():
-            means = points(axis, group, read, "embed_dim")
+            means = points(axis, group, read, label, "embed_dim")
             axis.plot(*means, label=role, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
     return fig
@@ -1082,8 +1078,7 @@ def learn_dense(study):
 def draw_dense(networks):
     fig, [axes] = canvas(2)
     for axis, part in zip(axes, FIGURES["dense"].parts, strict=True):
-        points(axis, networks, part.read)
-        say_range(axis, part.text)
+        points(axis, networks, part.read, part.text)
     return fig
 
 
@@ -1162,8 +1157,7 @@ def cue_conflict(study):
 
 def plot_bias(axis, networks):
     axis.axhline(0.5, color="black", ls=":", label="no preference")
-    points(axis, networks, of(shape_bias, "cues"))
-    say_range(axis, "share of shape decisions")
+    points(axis, networks, of(shape_bias, "cues"), "share of shape decisions")
 
 
 FIGURES["bias"] = Figure(
@@ -1304,8 +1298,8 @@ def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
     fig, axes = canvas(label_count(networks), rows=2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
-    for axis, read in label_axes(networks, keys, axes):
-        curves(axis, networks, read, "")
+    for axis, read, label in label_axes(networks, keys, axes):
+        curves(axis, networks, read, label)
     return fig
 
 
@@ -1387,8 +1381,9 @@ def draw_sweep(networks):
     swept = [n for n in networks if n.shape == shape and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
     fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
-    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes[:-1]):
-        axis.plot(*points(axis, swept, read, "lam"), color="black")
+    keys = "linear probe", "fine-tuned"
+    for axis, read, label in label_axes(networks, keys, axes[:-1]):
+        axis.plot(*points(axis, swept, read, label, "lam"), color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     plot_nmi(axes[-1, 0], networks)
     plot_high_frequencies(axes[-1, 1], networks)
@@ -1469,9 +1464,9 @@ def normalise(pixels, vit):
 
 
 # Some images in a network. attn: of all layers, among patches, rows renormalised to sum
-# 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d); added: what attention
-# adds to patches (B, L, N, D); states (B, 1+2L, 1+N, D).
-Batch = namedtuple("Batch", "vit attn heads added states")
+# 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d); states: of CLS and
+# patches (B, 1+2L, 1+N, D).
+Batch = namedtuple("Batch", "vit attn heads states")
 
 
 def look_inside(vit, x):
@@ -1480,13 +1475,11 @@ def look_inside(vit, x):
     states = [vit.embed(x, None, None, vit.grid, vit.grid)]
     for record in records:
         states += [record.mid, record.out]
-    states = torch.stack(states, dim=1)
     attn = torch.stack([record.attn for record in records], dim=1)[..., 1:, 1:]
     # rows sum to 1 also where CLS took all but 1e-12
     attn = F.normalize(attn, p=1, dim=-1, eps=1e-37)
     heads = torch.stack([record.heads for record in records], dim=1)[..., 1:, :]
-    added = (states[:, 1::2] - states[:, :-1:2])[:, :, 1:]
-    return tokens, Batch(vit, attn, heads, added, states)
+    return tokens, Batch(vit, attn, heads, torch.stack(states, dim=1))
 
 
 def pooled_and_cls(tokens):
@@ -1506,11 +1499,8 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        say_once(f"  left out: {type(error).__name__}: {error}")
+        sslvit.warn_once(f"  left out: {type(error).__name__}: {error}")
         return {}
-
-
-say_once = cache(print)
 
 
 def one_pass(vit, images, measures=()):
@@ -1575,10 +1565,9 @@ class Study:
             print("  no accuracies: they need classes, the same in train and val")
             learners = []
         for function in learners:
-            print(f"  {function.__name__}", flush=True)
+            sslvit.say(f"  {function.__name__}")
             self.rows |= attempt(function, self)
-        values = leave_out(self.rows, unique(figures, "whole"))
-        return {key: values[key] for key in values.keys() - FEATURES}
+        return leave_out(self.rows, unique(figures, "whole"))
 
     def pictures(self, figures):
         """Three images, 64 px wide, and what the figures show of them."""
@@ -1617,7 +1606,9 @@ def leave_out(rows, whole=()):
         subset = {
             key: x[np.arange(len(x)) % GROUPS != group] for key, x in rows.items()
         }
-        values = {key: x.mean(axis=0, dtype=float) for key, x in subset.items()}
+        values = {}
+        for key in subset.keys() - FEATURES:
+            values[key] = subset[key].mean(axis=0, dtype=float)
         for summarise in whole:
             values |= attempt(summarise, subset)
         results.append(values)
@@ -1634,13 +1625,6 @@ def numbers(read, networks):
     return np.stack(columns, axis=1, dtype=float)
 
 
-def t_quantile(freedom):
-    """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
-    angle = np.linspace(0, math.pi / 2, 100_001)
-    area = np.cumsum(np.cos(angle) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(np.interp(0.95, area / area[-1], angle))
-
-
 def welch(more, less):
     """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
     counts = np.array([len(more), len(less)])
@@ -1649,7 +1633,11 @@ def welch(more, less):
     if total == 0:
         return 0.0
     freedom = total**2 / np.sum(variances**2 / (counts - 1))
-    return t_quantile(freedom) * math.sqrt(total)
+    # Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    area = np.cumsum(np.cos(angle) ** (freedom - 1))
+    tangent = math.tan(np.interp(0.95, area / area[-1], angle))
+    return tangent * math.sqrt(freedom * total)
 
 
 def interval(more, less):
@@ -1703,15 +1691,16 @@ def judge_part(part, sizes):
     new = values.pop("untrained")
     gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
     more, *less = values.values()
-    row["difference"], row["reach"] = interval(more, *less or [0 * more])
+    difference, reach = interval(more, *less or [0 * more])
+    row |= {"difference": difference, "reach": reach}
     row["networks"] = min(x.shape[1] for x in values.values())
-    if math.isnan(row["reach"]):
+    if math.isnan(reach):
         row["outcome"] = "needs a number"
     elif part.trained and any(gain <= reach for gain, reach in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
-    elif row["difference"] > row["reach"]:
+    elif difference > reach:
         row["outcome"] = "holds"
-    elif row["difference"] < -row["reach"]:
+    elif difference < -reach:
         row["outcome"] = "opposed"
     return row
 
@@ -1971,7 +1960,7 @@ def analyse(options):
     firsts = {}
     for vit in vits:
         network = vit.facts
-        print(network.name, flush=True)
+        sslvit.say(network.name)
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
         study = Study(vit.to(options.device).requires_grad_(False), options)
@@ -2019,8 +2008,7 @@ def read_results(paths):
         require(networks, "no networks")
         give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
-        fault = f"{type(error).__name__}: {error}"
-        raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
+        raise UserError(f"--from {paths}: {error!r}") from error
     return results, networks
 
 
@@ -2076,16 +2064,13 @@ FLAGS = {
 
 def parse(argv):
     """The flags are explained at the top of this file, which --help prints."""
-    table = [
-        __doc__,
-        "figures (for --only), their claims, and where they stand in [P]:",
-    ]
-    for name, figure in FIGURES.items():
-        table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
-    parser = sslvit.Parser(
-        description="\n".join(table),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    text = (
+        __doc__ + "\nfigures (for --only), their claims, and where they stand in [P]:\n"
     )
+    for name, figure in FIGURES.items():
+        text += f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = sslvit.Parser(description=text, formatter_class=form)
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
     files.add_argument("--from", dest="results", nargs="+", default=[])
@@ -2120,12 +2105,12 @@ def main(argv=None):
         check(options)
         results, networks = read_results(options.results or [analyse(options)])
         claims = judge(networks, options.only)
-        results |= {"networks": [vars(n) for n in networks], "claims": claims}
-        results["training"] = fairness(networks)
+        results["networks"] = [vars(network) for network in networks]
+        results |= {"claims": claims, "training": fairness(networks)}
         write_results(results, options.out)
         print(table_of(results))
         pictures = draw_figures(networks, options.only, claims, options.out)
-        write_report(Path(options.out, "report.html"), results, pictures)
+        write_report(results, pictures, options.out)
         print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
@@ -2143,7 +2128,7 @@ def main(argv=None):
 # It needs no network, library or script: pictures stand in it as base64.
 
 
-def write_report(path, results, pictures):
+def write_report(results, pictures, out):
     """pictures: {name: (title, file)} of draw_figures()."""
     chapters = ""
     for name, (title, file) in pictures.items():
@@ -2163,7 +2148,7 @@ def write_report(path, results, pictures):
         chapters=chapters,
         facts=escape("\n".join(lines)),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    Path(out, "report.html").write_text(page, encoding="utf-8")
 
 
 PAGE = """<!doctype html>
@@ -2271,7 +2256,6 @@ def check_archive(path):
 
 def read_checkpoint(path):
     """What is in a file. Objects other than tensors, dicts and lists become Inert."""
-    require(os.path.isfile(path), "no such file, or a folder")
     with open(path, "rb") as file:
         start = file.read(512)
     require(start, "an empty file")
@@ -2421,7 +2405,7 @@ def find_sizes(weights, side, heads, form):
     shape = weights[PATCHES].shape
     require(len(shape) == 4, f"{PATCHES} is {shape}: of videos?")
     embed_dim, _, _, patch_size = shape
-    numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    depth = sum(name.endswith(".norm1.weight") for name in weights)
     usual = {1280: 16}
     if form == "MoCo v3":
         usual[384] = 12
@@ -2429,7 +2413,7 @@ def find_sizes(weights, side, heads, form):
         "image_size": side * patch_size,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
-        "depth": len(numbers) or 1,
+        "depth": depth or 1,
         "num_heads": heads or usual.get(embed_dim, max(1, embed_dim // 64)),
     }
 
@@ -2450,8 +2434,8 @@ def build(weights, sizes):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    has_positions = TABLE in weights or "pos_embed" in weights
-    require(has_positions, "no positions: no tensor tells how they are computed")
+    positions = weights.keys() & {"pos_embed", TABLE}
+    require(positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
     vit.options = options
     return vit.eval()

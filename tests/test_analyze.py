@@ -85,7 +85,7 @@ def test_heads_are_compared_by_what_they_add_to_a_token():
     batch = SimpleNamespace(
         vit=SimpleNamespace(blocks=[SimpleNamespace(attn=attn)]),
         heads=torch.tensor([1.0, -2])[None, None, :, None, None].expand(1, 1, 2, 4, 1),
-        added=torch.ones(1, 1, 4, 2),
+        states=torch.randn(1, 3, 5, 2),
     )
     [measure] = analyze.FIGURES["similarity"].measure
     assert close(measure(batch)["heads"], -0.6)

@@ -394,8 +394,8 @@ def test_damaged_archives_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     path = tmp_path / "file.pth"
-    check_refused(path, "no such file")
-    check_refused(tmp_path, "folder")
+    check_refused(path, "No such file")
+    check_refused(tmp_path, "directory")
     starts = {
         b"": "empty",
         b"version https://git-lfs.github.com/spec/v1\n": "git LFS",
