@@ -150,6 +150,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "legend.frameon": False,
     "text.parse_math": False,  # a name may hold a dollar sign
 }
 # λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
@@ -2401,7 +2402,7 @@ def recognise(tensors, prefix, has_sines, content):
 
 
 def find_sizes(weights, side, heads, form):
-    """-> arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
+    """-> the first arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
     shape = weights[PATCHES].shape
     require(len(shape) == 4, f"{PATCHES} is {shape}: of videos?")
     embed_dim, _, _, patch_size = shape
@@ -2409,13 +2410,8 @@ def find_sizes(weights, side, heads, form):
     usual = {1280: 16}
     if form == "MoCo v3":
         usual[384] = 12
-    return {
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": depth or 1,
-        "num_heads": heads or usual.get(embed_dim, max(1, embed_dim // 64)),
-    }
+    heads = heads or usual.get(embed_dim, max(1, embed_dim // 64))
+    return side * patch_size, patch_size, embed_dim, depth or 1, heads
 
 
 # ---- From weights to a network ----
@@ -2429,7 +2425,7 @@ def build(weights, sizes):
         "layer_scale": 0.1 if "blocks.0.ls1.gamma" in weights else None,
     }
     with torch.device("meta"):  # shapes without memory
-        vit = ViT(**sizes, **options)
+        vit = ViT(*sizes, **options)
     # refused here, as torch would name the same key of each block
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
@@ -2474,9 +2470,9 @@ def load_encoder(path, heads=None, pixels=None):
             heads = weights[TABLE].shape[1]
         run = {}
         if config:
-            form, pixels = "sslvit", "imagenet"
+            form, lam, pixels = "sslvit", config["lam"], "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
-            keys = ("lam", "seed", "decoder_depth", "one_view")
+            keys = ("seed", "decoder_depth", "one_view")
             run = {key: config[key] for key in keys} | {"config": config}
             run["images"] = int(content["step"]) * config["batch_size"]
         sizes = find_sizes(weights, side, heads, form)
@@ -2486,8 +2482,7 @@ def load_encoder(path, heads=None, pixels=None):
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
-    vit.facts = Network(pixels=pixels or "imagenet", **facts)
+    vit.facts = Network(str(path), form, lam, pixels or "imagenet", *sizes, **run)
     is_square = has_sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
