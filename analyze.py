@@ -31,6 +31,8 @@ Glossary: B batch, N patch tokens (1+N with CLS), D width, H heads, d = D/H, L l
 F frequencies, n images, A[q,k] attention of query q to key k; CL contrastive learning,
 MIM masked image modelling; a state: the tokens after the embedding, after each
 attention and after each MLP, 1+2L in all.
+
+Figures for --only, their claims, and where they stand in [P] (listed by --help):
 """
 
 import argparse
@@ -47,7 +49,7 @@ from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from html import escape
 from itertools import pairwise, product
 from operator import attrgetter, itemgetter
@@ -186,20 +188,20 @@ def readings(networks, read):
     return pairs
 
 
-def curves(axis, networks, read, label, x="layer", end=None):
+def curves(axis, networks, read, label, x=""):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
     read(values) -> (points,) or (points, heads). Of layers, or states (0: embedding,
     half: after attention); fewer than there are layers belong to the last ones. With
-    `end`, from 0 to there.
+    `x`, of whatever this names, from 0 to 1.
     """
     turns = Counter()
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.role])
         turns[network.role] += 1
-        depth = end or network.depth
-        start = max(0, depth + 1 - y.shape[1])
-        places = np.linspace(start, depth, y.shape[1])
+        depth = 1 if x else network.depth
+        count = y.shape[1]
+        places = np.linspace(max(0, depth + 1 - count), depth, count)
         if y.ndim == 3:
             heads = y.mean(axis=0)
             band = heads.min(axis=1), heads.max(axis=1)
@@ -207,7 +209,7 @@ def curves(axis, networks, read, label, x="layer", end=None):
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
-    axis.set(xlabel=x, ylabel=label)
+    axis.set(xlabel=x or "layer", ylabel=label)
 
 
 def points(axis, networks, read, label, fact="label"):
@@ -242,10 +244,6 @@ def label_axes(networks, keys, axes):
     pairs = product(keys, enumerate(networks[0].label_names))
     for axis, (key, (place, name)) in zip(np.ravel(axes), pairs, strict=True):
         yield axis, of_label(key, place), f"{key}, {name}"
-
-
-def label_count(networks):
-    return len(networks[0].label_names)
 
 
 def alone(plot, networks):
@@ -644,7 +642,7 @@ def draw_spectra(networks):
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
     read, label = itemgetter("spectrum"), "log σ of images, last layer"
-    curves(axes[2], networks, read, label, x="rank, as a share", end=1)
+    curves(axes[2], networks, read, label, x="rank, as a share")
     return fig
 
 
@@ -724,7 +722,7 @@ def draw_fourier(networks):
     plot_high_frequencies(axes[0], networks)
     curves(axes[1], networks, above_lowest, "the same, relative to lowest bin")
     read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
-    curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
+    curves(axes[2], networks, read, label, x="frequency (π per patch)")
     return fig
 
 
@@ -816,7 +814,7 @@ def probe(*data):
 
 
 def learn_probe(study):
-    predicted = probe(*study.learnt, study.rows["output"], study.device)
+    predicted = probe(*study.examples, study.rows["output"], study.options.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -836,11 +834,11 @@ class Tuned(nn.Module):
         self.vit = deepcopy(study.vit).requires_grad_(not is_frozen)
         self.norm = nn.BatchNorm1d(self.vit.embed_dim, affine=False)
         self.is_dense = is_dense
-        self.classes, answers = study.classes, len(study.label_names)
+        self.classes, answers = study.classes, len(study.test.source.label_names)
         if is_dense:
             self.classes, answers = 1 + study.classes, self.vit.patch_size**2
         self.head = nn.Linear(self.vit.embed_dim, self.classes * answers)
-        self.to(study.device)
+        self.to(study.options.device)
 
     def forward(self, pixels):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
@@ -951,7 +949,7 @@ mean_tuned = of(np.mean, "fine-tuned")
 
 
 def draw_accuracy(networks):
-    fig, axes = canvas(2 * label_count(networks))
+    fig, axes = canvas(2 * len(networks[0].label_names))
     keys = "linear probe", "fine-tuned"
     for axis, read, label in label_axes(networks, keys, axes):
         points(axis, networks, read, label)
@@ -1005,7 +1003,7 @@ def draw_scaling(networks):
     lines = defaultdict(list)
     for network in sorted(networks, key=attrgetter("embed_dim")):
         lines[network.role].append(network)
-    fig, axes = canvas(label_count(networks))
+    fig, axes = canvas(len(networks[0].label_names))
     for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
         for role, group in lines.items():
             means = points(axis, group, read, label, "embed_dim")
@@ -1066,7 +1064,9 @@ def overlaps(predicted, true, classes):
 
 
 def learn_dense(study):
-    require(study.on_stimuli, "segmentation needs the stimuli, whose masks are given")
+    require(
+        not study.options.data, "segmentation needs the stimuli, whose masks are given"
+    )
     classes = 1 + study.classes  # 0 is the ground
     linear = tune(study, "mIoU, linear", LINEAR_HEADS, is_dense=True, is_frozen=True)
     tuned = tune(study, "mIoU, fine-tuned", FINE_TUNING, is_dense=True)
@@ -1126,17 +1126,19 @@ def shape_bias(cues):
 
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
-    features, labels = study.learnt
+    features, labels = study.examples
     test, cues, count = study.rows["output"], study.rows["labels"], study.classes
     offsets = range(count)
-    if not study.on_stimuli:  # photographs, whose two cues are of one class
+    if study.options.data:  # photographs, whose two cues are of one class
         labels, offsets = labels[:, [0, 0]], [0]
         test, cues = cue_conflict(study)
     pairings = []
     for offset in offsets:
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        decisions = probe(features[taught], labels[taught, :1], test, study.device)
+        decisions = probe(
+            features[taught], labels[taught, :1], test, study.options.device
+        )
         classes = (cues - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
@@ -1152,7 +1154,7 @@ def cue_conflict(study):
     for path, _ in images:
         shape, texture = re.findall("[a-z]+", Path(path).stem)
         cues.append([classes.index(shape), classes.index(texture)])
-    images = replace(study.test, source=images, indices=list(range(len(cues))))
+    images = replace(study.test, source=images, indices=range(len(cues)))
     return one_pass(study.vit, images)["output"], np.array(cues)
 
 
@@ -1223,7 +1225,7 @@ def learn_noise(study):
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
         outputs = [pooled_and_cls(vit(normalise(x, vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
-    predicted = probe(*study.learnt, torch.cat(rows), study.device)
+    predicted = probe(*study.examples, torch.cat(rows), study.options.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1237,7 +1239,7 @@ def noise_slope(values):
 
 def plot_noise(axis, networks):
     x = "noise frequency, upper end of its ring (π per pixel)"
-    curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
+    curves(axis, networks, noise_drop, "relative accuracy drop", x)
     places = np.linspace(0, 1, len(BANDS))
     axis.set_xticks(places, [f"{high / math.pi:.1f}" for _, high in BANDS])
 
@@ -1267,7 +1269,12 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
     train = one_pass(study.vit, study.train, [measure_features])
-    data = train["features"], train["labels"], study.rows["features"], study.device
+    data = (
+        train["features"],
+        train["labels"],
+        study.rows["features"],
+        study.options.device,
+    )
     correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
     correct = np.stack(correct, axis=1)
     return {
@@ -1297,7 +1304,7 @@ def end_fall(x):
 
 def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
-    fig, axes = canvas(label_count(networks), rows=2)
+    fig, axes = canvas(len(networks[0].label_names), rows=2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
     for axis, read, label in label_axes(networks, keys, axes):
         curves(axis, networks, read, label)
@@ -1381,7 +1388,7 @@ def draw_sweep(networks):
     shape = hybrids[0].shape
     swept = [n for n in networks if n.shape == shape and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
-    fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
+    fig, axes = canvas(2, 1 + len(networks[0].label_names), height=3.6)
     keys = "linear probe", "fine-tuned"
     for axis, read, label in label_axes(networks, keys, axes[:-1]):
         axis.plot(*points(axis, swept, read, label, "lam"), color="black")
@@ -1428,7 +1435,7 @@ class Images:
     """
 
     source: object
-    indices: list
+    indices: list  # or a range
     size: int
     workers: int
     training: bool = False
@@ -1535,61 +1542,57 @@ def find_data(data, size):
 def sample(source, count, size, workers):
     """`count` random Images (0: all), the same for every network."""
     order = np.random.default_rng(0).permutation(len(source))[: count or None].tolist()
-    few = f"{len(order)} images: at least {GROUPS} are needed"
-    require(len(order) >= GROUPS, few)
+    require(len(order) >= GROUPS, f"{len(order)} images: at least {GROUPS} are needed")
     return Images(source, order, size, workers)
 
 
-class Study:
-    """One network, the images it is tested on and learns from, and its values."""
+# What learns gets: a network, images to learn from and to be tested on, their number of
+# classes; examples: of the former, output (n, 2, D) and labels (n, label sets); rows:
+# what was measured of the latter.
+Study = namedtuple("Study", "vit options train test classes examples rows")
 
-    def __init__(self, vit, options):
-        self.vit, self.options, self.device = vit, options, options.device
-        size = vit.facts.image_size
-        train, test, self.classes = find_data(options.data, size)
-        self.train = sample(train, options.labels, size, options.workers)
-        self.test = sample(test, options.images, size, options.workers)
-        self.on_stimuli = not options.data
-        self.label_names = test.label_names
 
-    @cached_property
-    def learnt(self):
-        """What probes learn from: output (n, 2, D), labels (n, label sets)."""
-        rows = one_pass(self.vit, self.train)
-        return rows["output"], rows["labels"]
-
-    def measure(self, figures):
-        """-> {key: (21, ...)}, everything that the figures need."""
-        self.rows = one_pass(self.vit, self.test, unique(figures, "measure"))
-        learners = unique(figures, "learn")
-        if learners and not self.classes:
-            print("  no accuracies: they need classes, the same in train and val")
-            learners = []
+def measure(vit, options, figures):
+    """Gives a network the values that the figures need -> train, test Images."""
+    network = vit.facts
+    size = network.image_size
+    train, test, classes = find_data(options.data, size)
+    network.label_names = test.label_names
+    train = sample(train, options.labels, size, options.workers)
+    test = sample(test, options.images, size, options.workers)
+    rows = one_pass(vit, test, unique(figures, "measure"))
+    learners = unique(figures, "learn")
+    if learners and not classes:
+        print("  no accuracies: they need classes, the same in train and val")
+    elif learners:
+        output = one_pass(vit, train)
+        examples = output["output"], output["labels"]
+        study = Study(vit, options, train, test, classes, examples, rows)
         for function in learners:
-            sslvit.say(f"  {function.__name__}")
-            self.rows |= attempt(function, self)
-        return leave_out(self.rows, unique(figures, "whole"))
+            rows |= attempt(function, study)
+    network.values = leave_out(rows, unique(figures, "whole"))
+    return train, test
 
-    def pictures(self, figures):
-        """Three images, 64 px wide, and what the figures show of them."""
-        three = self.test.indices[:3]
-        images = replace(self.test, indices=three, masks=self.on_stimuli)
-        [(pixels, labels)] = images.batches(3)
-        small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
-        pictures = {"photographs": small}
-        if self.on_stimuli:
-            pictures["objects"] = (labels > 0).byte()
-        x = normalise(pixels, self.vit)
-        for figure in figures:
-            if figure.picture is not None:
-                pictures |= attempt(figure.picture, self.vit, x)
-        return pictures
+
+def look_at_three(vit, test, figures):
+    """Three images, 64 px wide, and what the figures show of them -> {key: array}."""
+    is_stimuli = isinstance(test.source, sslvit.Stimuli)
+    images = replace(test, indices=test.indices[:3], masks=is_stimuli)
+    [(pixels, labels)] = images.batches(3)
+    small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
+    pictures = {"photographs": small}
+    if is_stimuli:
+        pictures["objects"] = (labels > 0).byte()
+    x = normalise(pixels, vit)
+    for figure in figures:
+        if figure.picture is not None:
+            pictures |= attempt(figure.picture, vit, x)
+    return pictures
 
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    functions = sum(map(attrgetter(slot), figures), ())
-    return list(dict.fromkeys(functions))
+    return dict.fromkeys(sum(map(attrgetter(slot), figures), ()))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1627,8 +1630,13 @@ def numbers(read, networks):
 
 
 def welch(more, less):
-    """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
+    """Reach of Welch's 95 % interval for a difference of means; both (networks,).
+
+    0 for fewer than three networks on a side, whose scatter says nothing.
+    """
     counts = np.array([len(more), len(less)])
+    if counts.min() < 3:
+        return 0.0
     variances = np.array([more.var(ddof=1), less.var(ddof=1)]) / counts
     total = variances.sum()
     if total == 0:
@@ -1649,9 +1657,7 @@ def interval(more, less):
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
     images = T_19 * math.sqrt(19 * difference[1:].var())
-    networks = 0.0
-    if min(more.shape[1], less.shape[1]) >= 3:
-        networks = welch(more[0], less[0])
+    networks = welch(more[0], less[0])
     return difference[0], math.hypot(images, networks)
 
 
@@ -1899,15 +1905,6 @@ def name_and_path(text):
     return text.split("=", 1)
 
 
-def load(text, heads=None, pixels=None):
-    """FILE or NAME=FILE -> ViT."""
-    given, path = name_and_path(text)
-    vit = load_encoder(path, heads, pixels)
-    vit.facts.given = given
-    vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
-    return vit
-
-
 def add_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
     first = vits[0].facts.config
@@ -1916,7 +1913,7 @@ def add_companions(vits):
         config = find_config(sslvit.load_checkpoint(path))
         is_new = config["lam"] not in lams
         if is_new and all(config[key] == first[key] for key in ALIKE):
-            vits.append(load(str(path)))
+            vits.append(load_encoder(path))
             print("  shipped, stands beside yours; --alone leaves it out")
 
 
@@ -1940,7 +1937,13 @@ def load_networks(options):
     """-> ViTs: given, shipped beside them, untrained ones."""
     files = options.checkpoints
     answers = for_each(files, options.heads), for_each(files, options.pixels)
-    vits = [load(*row) for row in zip(files, *answers, strict=True)]
+    vits = []
+    for text, *answer in zip(files, *answers, strict=True):
+        given, path = name_and_path(text)
+        vit = load_encoder(path, *answer)
+        vit.facts.given = given
+        vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
+        vits.append(vit)
     if vits[0].facts.config and not options.alone:
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
@@ -1964,14 +1967,13 @@ def analyse(options):
         sslvit.say(network.name)
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
-        study = Study(vit.to(options.device).requires_grad_(False), options)
-        network.label_names = study.label_names
-        network.values = study.measure(figures)
+        vit.to(options.device).requires_grad_(False)
+        train, test = measure(vit, options, figures)
         if network is first:
-            network.pictures = study.pictures(figures)
+            network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
-        sizes = len(study.test), len(study.train), options.epochs
-        results["data"] = [study.test.source.identity(), *sizes]
+        sizes = len(test), len(train), options.epochs
+        results["data"] = [test.source.identity(), *sizes]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()
@@ -2065,9 +2067,7 @@ FLAGS = {
 
 def parse(argv):
     """The flags are explained at the top of this file, which --help prints."""
-    text = (
-        __doc__ + "\nfigures (for --only), their claims, and where they stand in [P]:\n"
-    )
+    text = __doc__
     for name, figure in FIGURES.items():
         text += f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
     form = argparse.RawDescriptionHelpFormatter
@@ -2219,9 +2219,6 @@ MARKS = {
 NOT_CHECKPOINTS = {
     b"version https://git-lfs": "a pointer of git LFS: run git lfs pull",
     b"<": "a web page",
-    b"\x89HDF": "an HDF5 file, as of Keras",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a compressed file: unpack it",
 }
 
 
