@@ -1507,7 +1507,7 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        sslvit.warn_once(f"  left out: {type(error).__name__}: {error}")
+        sslvit.warn_once(f"  left out: {error!r}")
         return {}
 
 
@@ -1763,7 +1763,7 @@ def table_of(results):
     lines = [f"trained with {results['training']}"]
     outcomes = Counter()
     for claim in results["claims"]:
-        lines.append("{claim:2} {text}: {verdict}".format(**claim))
+        lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict']}")
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
@@ -1790,7 +1790,7 @@ def between(difference, reach):
 
 # ==== The engine: networks ==========================================================
 
-COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
+COMPANIONS = Path(__file__).resolve().parent / "figures/checkpoints"
 ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # what seeds of one network may differ in
@@ -1878,8 +1878,8 @@ def give_names(networks):
     for network in networks:
         network.name = network.role
         if len(shapes) > 1:
-            size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
-            network.name += size.format(**vars(network))
+            network.name += f", {network.embed_dim} × {network.depth}"
+            network.name += f", {network.image_size}/{network.patch_size} px"
         if network.given.lower() not in {"", *GIVEN}:
             network.name = network.given
     for seeds in by_name(networks):
@@ -2022,7 +2022,7 @@ def title_of(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 text += f"\n{row['part']}: {words_of(row)}"
-                return text + "\nClaim {claim}: {verdict}".format(**claim)
+                return f"{text}\nClaim {claim['claim']}: {claim['verdict']}"
     return text
 
 
@@ -2079,8 +2079,7 @@ def parse(argv):
     for name, default in FLAGS.items():
         add(f"--{name}", type=type(default), default=default)
     add("--alone", action="store_true")
-    names = list(FIGURES)
-    add("--only", nargs="+", default=names, choices=names, metavar="NAME")
+    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME")
     answers = {"nargs": "+", "default": [None]}
     add("--heads", type=int, **answers)
     add("--pixels", choices=PIXELS, **answers)
@@ -2142,8 +2141,11 @@ def write_report(results, pictures, out):
         )
     lines = [str(results["data"]), str(results["settings"])]
     for network in results["networks"]:
-        line = "{name}: {path}, seed {seed}, {images:,} images, {pixels}, {choices}"
-        lines.append(line.format(**network))
+        line = f"{network['name']}: {network['path']}, seed {network['seed']}, "
+        line += (
+            f"{network['images']:,} images, {network['pixels']}, {network['choices']}"
+        )
+        lines.append(line)
     page = PAGE.format(
         table=escape(table_of(results)),
         chapters=chapters,
@@ -2209,11 +2211,11 @@ NOT_ENCODER = (
 )
 # the end of a key -> format, λ, pixels that the network was trained on
 MARKS = {
-    ".decoder_pos_embed": ("MAE", 0.0, "imagenet"),
-    ".lm_head.weight": ("BEiT", 0.0, "half"),
-    ".encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
-    ".masked_embed": ("iBOT", None, "imagenet"),
-    ".mask_token": ("DINOv2", None, "imagenet"),
+    "decoder_pos_embed": ("MAE", 0.0, "imagenet"),
+    "lm_head.weight": ("BEiT", 0.0, "half"),
+    "encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
+    "masked_embed": ("iBOT", None, "imagenet"),
+    "mask_token": ("DINOv2", None, "imagenet"),
 }
 # what else is saved under the name of a checkpoint, by its first bytes
 NOT_CHECKPOINTS = {
@@ -2311,7 +2313,7 @@ def find_config(content):
 
 def find_prefix(tensors):
     """What stands before the encoder's keys: "model.", "teacher.backbone.", "" ..."""
-    patches = [key for key in tensors if f".{key}".endswith(f".{PATCHES}")]
+    patches = [key for key in tensors if key.endswith(PATCHES)]
     some = ", ".join(list(tensors)[:3])
     require(patches, f"{len(tensors)} tensors ({some} ...), none of them {PATCHES}")
     # False comes before True, and of equals the shortest
@@ -2393,7 +2395,7 @@ def recognise(tensors, prefix, has_sines, content):
     if is_moco or has_sines or "base_encoder" in prefix:
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
-        if any(f".{key}".endswith(mark) for key in tensors if key.startswith(prefix)):
+        if any(key.endswith(mark) for key in tensors):
             return facts
     return "timm", None, None
 
@@ -2483,9 +2485,12 @@ def load_encoder(path, heads=None, pixels=None):
     is_square = has_sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
-    line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
-    line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
-    print(line.format(**vars(vit.facts)) + (", ".join(guesses) or "nothing"))
+    size, patch, width, depth, heads = sizes
+    print(
+        f"{path}: {form}, {size} px in patches of {patch}, {width} wide, {depth} deep, "
+        f"{heads} heads, {vit.facts.pixels} pixels; guessed: "
+        f"{', '.join(guesses) or 'nothing'}"
+    )
     print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
 

@@ -131,7 +131,8 @@ def test_volume_by_hand():
     [summarise] = analyze.FIGURES["spectra"].whole
     triangles = [[[a, 0], [-a, 0], [0, b]] for a, b in ((4, 3 * 3**0.5), (1, 3**0.5))]
     pooled = np.float32(triangles).swapaxes(0, 1)  # (3, 2, 2)
-    rows = summarise({"features": np.repeat(pooled, 2, axis=1)})  # and CLS, in turn
+    features = np.stack([pooled, pooled**2], axis=2).reshape(3, 4, 2)  # CLS in turn
+    rows = summarise({"features": features})
     assert close(rows["image volume"], [volume, -math.log(2) / 2])
 
 

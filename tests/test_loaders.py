@@ -193,32 +193,19 @@ def published():
     }
 
 
+BOTH = "--heads, square grid"
 # heads, format, λ, pixels, what is guessed, a key that is skipped
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
-    "solo-learn": (
-        12,
-        "MoCo v3",
-        1.0,
-        "imagenet",
-        "--heads, square grid",
-        "momentum_back",
-    ),
-    "MAE": (2, "MAE", 0.0, "imagenet", "--heads, square grid", "'decoder_blocks': 1"),
-    "DINO": (
-        2,
-        "timm",
-        None,
-        "imagenet",
-        "--heads, square grid, --pixels",
-        "student.back",
-    ),
-    "iBOT": (2, "iBOT", None, "imagenet", "--heads, square grid", "masked_embed"),
-    "DINOv2": (2, "DINOv2", None, "imagenet", "--heads, square grid", "mask_token"),
+    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", BOTH, "momentum_back"),
+    "MAE": (2, "MAE", 0.0, "imagenet", BOTH, "'decoder_blocks': 1"),
+    "DINO": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "student.back"),
+    "iBOT": (2, "iBOT", None, "imagenet", BOTH, "masked_embed"),
+    "DINOv2": (2, "DINOv2", None, "imagenet", BOTH, "mask_token"),
     "SimMIM": (4, "SimMIM", 0.0, "imagenet", "nothing", "'model.decoder': 1"),
     "BEiT": (4, "BEiT", 0.0, "half", "nothing", "relative_position_index"),
-    "timm": (2, "timm", None, "imagenet", "--heads, square grid, --pixels", "_ema"),
+    "timm": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "_ema"),
 }
 
 
@@ -261,6 +248,9 @@ def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     vit = check_same(path, state, 3, heads=3, pixels="half")
     assert vit.facts.pixels == "half"
     assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
+    # sines that begin with x are MAE's or ours, not MoCo v3's
+    state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
+    assert check_same(write(tmp_path, state), state, 6).facts.format == "timm"
     # 224 x 192 px: 14·12 + 1 = 13²; DeiT III: 13² patches, and none for CLS
     state["pos_embed"] = torch.ones(1, 169, 384)
     check_refused(write(tmp_path, state), "169 positions")
