@@ -2388,11 +2388,9 @@ def has_moco_sines(weights, side):
     return positions.allclose(sines, atol=1e-3)
 
 
-def recognise(tensors, prefix, has_sines, content):
+def recognise(tensors, has_sines):
     """-> format, λ, pixels; None: nothing tells."""
-    # solo-learn writes its method into the file
-    is_moco = "mocov3" in str(content.get("hyper_parameters"))
-    if is_moco or has_sines or "base_encoder" in prefix:
+    if has_sines:
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
         if any(key.endswith(mark) for key in tensors):
@@ -2463,7 +2461,7 @@ def load_encoder(path, heads=None, pixels=None):
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
         has_sines = has_moco_sines(weights, side)
-        form, lam, usual_pixels = recognise(tensors, prefix, has_sines, content)
+        form, lam, usual_pixels = recognise(tensors, has_sines)
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]

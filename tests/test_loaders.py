@@ -172,17 +172,16 @@ def published():
     decoder["decoder_pos_embed"] = torch.zeros(1, 10, D)
     moco_run = under("module.momentum_encoder.", plus_one(moco))
     moco_run |= under("module.base_encoder.", moco | head) | under("predictor.", head)
-    solo = under("momentum_backbone.", plus_one(wide)) | under("backbone.", wide)
+    solo = under("momentum_backbone.", plus_one(moco)) | under("backbone.", moco)
     # block_chunks=2: blocks.1.1.norm1 is the second block, in chunk 1
     chunks = renamed(dinov2, {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.1.1."})
     simmim = under("encoder.", beit | token) | {"decoder.0.weight": torch.zeros(3)}
     student = {"student": under("backbone.", plus_one(plain))}
-    method = {"hyper_parameters": {"method": "mocov3"}}
     average = {"state_dict_ema": plus_one(plain)}
     return {
         "MoCo v3 in training": ({"epoch": 3, "state_dict": moco_run}, moco),
         "MoCo v3, linear": ({"state_dict": under("module.", moco | head)}, moco),
-        "solo-learn": ({"state_dict": solo} | method, wide),
+        "solo-learn": ({"state_dict": solo}, moco),
         "MAE": ({"model": plain | token | decoder, "args": NAMESPACE}, plain),
         "DINO": (student | {"teacher": under("backbone.", plain) | head}, plain),
         "iBOT": ({"state_dict": ibot | {"masked_embed": torch.zeros(1, D)}}, ibot),
@@ -198,7 +197,7 @@ BOTH = "--heads, square grid"
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
-    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", BOTH, "momentum_back"),
+    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", "--heads", "momentum_back"),
     "MAE": (2, "MAE", 0.0, "imagenet", BOTH, "'decoder_blocks': 1"),
     "DINO": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "student.back"),
     "iBOT": (2, "iBOT", None, "imagenet", BOTH, "masked_embed"),
