@@ -814,7 +814,7 @@ def probe(*data):
 
 
 def learn_probe(study):
-    predicted = probe(*study.examples, study.rows["output"], study.options.device)
+    predicted = probe(*study.examples, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -838,7 +838,7 @@ class Tuned(nn.Module):
         if is_dense:
             self.classes, answers = 1 + study.classes, self.vit.patch_size**2
         self.head = nn.Linear(self.vit.embed_dim, self.classes * answers)
-        self.to(study.options.device)
+        self.to(study.device)
 
     def forward(self, pixels):
         """(B, 3, S, S) -> logits (B, classes, label sets), or (B, classes, S, S)."""
@@ -1136,9 +1136,7 @@ def learn_bias(study):
     for offset in offsets:
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        decisions = probe(
-            features[taught], labels[taught, :1], test, study.options.device
-        )
+        decisions = probe(features[taught], labels[taught, :1], test, study.device)
         classes = (cues - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
@@ -1225,7 +1223,7 @@ def learn_noise(study):
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
         outputs = [pooled_and_cls(vit(normalise(x, vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
-    predicted = probe(*study.examples, torch.cat(rows), study.options.device)
+    predicted = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1273,7 +1271,7 @@ def learn_layers(study):
         train["features"],
         train["labels"],
         study.rows["features"],
-        study.options.device,
+        study.device,
     )
     correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
     correct = np.stack(correct, axis=1)
@@ -1549,7 +1547,7 @@ def sample(source, count, size, workers):
 # What learns gets: a network, images to learn from and to be tested on, their number of
 # classes; examples: of the former, output (n, 2, D) and labels (n, label sets); rows:
 # what was measured of the latter.
-Study = namedtuple("Study", "vit options train test classes examples rows")
+Study = namedtuple("Study", "vit options device train test classes examples rows")
 
 
 def measure(vit, options, figures):
@@ -1567,7 +1565,8 @@ def measure(vit, options, figures):
     elif learners:
         output = one_pass(vit, train)
         examples = output["output"], output["labels"]
-        study = Study(vit, options, train, test, classes, examples, rows)
+        device = options.device
+        study = Study(vit, options, device, train, test, classes, examples, rows)
         for function in learners:
             rows |= attempt(function, study)
     network.values = leave_out(rows, unique(figures, "whole"))
@@ -1972,8 +1971,8 @@ def analyse(options):
         if network is first:
             network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
-        sizes = len(test), len(train), options.epochs
-        results["data"] = [test.source.identity(), *sizes]
+        data = test.source.identity()
+        results["data"] = [data, len(test), len(train), options.epochs]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()

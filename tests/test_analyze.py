@@ -277,8 +277,7 @@ def test_pooled_or_cls_is_chosen_on_validation():
     cue = np.eye(2, dtype=np.float32)[truth]  # (n, 2)
     learnt = np.stack([cue, cue], axis=1)  # (n, 2, D): pooled, CLS
     learnt[60:, 0] = 1 - cue[60:]  # in validation only CLS tells the class
-    options = SimpleNamespace(device="cpu")
-    study = SimpleNamespace(examples=(learnt, truth[:, None]), options=options)
+    study = SimpleNamespace(examples=(learnt, truth[:, None]), device="cpu")
     test = np.stack([cue, 1 - cue], axis=1)  # in the test only pooled
     study.rows = {"output": test, "labels": truth[:, None]}
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
@@ -291,8 +290,8 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     features = np.stack([np.hstack([2 * cues[:, 0], cues[:, 1]])] * 2, axis=1)
     features = np.float32(features + 0.1 * rng.normal(size=features.shape))
     features[900:, :, 8:] = 0  # the last hundred have no texture
-    options = SimpleNamespace(data="", device="cpu")
-    study = SimpleNamespace(classes=8, options=options)
+    options = SimpleNamespace(data="")
+    study = SimpleNamespace(classes=8, options=options, device="cpu")
     study.examples = features[:800], labels[:800]
     study.rows = {"output": features[800:], "labels": labels[800:]}
     cues = analyze.learn_bias(study)["cues"]
