@@ -1341,12 +1341,11 @@ DECODED = "MIM with decoder"
 
 
 def draw_decoder(networks):
-    shown = [n for n in networks if n.role in ("MIM", "untrained", DECODED)]
-    require(any(n.role == DECODED for n in shown), f"needs {DECODED}")
+    require(any(n.role == DECODED for n in networks), f"needs {DECODED}")
     fig, [axes] = canvas(3)
-    curves(axes[0], shown, pooled_layers, "probe of pooled tokens")
-    plot_nmi(axes[1], shown)
-    plot_high_frequencies(axes[2], shown)
+    curves(axes[0], networks, pooled_layers, "probe of pooled tokens")
+    plot_nmi(axes[1], networks)
+    plot_high_frequencies(axes[2], networks)
     return fig
 
 
@@ -1674,9 +1673,9 @@ def sizes_of(networks):
     groups = {"": most}
     if len(both) > 1:
         groups |= {SMALLEST: both[0], LARGEST: both[-1]}
-    if DECODED in most:
-        *shape, depth = most[DECODED][0].shape
-        deeper = sizes[*shape, depth + most[DECODED][0].decoder_depth]
+    for network in most[DECODED][:1]:
+        *shape, depth = network.shape
+        deeper = sizes[*shape, depth + network.decoder_depth]
         most["MIM as deep"] = deeper["MIM"]
     return groups
 
@@ -2025,24 +2024,23 @@ def title_of(name, claims):
     return text
 
 
-def draw_figures(networks, chosen, claims, out):
-    """Every figure that the networks allow -> {name: (title, file)}."""
+def draw_figures(networks, names, claims, out):
+    """Every figure that the networks allow -> {name: file}."""
     pictures = {}
-    for name in chosen:
+    for name in names:
         figure = FIGURES[name]
         file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
-        title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
                 fig = figure.draw(networks)
                 lines = {}
                 for axis in fig.axes:
-                    handles, names = axis.get_legend_handles_labels()
-                    lines |= zip(names, handles, strict=True)
+                    handles, labels = axis.get_legend_handles_labels()
+                    lines |= zip(labels, handles, strict=True)
                 fig.legend(lines.values(), lines, loc="outside lower center", ncols=3)
-                fig.suptitle(title)
+                fig.suptitle(title_of(name, claims))
                 fig.savefig(file, dpi=150)
-            pictures[name] = (title, file)
+            pictures[name] = file
         except Exception as error:  # costs this figure, not the others
             print(f"skipped {name}: {error}")
         plt.close("all")
@@ -2128,14 +2126,14 @@ def main(argv=None):
 
 
 def write_report(results, pictures, out):
-    """pictures: {name: (title, file)} of draw_figures()."""
+    """pictures: {name: file} of draw_figures()."""
     chapters = ""
-    for name, (title, file) in pictures.items():
+    for name, file in pictures.items():
         figure = FIGURES[name]
         picture = base64.b64encode(file.read_bytes()).decode()
         chapters += (
             f"<h2>Figure {figure.number}, claim {figure.claim}</h2>\n"
-            f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(figure.text)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
     lines = [str(results["data"]), str(results["settings"])]
