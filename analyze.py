@@ -98,7 +98,7 @@ class Figure:
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
-    # picture(vit, three test images (3, 3, S, S)) -> {key: array}
+    # picture(Batch of three test images) -> {key: array}
     picture: Callable | None = None
 
 
@@ -269,16 +269,14 @@ follow the white outline? And how much of that does the untrained network have?"
 QUERIES = (9 / 16, 3 / 16)
 
 
-def picture_maps(vit, x):
+def picture_maps(batch):
     """-> maps (8, side, side): attention relative to uniform, of two images, two
     queries, the first and the last layer."""
-    _, records = vit(x[:2], record=True)
-    side = vit.grid
+    side = batch.vit.grid
     queries = [int(share * side) * (side + 1) for share in QUERIES]
-    attn = torch.stack([records[0].attn, records[-1].attn], dim=-1)
-    attn = attn[:, :, 1:, 1:].mean(dim=1)[:, queries]  # (images, queries, N, layers)
-    maps = attn / attn.mean(dim=2, keepdim=True)
-    return {"maps": maps.mT.reshape(8, side, side).cpu()}
+    attn = batch.attn[:2, [0, -1]].mean(dim=2)  # (images, layers, N, N)
+    maps = side**2 * attn[:, :, queries].transpose(1, 2)  # (images, queries, layers, N)
+    return {"maps": maps.reshape(8, side, side).cpu()}
 
 
 def draw_maps(networks):
@@ -534,11 +532,9 @@ the variance they show: two directions can hide most of it. The next figure coun
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
 
-def picture_plane(vit, x):
+def picture_plane(batch):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
-    _, records = vit(x, record=True)
-    before, after = records[-2].out[:, 1:], records[-1].mid[:, 1:]
-    tokens = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
+    tokens = batch.states[:, [-3, -2], 1:].flatten(1, 2).cpu()  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = (sizes / sizes.norm()).square()
@@ -1581,10 +1577,10 @@ def look_at_three(vit, test, figures):
     pictures = {"photographs": small}
     if is_stimuli:
         pictures["objects"] = (labels > 0).byte()
-    x = normalise(pixels, vit)
+    _, batch = look_inside(vit, normalise(pixels, vit))
     for figure in figures:
         if figure.picture is not None:
-            pictures |= attempt(figure.picture, vit, x)
+            pictures |= attempt(figure.picture, batch)
     return pictures
 
 
@@ -1927,7 +1923,8 @@ def untrained_like(vit):
 
 def for_each(files, values):
     """One value for all files, or one for each."""
-    require(len(values) in (1, len(files)), f"{values}: for one file, or for each?")
+    text = f"{values}: give one value, or one for each file"
+    require(len(values) in (1, len(files)), text)
     return values * (len(files) // len(values))
 
 

@@ -396,8 +396,9 @@ def test_noise_is_clipped_and_the_same_for_all(runs, tmp_path, passes, no_drawin
     for vit, x in passes:
         images.setdefault(id(vit), []).append(x * sslvit.STD + sslvit.MEAN)
     cl, mim, untrained = [torch.cat(x) for x in images.values()]
-    # 20 test images, 80 to learn from, then the 20 clean and with ten rings of noise
-    assert len(cl) == 20 + 80 + 20 * 11
+    # 20 test images, 80 to learn from, the 20 clean and with ten rings of noise, and
+    # three for pictures
+    assert len(cl) == 20 + 80 + 20 * 11 + 3
     assert cl.min() > -1e-4 and cl.max() < 1 + 1e-4
     assert torch.equal(cl, mim) and torch.equal(cl, untrained)
 
