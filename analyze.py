@@ -31,6 +31,8 @@ Glossary: B batch, N patch tokens (1+N with CLS), D width, H heads, d = D/H, L l
 F frequencies, n images, A[q,k] attention of query q to key k; CL contrastive learning,
 MIM masked image modelling; a state: the tokens after the embedding, after each
 attention and after each MLP, 1+2L in all.
+
+Figures for --only, their claims, and where they stand in [P] (listed by --help):
 """
 
 import argparse
@@ -47,9 +49,9 @@ from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from html import escape
-from itertools import cycle, pairwise, product
+from itertools import pairwise, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -90,15 +92,13 @@ class Figure:
     lesson: str
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
-    # of test images: measure(layer of a batch) -> {key: (B, ...)}, stacked over layers;
-    # measure_tokens(state (B, 1+N, D)) -> the same, stacked over states
+    # measure(Batch of test images) -> {key: (B, ...)}
     measure: tuple = ()
-    measure_tokens: tuple = ()
     # learn(study) -> {key: (n, ...)}: what must be trained first, for each test image
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
-    # picture(vit, three test images (3, 3, S, S)) -> {key: array}
+    # picture(Batch of three test images) -> {key: array}
     picture: Callable | None = None
 
 
@@ -152,6 +152,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "legend.frameon": False,
     "text.parse_math": False,  # a name may hold a dollar sign
 }
 # λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
@@ -173,7 +174,7 @@ def style_of(network, turn=0):
 
 def canvas(columns, rows=1, height=4.6, **axis):
     """A figure 1,600 px wide, at 150 dots an inch, and its axes (rows, columns)."""
-    size = (32 / 3, height * rows)
+    size = 32 / 3, height * rows
     return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=axis)
 
 
@@ -187,20 +188,20 @@ def readings(networks, read):
     return pairs
 
 
-def curves(axis, networks, read, label, x="layer", end=None):
+def curves(axis, networks, read, label, x=""):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
     read(values) -> (points,) or (points, heads). Of layers, or states (0: embedding,
     half: after attention); fewer than there are layers belong to the last ones. With
-    `end`, from 0 to there.
+    `x`, of whatever this names, from 0 to 1.
     """
     turns = Counter()
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.role])
         turns[network.role] += 1
-        depth = end or network.depth
-        start = max(0, depth + 1 - y.shape[1])
-        places = np.linspace(start, depth, y.shape[1])
+        depth = 1 if x else network.depth
+        count = y.shape[1]
+        places = np.linspace(max(0, depth + 1 - count), depth, count)
         if y.ndim == 3:
             heads = y.mean(axis=0)
             band = heads.min(axis=1), heads.max(axis=1)
@@ -208,13 +209,14 @@ def curves(axis, networks, read, label, x="layer", end=None):
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
-    axis.set(xlabel=x, ylabel=label)
+    axis.set(xlabel=x or "layer", ylabel=label)
 
 
-def points(axis, networks, read, fact="label"):
+def points(axis, networks, read, label, fact="label"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    The place is a fact of the network, a number or its label.
+    The place is a fact of the network, a number or its label. An axis that does not
+    begin at 0 enlarges differences: it says so.
     """
     places, means = [], []
     for network, y in readings(networks, read):
@@ -227,13 +229,9 @@ def points(axis, networks, read, fact="label"):
     axis.margins(x=0.2)
     if fact == "label":
         axis.tick_params(axis="x", labelrotation=90)
-    return places, means
-
-
-def say_range(axis, label):
-    """An axis that does not begin at 0 enlarges differences: it says so."""
     low, high = axis.get_ylim()
     axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
+    return places, means
 
 
 def of_label(key, place):
@@ -242,23 +240,10 @@ def of_label(key, place):
 
 
 def label_axes(networks, keys, axes):
-    """-> axis, read for each of the keys and of the label sets (shape, ...).
-
-    An axis is labelled after the caller has drawn on it.
-    """
+    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
     pairs = product(keys, enumerate(networks[0].label_names))
-    for axis, (key, (place, label)) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, of_label(key, place)
-        say_range(axis, f"{key}, {label}")
-
-
-def label_count(networks):
-    return len(networks[0].label_names)
-
-
-def reference(axis, y, text):
-    """A dotted line that says what a value would mean; its name is in the legend."""
-    axis.axhline(y, color="black", lw=1, ls=(0, (1, 3)), label=text, zorder=0)
+    for axis, (key, (place, name)) in zip(np.ravel(axes), pairs, strict=True):
+        yield axis, of_label(key, place), f"{key}, {name}"
 
 
 def alone(plot, networks):
@@ -266,16 +251,6 @@ def alone(plot, networks):
     fig, [[axis]] = canvas(1)
     plot(axis, networks)
     return fig
-
-
-def legend(fig):
-    """One legend below, each name once."""
-    lines = {}
-    for axis in fig.axes:
-        handles, names = axis.get_legend_handles_labels()
-        lines |= zip(names, handles, strict=True)
-    place = "outside lower center"
-    fig.legend(lines.values(), lines, loc=place, ncols=3, frameon=False)
 
 
 # ==== Figure 2. Where does a token look? ============================================
@@ -294,23 +269,21 @@ follow the white outline? And how much of that does the untrained network have?"
 QUERIES = (9 / 16, 3 / 16)
 
 
-def picture_maps(vit, x):
+def picture_maps(batch):
     """-> maps (8, side, side): attention relative to uniform, of two images, two
     queries, the first and the last layer."""
-    _, records = vit(x[:2], record=True)
-    side = vit.grid
+    side = batch.vit.grid
     queries = [int(share * side) * (side + 1) for share in QUERIES]
-    attn = torch.stack([records[0].attn, records[-1].attn], dim=-1)
-    attn = attn[:, :, 1:, 1:].mean(dim=1)[:, queries]  # (images, queries, N, layers)
-    maps = attn / attn.mean(dim=2, keepdim=True)
-    return {"maps": maps.mT.reshape(8, side, side).cpu()}
+    attn = batch.attn[:2, [0, -1]].mean(dim=2)  # (images, layers, N, N)
+    maps = side**2 * attn[:, :, queries].transpose(1, 2)  # (images, queries, layers, N)
+    return {"maps": maps.reshape(8, side, side).cpu()}
 
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
     networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
-    maps = [np.array(network.pictures["maps"]) for network in networks]
+    maps = [network.pictures["maps"] for network in networks]
     highest = max(np.percentile(row, 99) for row in maps)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
@@ -318,7 +291,7 @@ def draw_maps(networks):
     columns = product(range(2), QUERIES, ("first", "last"))
     # pixels, patches and outlines in the same coordinates: shares of the image
     for column, (image, query, layer) in enumerate(columns):
-        axes[0, column].set_title(f"{layer} layer", fontsize=12)
+        axes[0, column].set_title(f"{layer} layer")
         for axis, row in zip(axes[:, column], rows, strict=True):
             shown = axis.imshow(row[column], **style)
             axis.plot(query, query, "wP", mec="black", ms=9)
@@ -373,8 +346,9 @@ def grid_points(grid, like):
     return places.to(like)
 
 
-def measure_distance(layer):
-    return {"distance": attention_distance(layer.attn, layer.grid, layer.patch_size)}
+def measure_distance(batch):
+    vit = batch.vit
+    return {"distance": attention_distance(batch.attn, vit.grid, vit.patch_size)}
 
 
 def plot_distance(axis, networks):
@@ -383,7 +357,7 @@ def plot_distance(axis, networks):
     first = networks[0]
     patches = grid_points(first.image_size // first.patch_size, torch.ones(1))
     far = torch.cdist(patches, patches).mean().item() * first.patch_size
-    reference(axis, far, "uniform attention")
+    axis.axhline(far, color="black", ls=":", label="uniform attention")
 
 
 FIGURES["distance"] = Figure(
@@ -433,8 +407,8 @@ def attention_nmi(attn):
     return torch.where(key_entropy > 0, nmi, 0.0).clamp(0, 1)
 
 
-def measure_nmi(layer):
-    return {"nmi": attention_nmi(layer.attn)}
+def measure_nmi(batch):
+    return {"nmi": attention_nmi(batch.attn)}
 
 
 def nmi_fall(values):
@@ -443,7 +417,7 @@ def nmi_fall(values):
 
 def plot_nmi(axis, networks):
     curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)")
-    reference(axis, 0, "one map for all queries")
+    axis.axhline(0, color="black", ls=":", label="one map for all queries")
 
 
 FIGURES["nmi"] = Figure(
@@ -491,7 +465,7 @@ def head_similarity(heads):
     heads (B, H, N, d), in coordinates that all heads share -> (B,) in [-1/(H-1), 1].
     1: alike; one head: nan.
     """
-    return token_similarity(heads.transpose(1, 2)).mean(dim=-1)
+    return token_similarity(heads.transpose(-3, -2)).mean(dim=-1)
 
 
 def depth_similarity(a, b):
@@ -503,14 +477,19 @@ def depth_similarity(a, b):
     return F.cosine_similarity(a, b, dim=-1).mean(dim=-1)
 
 
-def measure_similarity(layer):
-    heads = layer.heads[:, :, ::4]  # H times as large as tokens: a quarter is enough
-    slices = layer.output_weight.unflatten(1, (heads.shape[1], -1))  # (D, H, d)
-    heads = torch.einsum("bhnd,ehd->bhne", heads, slices)  # A_h·V_h·W_h: (B, H, N/4, D)
-    values = {"heads": head_similarity(heads), "tokens": token_similarity(layer.added)}
-    if layer.above is not None:
-        values["depths"] = depth_similarity(layer.above, layer.added)
-    return values
+def measure_similarity(batch):
+    states = batch.states[:, :, 1:]
+    added = states[:, 1::2] - states[:, :-1:2]  # by attention (B, L, N, D)
+    heads = batch.heads[:, :, :, ::4]  # H times as large as tokens: a quarter is enough
+    weights = torch.stack([block.attn.proj.weight for block in batch.vit.blocks])
+    slices = weights.unflatten(2, (heads.shape[2], -1))  # (L, D, H, d)
+    # A_h·V_h·W_h: (B, L, H, N/4, D)
+    heads = torch.einsum("blhnd,lehd->blhne", heads, slices)
+    return {
+        "heads": head_similarity(heads),
+        "depths": depth_similarity(added[:, :-1], added[:, 1:]),
+        "tokens": token_similarity(added),
+    }
 
 
 COSINES = ("heads", "depths", "tokens")
@@ -553,11 +532,9 @@ the variance they show: two directions can hide most of it. The next figure coun
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
 
-def picture_plane(vit, x):
+def picture_plane(batch):
     """-> tokens of three images before and after the last attention (3, 2N, 2)."""
-    _, records = vit(x, record=True)
-    before, after = records[-2].out[:, 1:], records[-1].mid[:, 1:]
-    tokens = torch.cat([before, after], dim=1).cpu()  # (3, 2N, D)
+    tokens = batch.states[:, [-3, -2], 1:].flatten(1, 2).cpu()  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = (sizes / sizes.norm()).square()
@@ -635,18 +612,19 @@ def log_volume(x):
     return log[..., : x.shape[-2] - 1].mean(dim=-1) - size
 
 
-def measure_volume(state):
-    return {"token volume": log_volume(state[:, 1:])}
+def measure_volume(batch):
+    return {"token volume": log_volume(batch.states[:, :, 1:])}
 
 
-def measure_features(state):
-    """Mean patch token and CLS (B, D)."""
-    return {"pooled": state[:, 1:].mean(dim=1), "cls": state[:, 0]}
+def measure_features(batch):
+    """Mean patch token and CLS of every state, in turn (B, 2·(1+2L), D)."""
+    return {"features": pooled_and_cls(batch.states).flatten(1, 2)}
 
 
 def image_spectra(rows):
     """The same of the mean tokens of all images (n, D), and the last spectrum."""
-    states = torch.from_numpy(rows["pooled"]).transpose(0, 1)  # (1+2L, n, D)
+    pooled = rows["features"][:, ::2]  # (n, 1+2L, D)
+    states = torch.from_numpy(pooled).transpose(0, 1)
     log = singular_spectrum(states[-1:])
     spectrum = F.interpolate(log[None], POINTS, mode="linear", align_corners=True)
     return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
@@ -660,7 +638,7 @@ def draw_spectra(networks):
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
     read, label = itemgetter("spectrum"), "log σ of images, last layer"
-    curves(axes[2], networks, read, label, x="rank, as a share", end=1)
+    curves(axes[2], networks, read, label, x="rank, as a share")
     return fig
 
 
@@ -674,7 +652,7 @@ FIGURES["spectra"] = Figure(
         Part("log volume, tokens of an image", "MIM", "CL", of(last, "token volume")),
         Part("log volume, images", "CL", "MIM", of(last, "image volume")),
     ),
-    measure_tokens=(measure_volume, measure_features),
+    measure=(measure_volume, measure_features),
     whole=(image_spectra,),
 )
 
@@ -711,9 +689,8 @@ def fourier_amplitude(tokens, grid):
     return log - log[..., :1]
 
 
-def measure_fourier(state):
-    tokens = state[:, 1:]
-    return {"fourier": fourier_amplitude(tokens, math.isqrt(tokens.shape[1]))}  # (B, F)
+def measure_fourier(batch):
+    return {"fourier": fourier_amplitude(batch.states[:, :, 1:], batch.vit.grid)}
 
 
 def high_frequencies(values):
@@ -741,7 +718,7 @@ def draw_fourier(networks):
     plot_high_frequencies(axes[0], networks)
     curves(axes[1], networks, above_lowest, "the same, relative to lowest bin")
     read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
-    curves(axes[2], networks, read, label, x="frequency (π per patch)", end=1)
+    curves(axes[2], networks, read, label, x="frequency (π per patch)")
     return fig
 
 
@@ -752,7 +729,7 @@ FIGURES["fourier"] = Figure(
     fourier_lesson,
     draw_fourier,
     parts=(Part("Δ log amplitude at π, late", "MIM", "CL", late_high),),
-    measure_tokens=(measure_fourier,),
+    measure=(measure_fourier,),
 )
 
 
@@ -833,7 +810,7 @@ def probe(*data):
 
 
 def learn_probe(study):
-    predicted = probe(*study.learnt, study.rows["output"], study.device)
+    predicted = probe(*study.examples, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -853,7 +830,7 @@ class Tuned(nn.Module):
         self.vit = deepcopy(study.vit).requires_grad_(not is_frozen)
         self.norm = nn.BatchNorm1d(self.vit.embed_dim, affine=False)
         self.is_dense = is_dense
-        self.classes, answers = study.classes, len(study.label_names)
+        self.classes, answers = study.classes, len(study.test.source.label_names)
         if is_dense:
             self.classes, answers = 1 + study.classes, self.vit.patch_size**2
         self.head = nn.Linear(self.vit.embed_dim, self.classes * answers)
@@ -870,6 +847,13 @@ class Tuned(nn.Module):
             p = self.vit.patch_size
             return F.fold(logits, pixels.shape[2:], p, stride=p)
         return logits.reshape(len(pixels), self.classes, -1)
+
+
+def random_crop(image, size):
+    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
+    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
+    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
+    return crop[:, :, :: rng.choice((1, -1))].copy()
 
 
 EMBEDDING = ("vit.patch_embed", "vit.cls_token", "vit.pos_embed")
@@ -931,7 +915,8 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     make = partial(Tuned, study, is_dense, is_frozen)
     images, test = [replace(x, masks=is_dense) for x in (study.train, study.test)]
     cut = 3 * len(images) // 4
-    train, val = images.part(0, cut), images.part(cut, None)
+    train = replace(images, indices=images.indices[:cut])
+    val = replace(images, indices=images.indices[cut:])
     epochs = study.options.epochs
     if is_dense:  # an image has as many labels as pixels
         epochs = math.ceil(epochs / 4)
@@ -939,14 +924,15 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     def accuracy(setting):
         network = fit(make(), train, max(1, epochs // 3), **setting)
         share = np.mean(np.equal(*predict(network, val)))
-        print(f"  {key}: {setting}: {share:.4f} on validation", flush=True)
+        sslvit.say(f"  {key}: {setting}: {share:.4f} on validation")
         return share
 
-    if key not in study.choices:
-        best = study.choices[key] = max(settings, key=accuracy)
+    choices = study.vit.facts.choices
+    if key not in choices:
+        best = choices[key] = max(settings, key=accuracy)
         if best["lr"] in (settings[0]["lr"], settings[-1]["lr"]):
             print(f"  {key}: {best}, with a learning rate at an end of the grid")
-    return predict(fit(make(), train, epochs, **study.choices[key]), test)
+    return predict(fit(make(), train, epochs, **choices[key]), test)
 
 
 def learn_tuned(study):
@@ -959,9 +945,10 @@ mean_tuned = of(np.mean, "fine-tuned")
 
 
 def draw_accuracy(networks):
-    fig, axes = canvas(2 * label_count(networks))
-    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes):
-        points(axis, networks, read)
+    fig, axes = canvas(2 * len(networks[0].label_names))
+    keys = "linear probe", "fine-tuned"
+    for axis, read, label in label_axes(networks, keys, axes):
+        points(axis, networks, read, label)
     return fig
 
 
@@ -1012,10 +999,10 @@ def draw_scaling(networks):
     lines = defaultdict(list)
     for network in sorted(networks, key=attrgetter("embed_dim")):
         lines[network.role].append(network)
-    fig, axes = canvas(label_count(networks))
-    for axis, read in label_axes(networks, ["fine-tuned"], axes):
+    fig, axes = canvas(len(networks[0].label_names))
+    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
         for role, group in lines.items():
-            means = points(axis, group, read, "embed_dim")
+            means = points(axis, group, read, label, "embed_dim")
             axis.plot(*means, label=role, **style_of(group[0]))
         axis.set_xlabel("width of the tokens")
     return fig
@@ -1073,7 +1060,9 @@ def overlaps(predicted, true, classes):
 
 
 def learn_dense(study):
-    require(study.on_stimuli, "segmentation needs the stimuli, whose masks are given")
+    require(
+        not study.options.data, "segmentation needs the stimuli, whose masks are given"
+    )
     classes = 1 + study.classes  # 0 is the ground
     linear = tune(study, "mIoU, linear", LINEAR_HEADS, is_dense=True, is_frozen=True)
     tuned = tune(study, "mIoU, fine-tuned", FINE_TUNING, is_dense=True)
@@ -1086,8 +1075,7 @@ def learn_dense(study):
 def draw_dense(networks):
     fig, [axes] = canvas(2)
     for axis, part in zip(axes, FIGURES["dense"].parts, strict=True):
-        points(axis, networks, part.read)
-        say_range(axis, part.text)
+        points(axis, networks, part.read, part.text)
     return fig
 
 
@@ -1134,10 +1122,10 @@ def shape_bias(cues):
 
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
-    features, labels = study.learnt
+    features, labels = study.examples
     test, cues, count = study.rows["output"], study.rows["labels"], study.classes
     offsets = range(count)
-    if not study.on_stimuli:  # photographs, whose two cues are of one class
+    if study.options.data:  # photographs, whose two cues are of one class
         labels, offsets = labels[:, [0, 0]], [0]
         test, cues = cue_conflict(study)
     pairings = []
@@ -1160,14 +1148,13 @@ def cue_conflict(study):
     for path, _ in images:
         shape, texture = re.findall("[a-z]+", Path(path).stem)
         cues.append([classes.index(shape), classes.index(texture)])
-    images = replace(study.test, source=images, indices=list(range(len(cues))))
+    images = replace(study.test, source=images, indices=range(len(cues)))
     return one_pass(study.vit, images)["output"], np.array(cues)
 
 
 def plot_bias(axis, networks):
-    reference(axis, 0.5, "no preference")
-    points(axis, networks, of(shape_bias, "cues"))
-    say_range(axis, "share of shape decisions")
+    axis.axhline(0.5, color="black", ls=":", label="no preference")
+    points(axis, networks, of(shape_bias, "cues"), "share of shape decisions")
 
 
 FIGURES["bias"] = Figure(
@@ -1225,13 +1212,14 @@ def band_noise_drop(accuracies):
 def learn_noise(study):
     """-> noise (n, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
+    vit = study.vit
     rows = []
     for pixels, _ in study.test.batches(BATCH):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
         noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
-        rows.append(torch.stack([study.output(x) for x in noisy], dim=1))
-    # of outputs (n, 1 + bands, 2, D)
-    predicted = probe(*study.learnt, torch.cat(rows), study.device)
+        outputs = [pooled_and_cls(vit(normalise(x, vit))) for x in noisy]
+        rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
+    predicted = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1245,7 +1233,7 @@ def noise_slope(values):
 
 def plot_noise(axis, networks):
     x = "noise frequency, upper end of its ring (π per pixel)"
-    curves(axis, networks, noise_drop, "relative accuracy drop", x=x, end=1)
+    curves(axis, networks, noise_drop, "relative accuracy drop", x)
     places = np.linspace(0, 1, len(BANDS))
     axis.set_xticks(places, [f"{high / math.pi:.1f}" for _, high in BANDS])
 
@@ -1274,13 +1262,19 @@ What to look at: does MIM fall in its last third, and random layers (grey) not?"
 
 def learn_layers(study):
     """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
-    train = one_pass(study.vit, study.train, (), (measure_features,))
-    values = {}
-    for token in ("pooled", "cls"):
-        data = train[token], train["labels"], study.rows[token], study.device
-        correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
-        values[f"probe of {token} tokens"] = np.stack(correct, axis=1)
-    return values
+    train = one_pass(study.vit, study.train, [measure_features])
+    data = (
+        train["features"],
+        train["labels"],
+        study.rows["features"],
+        study.device,
+    )
+    correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
+    correct = np.stack(correct, axis=1)
+    return {
+        "probe of pooled tokens": correct[:, ::2],
+        "probe of cls tokens": correct[:, 1::2],
+    }
 
 
 def pooled_layers(values):
@@ -1304,10 +1298,10 @@ def end_fall(x):
 
 def draw_layers(networks):
     """A row for mean patch token and for CLS, a column for each label set."""
-    fig, axes = canvas(label_count(networks), rows=2)
+    fig, axes = canvas(len(networks[0].label_names), rows=2)
     keys = ("probe of pooled tokens", "probe of cls tokens")
-    for axis, read in label_axes(networks, keys, axes):
-        curves(axis, networks, read, "")
+    for axis, read, label in label_axes(networks, keys, axes):
+        curves(axis, networks, read, label)
     return fig
 
 
@@ -1322,7 +1316,7 @@ FIGURES["layers"] = Figure(
         Part("pooled probe, last layer", "CL", "MIM", of_pooled(last)),
         Part("pooled probe of MIM, middle - last", "MIM", "", of_pooled(end_fall)),
     ),
-    measure_tokens=(measure_features,),
+    measure=(measure_features,),
     learn=(learn_layers,),
 )
 
@@ -1343,12 +1337,11 @@ DECODED = "MIM with decoder"
 
 
 def draw_decoder(networks):
-    shown = [n for n in networks if n.role in ("MIM", "untrained", DECODED)]
-    require(any(n.role == DECODED for n in shown), f"needs {DECODED}")
+    require(any(n.role == DECODED for n in networks), f"needs {DECODED}")
     fig, [axes] = canvas(3)
-    curves(axes[0], shown, pooled_layers, "probe of pooled tokens")
-    plot_nmi(axes[1], shown)
-    plot_high_frequencies(axes[2], shown)
+    curves(axes[0], networks, pooled_layers, "probe of pooled tokens")
+    plot_nmi(axes[1], networks)
+    plot_high_frequencies(axes[2], networks)
     return fig
 
 
@@ -1363,8 +1356,7 @@ FIGURES["decoder"] = Figure(
         Part("the same, as deep", "MIM as deep", DECODED, of_pooled(end_fall)),
         Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
-    measure=(measure_nmi,),
-    measure_tokens=(measure_features, measure_fourier),
+    measure=(measure_nmi, measure_features, measure_fourier),
     learn=(learn_layers,),
 )
 
@@ -1389,9 +1381,10 @@ def draw_sweep(networks):
     shape = hybrids[0].shape
     swept = [n for n in networks if n.shape == shape and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
-    fig, axes = canvas(2, 1 + label_count(networks), height=3.6)
-    for axis, read in label_axes(networks, ("linear probe", "fine-tuned"), axes[:-1]):
-        axis.plot(*points(axis, swept, read, "lam"), color="black")
+    fig, axes = canvas(2, 1 + len(networks[0].label_names), height=3.6)
+    keys = "linear probe", "fine-tuned"
+    for axis, read, label in label_axes(networks, keys, axes[:-1]):
+        axis.plot(*points(axis, swept, read, label, "lam"), color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     plot_nmi(axes[-1, 0], networks)
     plot_high_frequencies(axes[-1, 1], networks)
@@ -1413,8 +1406,7 @@ FIGURES["sweep"] = Figure(
         Part("Δ at π, early", HYBRID, "CL", early_high),
         Part("Δ at π, late", "MIM", HYBRID, late_high),
     ),
-    measure=(measure_nmi,),
-    measure_tokens=(measure_fourier,),
+    measure=(measure_nmi, measure_fourier),
     learn=(learn_probe, learn_tuned),
 )
 
@@ -1423,7 +1415,7 @@ FIGURES["sweep"] = Figure(
 # Images are read by DataLoader's workers and are never all in memory; what grows with
 # their number are the values and features of each.
 
-FEATURES = {"output", "pooled", "cls", "labels"}  # not in results.json
+FEATURES = {"output", "features", "labels"}  # not in results.json
 PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
@@ -1436,7 +1428,7 @@ class Images:
     """
 
     source: object
-    indices: list
+    indices: list  # or a range
     size: int
     workers: int
     training: bool = False
@@ -1445,20 +1437,14 @@ class Images:
     def __len__(self):
         return len(self.indices)
 
-    def part(self, start, end):
-        return replace(self, indices=self.indices[start:end])
-
     def __getitem__(self, place):
         """The image there, or the next that can be read -> pixels, labels."""
         index = self.indices[place]
-        is_cropped = self.training and not self.masks
-        crop = random_crop if is_cropped else sslvit.center_crop
-        crop = partial(crop, size=self.size)
-        pixels, labels = sslvit.first_readable(self.source, index, crop)
         if self.masks:
-            _, shape, _, mask = self.source[index]
-            labels = mask * (1 + shape)
-        return pixels, labels
+            image, shape, _, mask = self.source[index]
+            return image.transpose(2, 0, 1), mask * (1 + shape)
+        crop = random_crop if self.training else sslvit.center_crop
+        return sslvit.first_readable(self.source, index, partial(crop, size=self.size))
 
     def batches(self, size):
         return DataLoader(
@@ -1472,64 +1458,41 @@ class Images:
         )
 
 
-def random_crop(image, size):
-    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
-    rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
-    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
-    return crop[:, :, :: rng.choice((1, -1))].copy()
-
-
 def normalise(pixels, vit):
     """Brightness 0 .. 255 -> what the network was trained on, on its device."""
     mean, std = PIXELS[vit.facts.pixels]
     return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
-# One layer on one batch, without CLS. attn: among patches, rows renormalised to sum 1
-# (B, H, N, N); heads: A_h·V_h (B, H, N, d); added: what attention adds to the tokens
-# (B, N, D); above: the same of the layer before, or None; output_weight: of attention
-# (D, H·d); grid: patches in a row.
-names = "attn heads added above output_weight grid patch_size"
-Layer = namedtuple("Layer", names)
+# Some images in a network. attn: of all layers, among patches, rows renormalised to sum
+# 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d); states: of CLS and
+# patches (B, 1+2L, 1+N, D).
+Batch = namedtuple("Batch", "vit attn heads states")
+
+
+def look_inside(vit, x):
+    """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
+    tokens, records = vit(x, record=True)
+    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
+    for record in records:
+        states += [record.mid, record.out]
+    attn = torch.stack([record.attn for record in records], dim=1)[..., 1:, 1:]
+    # rows sum to 1 also where CLS took all but 1e-12
+    attn = F.normalize(attn, p=1, dim=-1, eps=1e-37)
+    heads = torch.stack([record.heads for record in records], dim=1)[..., 1:, :]
+    return tokens, Batch(vit, attn, heads, torch.stack(states, dim=1))
 
 
 def pooled_and_cls(tokens):
-    """Tokens (B, 1+N, D) -> (B, 2, D): the mean patch token, and CLS."""
-    return torch.stack([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1)
-
-
-def measure_batch(vit, x, measures, token_measures):
-    """All measurements of a batch -> {key: (B, layers or states, ...)}."""
-    tokens, records = vit(x, record=True)
-    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
-    layers = []
-    above = None
-    for block, record in zip(vit.blocks, records, strict=True):
-        # rows sum to 1 also where CLS took all but 1e-12
-        attn = F.normalize(record.attn[:, :, 1:, 1:], p=1, dim=-1, eps=1e-37)
-        heads, weight = record.heads[:, :, 1:], block.attn.proj.weight
-        added = (record.mid - states[-1])[:, 1:]
-        sizes = vit.grid, vit.patch_size
-        layers.append(Layer(attn, heads, added, above, weight, *sizes))
-        states += [record.mid, record.out]
-        above = added
-    values = {"output": pooled_and_cls(tokens)}
-    # map() measures inside attempt()
-    stack = partial(torch.stack, dim=1)
-    for measure in measures:
-        values |= attempt(join, map(measure, layers), stack)
-    for measure in token_measures:
-        values |= attempt(join, map(measure, states), stack)
-    return values
+    """Tokens (..., 1+N, D) -> (..., 2, D): the mean patch token, and CLS."""
+    pooled = tokens[..., 1:, :].mean(dim=-2)
+    return torch.stack([pooled, tokens[..., 0, :]], dim=-2)
 
 
 def join(rows, how):
-    """Several {key: value} -> {key: how([value, ...])}."""
-    values = defaultdict(list)
-    for row in rows:
-        for key, value in row.items():
-            values[key].append(value)
-    return {key: how(parts) for key, parts in values.items()}
+    """Several {key: value} -> {key: how([value, ...])}, of the keys that all have."""
+    keys = set.intersection(*map(set, rows))
+    return {key: how([row[key] for row in rows]) for key in keys}
 
 
 def attempt(function, *arguments):
@@ -1537,21 +1500,19 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        say_once(f"  left out: {type(error).__name__}: {error}")
+        sslvit.warn_once(f"  left out: {error!r}")
         return {}
 
 
-say_once = cache(print)
-
-
-@torch.no_grad()
-def one_pass(vit, images, measures=(), token_measures=()):
+def one_pass(vit, images, measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
     # attention weights grow with the square of the number of patches
     for pixels, labels in images.batches(min(BATCH, 1 + 2000 // vit.grid**2)):
-        x = normalise(pixels, vit)
-        values = measure_batch(vit, x, measures, token_measures) | {"labels": labels}
+        tokens, batch = look_inside(vit, normalise(pixels, vit))
+        values = {"output": pooled_and_cls(tokens), "labels": labels}
+        for measure in measures:
+            values |= attempt(measure, batch)
         rows.append({key: value.cpu().numpy() for key, value in values.items()})
     return join(rows, np.concatenate)
 
@@ -1572,71 +1533,60 @@ def find_data(data, size):
 
 
 def sample(source, count, size, workers):
-    """`count` random Images (None: all), the same for every network."""
-    order = np.random.default_rng(0).permutation(len(source))[:count].tolist()
-    few = f"{len(order)} images: at least {GROUPS} are needed"
-    require(len(order) >= GROUPS, few)
+    """`count` random Images (0: all), the same for every network."""
+    order = np.random.default_rng(0).permutation(len(source))[: count or None].tolist()
+    require(len(order) >= GROUPS, f"{len(order)} images: at least {GROUPS} are needed")
     return Images(source, order, size, workers)
 
 
-class Study:
-    """One network, the images it is tested on and learns from, and its values."""
+# What learns gets: a network, images to learn from and to be tested on, their number of
+# classes; examples: of the former, output (n, 2, D) and labels (n, label sets); rows:
+# what was measured of the latter.
+Study = namedtuple("Study", "vit options device train test classes examples rows")
 
-    def __init__(self, vit, options, choices):
-        self.vit, self.options, self.device = vit, options, options.device
-        self.choices = choices  # of learning rates, shared by the seeds of a network
-        size = vit.facts.image_size
-        train, test, self.classes = find_data(options.data, size)
-        self.train = sample(train, options.labels, size, options.workers)
-        self.test = sample(test, options.images, size, options.workers)
-        self.on_stimuli = not options.data
-        self.label_names = test.label_names
 
-    @torch.no_grad()
-    def output(self, pixels):
-        """-> the mean patch token, and CLS (B, 2, D)."""
-        return pooled_and_cls(self.vit(normalise(pixels, self.vit))).cpu()
-
-    @cached_property
-    def learnt(self):
-        """What probes learn from: output (n, 2, D), labels (n, label sets)."""
-        rows = one_pass(self.vit, self.train)
-        return rows["output"], rows["labels"]
-
-    def measure(self, figures):
-        """-> {key: (21, ...)}, everything that the figures need."""
-        measures = unique(figures, "measure"), unique(figures, "measure_tokens")
-        self.rows = one_pass(self.vit, self.test, *measures)
-        learners = unique(figures, "learn")
-        if learners and not self.classes:
-            print("  no accuracies: they need classes, the same in train and val")
-            learners = []
+def measure(vit, options, figures):
+    """Gives a network the values that the figures need -> train, test Images."""
+    network = vit.facts
+    size = network.image_size
+    train, test, classes = find_data(options.data, size)
+    network.label_names = test.label_names
+    train = sample(train, options.labels, size, options.workers)
+    test = sample(test, options.images, size, options.workers)
+    rows = one_pass(vit, test, unique(figures, "measure"))
+    learners = unique(figures, "learn")
+    if learners and not classes:
+        print("  no accuracies: they need classes, the same in train and val")
+    elif learners:
+        output = one_pass(vit, train)
+        examples = output["output"], output["labels"]
+        device = options.device
+        study = Study(vit, options, device, train, test, classes, examples, rows)
         for function in learners:
-            print(f"  {function.__name__}", flush=True)
-            self.rows |= attempt(function, self)
-        values = leave_out(self.rows, unique(figures, "whole"))
-        return {key: values[key] for key in values.keys() - FEATURES}
+            rows |= attempt(function, study)
+    network.values = leave_out(rows, unique(figures, "whole"))
+    return train, test
 
-    @torch.no_grad()
-    def pictures(self, figures):
-        """Three images, 64 px wide, and what the figures show of them."""
-        images = replace(self.test.part(0, 3), masks=self.on_stimuli)
-        [(pixels, labels)] = images.batches(3)
-        small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
-        pictures = {"photographs": small}
-        if self.on_stimuli:
-            pictures["objects"] = (labels > 0).byte()
-        x = normalise(pixels, self.vit)
-        for figure in figures:
-            if figure.picture is not None:
-                pictures |= attempt(figure.picture, self.vit, x)
-        return pictures
+
+def look_at_three(vit, test, figures):
+    """Three images, 64 px wide, and what the figures show of them -> {key: array}."""
+    is_stimuli = isinstance(test.source, sslvit.Stimuli)
+    images = replace(test, indices=test.indices[:3], masks=is_stimuli)
+    [(pixels, labels)] = images.batches(3)
+    small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
+    pictures = {"photographs": small}
+    if is_stimuli:
+        pictures["objects"] = (labels > 0).byte()
+    _, batch = look_inside(vit, normalise(pixels, vit))
+    for figure in figures:
+        if figure.picture is not None:
+            pictures |= attempt(figure.picture, batch)
+    return pictures
 
 
 def unique(figures, slot):
     """The functions of several figures, each once, in order."""
-    functions = sum(map(attrgetter(slot), figures), ())
-    return list(dict.fromkeys(functions))
+    return dict.fromkeys(sum(map(attrgetter(slot), figures), ()))
 
 
 # ==== The engine: verdicts ==========================================================
@@ -1651,10 +1601,12 @@ def leave_out(rows, whole=()):
     """{key: (n, ...)} -> {key: (21, ...)}: means over images, and what `whole` adds."""
     results = []
     for group in range(-1, GROUPS):  # -1 leaves none out
-        subset = {}
-        for key, x in rows.items():
-            subset[key] = x[np.arange(len(x)) % GROUPS != group]
-        values = {key: x.mean(axis=0, dtype=float) for key, x in subset.items()}
+        subset = {
+            key: x[np.arange(len(x)) % GROUPS != group] for key, x in rows.items()
+        }
+        values = {}
+        for key in subset.keys() - FEATURES:
+            values[key] = subset[key].mean(axis=0, dtype=float)
         for summarise in whole:
             values |= attempt(summarise, subset)
         results.append(values)
@@ -1665,26 +1617,30 @@ def numbers(read, networks):
     """What is read of every row of the networks' values -> (21, networks, ...)."""
     columns = []
     for network in networks:
-        columns.append([read(network.row(i)) for i in range(GROUPS + 1)])
+        items = network.values.items()
+        rows = [{key: x[i] for key, x in items} for i in range(GROUPS + 1)]
+        columns.append([read(row) for row in rows])
     return np.stack(columns, axis=1, dtype=float)
 
 
-def t_quantile(freedom):
-    """Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)."""
-    angle = np.linspace(0, math.pi / 2, 100_001)
-    area = np.cumsum(np.cos(angle) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(np.interp(0.95, area / area[-1], angle))
-
-
 def welch(more, less):
-    """Reach of Welch's 95 % interval for a difference of means; both (networks,)."""
+    """Reach of Welch's 95 % interval for a difference of means; both (networks,).
+
+    0 for fewer than three networks on a side, whose scatter says nothing.
+    """
     counts = np.array([len(more), len(less)])
+    if counts.min() < 3:
+        return 0.0
     variances = np.array([more.var(ddof=1), less.var(ddof=1)]) / counts
     total = variances.sum()
     if total == 0:
         return 0.0
     freedom = total**2 / np.sum(variances**2 / (counts - 1))
-    return t_quantile(freedom) * math.sqrt(total)
+    # Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    area = np.cumsum(np.cos(angle) ** (freedom - 1))
+    tangent = math.tan(np.interp(0.95, area / area[-1], angle))
+    return tangent * math.sqrt(freedom * total)
 
 
 def interval(more, less):
@@ -1695,9 +1651,7 @@ def interval(more, less):
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
     images = T_19 * math.sqrt(19 * difference[1:].var())
-    networks = 0.0
-    if min(more.shape[1], less.shape[1]) >= 3:
-        networks = welch(more[0], less[0])
+    networks = welch(more[0], less[0])
     return difference[0], math.hypot(images, networks)
 
 
@@ -1715,7 +1669,7 @@ def sizes_of(networks):
     groups = {"": most}
     if len(both) > 1:
         groups |= {SMALLEST: both[0], LARGEST: both[-1]}
-    for network in most.get(DECODED, [])[:1]:
+    for network in most[DECODED][:1]:
         *shape, depth = network.shape
         deeper = sizes[*shape, depth + network.decoder_depth]
         most["MIM as deep"] = deeper["MIM"]
@@ -1738,15 +1692,16 @@ def judge_part(part, sizes):
     new = values.pop("untrained")
     gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
     more, *less = values.values()
-    row["difference"], row["reach"] = interval(more, *less or [0 * more])
+    difference, reach = interval(more, *less or [0 * more])
+    row |= {"difference": difference, "reach": reach}
     row["networks"] = min(x.shape[1] for x in values.values())
-    if math.isnan(row["reach"]):
+    if math.isnan(reach):
         row["outcome"] = "needs a number"
     elif part.trained and any(gain <= reach for gain, reach in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
-    elif row["difference"] > row["reach"]:
+    elif difference > reach:
         row["outcome"] = "holds"
-    elif row["difference"] < -row["reach"]:
+    elif difference < -reach:
         row["outcome"] = "opposed"
     return row
 
@@ -1802,7 +1757,7 @@ def table_of(results):
     lines = [f"trained with {results['training']}"]
     outcomes = Counter()
     for claim in results["claims"]:
-        lines.append("{claim:2} {text}: {verdict}".format(**claim))
+        lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict']}")
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
@@ -1829,7 +1784,7 @@ def between(difference, reach):
 
 # ==== The engine: networks ==========================================================
 
-COMPANIONS = Path(__file__).resolve().parent / "figures" / "checkpoints"
+COMPANIONS = Path(__file__).resolve().parent / "figures/checkpoints"
 ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # what seeds of one network may differ in
@@ -1902,9 +1857,6 @@ class Network:
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
 
-    def row(self, number):
-        return {key: value[number] for key, value in self.values.items()}
-
 
 def by_name(networks):
     """-> lists of the networks of one name, which are its seeds."""
@@ -1920,8 +1872,8 @@ def give_names(networks):
     for network in networks:
         network.name = network.role
         if len(shapes) > 1:
-            size = ", {embed_dim} × {depth}, {image_size}/{patch_size} px"
-            network.name += size.format(**vars(network))
+            network.name += f", {network.embed_dim} × {network.depth}"
+            network.name += f", {network.image_size}/{network.patch_size} px"
         if network.given.lower() not in {"", *GIVEN}:
             network.name = network.given
     for seeds in by_name(networks):
@@ -1947,24 +1899,15 @@ def name_and_path(text):
     return text.split("=", 1)
 
 
-def load(text, heads=None, pixels=None):
-    """FILE or NAME=FILE -> ViT."""
-    given, path = name_and_path(text)
-    vit = load_encoder(path, heads, pixels).requires_grad_(False)
-    vit.facts.given = given
-    vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
-    return vit
-
-
 def add_companions(vits):
     """Shipped networks of another λ, of the same size and training images."""
     first = vits[0].facts.config
     lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = find_config(sslvit.load_checkpoint(path))
-        is_alike = all(config[key] == first[key] for key in ALIKE)
-        if is_alike and config["lam"] not in lams:
-            vits.append(load(str(path)))
+        is_new = config["lam"] not in lams
+        if is_new and all(config[key] == first[key] for key in ALIKE):
+            vits.append(load_encoder(path))
             print("  shipped, stands beside yours; --alone leaves it out")
 
 
@@ -1975,13 +1918,27 @@ def untrained_like(vit):
     sizes = *facts.shape, facts.num_heads
     new = ViT(*sizes, **vit.options)
     new.facts = Network("", "new", None, facts.pixels, *sizes, facts.seed)
-    return new.eval().requires_grad_(False)
+    return new
+
+
+def for_each(files, values):
+    """One value for all files, or one for each."""
+    text = f"{values}: give one value, or one for each file"
+    require(len(values) in (1, len(files)), text)
+    return values * (len(files) // len(values))
 
 
 def load_networks(options):
     """-> ViTs: given, shipped beside them, untrained ones."""
-    answers = cycle(options.heads), cycle(options.pixels)
-    vits = [load(*row) for row in zip(options.checkpoints, *answers, strict=False)]
+    files = options.checkpoints
+    answers = for_each(files, options.heads), for_each(files, options.pixels)
+    vits = []
+    for text, *answer in zip(files, *answers, strict=True):
+        given, path = name_and_path(text)
+        vit = load_encoder(path, *answer)
+        vit.facts.given = given
+        vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
+        vits.append(vit)
     if vits[0].facts.config and not options.alone:
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
@@ -1994,7 +1951,7 @@ def load_networks(options):
 
 
 def analyse(options):
-    """Measures every network; results.json is whole after each."""
+    """Measures every network; results.json, whole after each -> its path."""
     vits = load_networks(options)
     give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
@@ -2002,27 +1959,27 @@ def analyse(options):
     firsts = {}
     for vit in vits:
         network = vit.facts
-        print(network.name, flush=True)
+        sslvit.say(network.name)
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
-        study = Study(vit.to(options.device), options, network.choices)
-        network.label_names = study.label_names
-        network.values = study.measure(figures)
+        vit.to(options.device).requires_grad_(False)
+        train, test = measure(vit, options, figures)
         if network is first:
-            network.pictures = study.pictures(figures)
+            network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
-        sizes = len(study.test), len(study.train), options.epochs
-        results["data"] = [study.test.source.identity(), *sizes]
+        data = test.source.identity()
+        results["data"] = [data, len(test), len(train), options.epochs]
         results["networks"].append(vars(network))
-        write_results(results, options.out)
+        path = write_results(results, options.out)
         vit.cpu()
+    return path
 
 
 def write_results(results, out):
-    """Under another name first: whole or not at all."""
+    """results.json under another name first, whole or not at all -> its path."""
     new = Path(out, "results.new")
     new.write_text(json.dumps(results, default=to_list))
-    new.replace(Path(out, "results.json"))
+    return new.replace(Path(out, "results.json"))
 
 
 def to_list(array):
@@ -2049,8 +2006,7 @@ def read_results(paths):
         require(networks, "no networks")
         give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
-        fault = f"{type(error).__name__}: {error}"
-        raise UserError(f"--from {' '.join(map(str, paths))}: {fault}") from error
+        raise UserError(f"--from {paths}: {error!r}") from error
     return results, networks
 
 
@@ -2061,24 +2017,27 @@ def title_of(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 text += f"\n{row['part']}: {words_of(row)}"
-                return text + "\nClaim {claim}: {verdict}".format(**claim)
+                return f"{text}\nClaim {claim['claim']}: {claim['verdict']}"
     return text
 
 
 def draw_figures(networks, names, claims, out):
-    """Every figure that the networks allow -> {name: (title, file)}."""
+    """Every figure that the networks allow -> {name: file}."""
     pictures = {}
     for name in names:
         figure = FIGURES[name]
         file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
-        title = title_of(name, claims)
         try:
             with plt.rc_context(STYLE):
                 fig = figure.draw(networks)
-                legend(fig)
-                fig.suptitle(title)
+                lines = {}
+                for axis in fig.axes:
+                    handles, labels = axis.get_legend_handles_labels()
+                    lines |= zip(labels, handles, strict=True)
+                fig.legend(lines.values(), lines, loc="outside lower center", ncols=3)
+                fig.suptitle(title_of(name, claims))
                 fig.savefig(file, dpi=150)
-            pictures[name] = (title, file)
+            pictures[name] = file
         except Exception as error:  # costs this figure, not the others
             print(f"skipped {name}: {error}")
         plt.close("all")
@@ -2102,17 +2061,11 @@ FLAGS = {
 
 def parse(argv):
     """The flags are explained at the top of this file, which --help prints."""
-    table = [
-        __doc__,
-        "figures (for --only), their claims, and where they stand in [P]:",
-    ]
+    text = __doc__
     for name, figure in FIGURES.items():
-        table.append(f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})")
-    parser = argparse.ArgumentParser(
-        description="\n".join(table),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = partial(require, False)  # in one line, as all other errors
+        text += f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = sslvit.Parser(description=text, formatter_class=form)
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
     files.add_argument("--from", dest="results", nargs="+", default=[])
@@ -2120,8 +2073,7 @@ def parse(argv):
     for name, default in FLAGS.items():
         add(f"--{name}", type=type(default), default=default)
     add("--alone", action="store_true")
-    names = list(FIGURES)
-    add("--only", nargs="+", default=names, choices=names, metavar="NAME")
+    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME")
     answers = {"nargs": "+", "default": [None]}
     add("--heads", type=int, **answers)
     add("--pixels", choices=PIXELS, **answers)
@@ -2131,12 +2083,7 @@ def parse(argv):
 def check(options):
     """Whatever would fail late fails here."""
     files = options.checkpoints or options.results
-    torch.zeros(1, device=options.device)
-    for values in (options.heads, options.pixels):
-        text = f"{values}: give one value, or one for each file"
-        require(len(values) in (1, len(files)), text)
-    options.images = options.images or None
-    options.labels = options.labels or (options.images and 4 * options.images)
+    options.labels = options.labels or 4 * options.images
     if not options.out:
         folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
@@ -2150,18 +2097,14 @@ def main(argv=None):
     try:
         options = parse(argv)
         check(options)
-        paths = options.results
-        if options.checkpoints:
-            analyse(options)
-            paths = [Path(options.out, "results.json")]
-        results, networks = read_results(paths)
+        results, networks = read_results(options.results or [analyse(options)])
         claims = judge(networks, options.only)
-        results |= {"networks": [vars(n) for n in networks], "claims": claims}
-        results["training"] = fairness(networks)
+        results["networks"] = [vars(network) for network in networks]
+        results |= {"claims": claims, "training": fairness(networks)}
         write_results(results, options.out)
         print(table_of(results))
         pictures = draw_figures(networks, options.only, claims, options.out)
-        write_report(Path(options.out, "report.html"), results, pictures)
+        write_report(results, pictures, options.out)
         print(f"what was computed and drawn is in {options.out}")
         return 0
     except KeyboardInterrupt:
@@ -2179,27 +2122,30 @@ def main(argv=None):
 # It needs no network, library or script: pictures stand in it as base64.
 
 
-def write_report(path, results, pictures):
-    """pictures: {name: (title, file)} of draw_figures()."""
+def write_report(results, pictures, out):
+    """pictures: {name: file} of draw_figures()."""
     chapters = ""
-    for name, (title, file) in pictures.items():
+    for name, file in pictures.items():
         figure = FIGURES[name]
         picture = base64.b64encode(file.read_bytes()).decode()
         chapters += (
             f"<h2>Figure {figure.number}, claim {figure.claim}</h2>\n"
-            f'<img src="data:image/png;base64,{picture}" alt="{escape(title)}">\n'
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(figure.text)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
     lines = [str(results["data"]), str(results["settings"])]
     for network in results["networks"]:
-        line = "{name}: {path}, seed {seed}, {images:,} images, {pixels}, {choices}"
-        lines.append(line.format(**network))
+        line = f"{network['name']}: {network['path']}, seed {network['seed']}, "
+        line += (
+            f"{network['images']:,} images, {network['pixels']}, {network['choices']}"
+        )
+        lines.append(line)
     page = PAGE.format(
         table=escape(table_of(results)),
         chapters=chapters,
         facts=escape("\n".join(lines)),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    Path(out, "report.html").write_text(page, encoding="utf-8")
 
 
 PAGE = """<!doctype html>
@@ -2259,19 +2205,16 @@ NOT_ENCODER = (
 )
 # the end of a key -> format, λ, pixels that the network was trained on
 MARKS = {
-    ".decoder_pos_embed": ("MAE", 0.0, "imagenet"),
-    ".lm_head.weight": ("BEiT", 0.0, "half"),
-    ".encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
-    ".masked_embed": ("iBOT", None, "imagenet"),
-    ".mask_token": ("DINOv2", None, "imagenet"),
+    "decoder_pos_embed": ("MAE", 0.0, "imagenet"),
+    "lm_head.weight": ("BEiT", 0.0, "half"),
+    "encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
+    "masked_embed": ("iBOT", None, "imagenet"),
+    "mask_token": ("DINOv2", None, "imagenet"),
 }
 # what else is saved under the name of a checkpoint, by its first bytes
 NOT_CHECKPOINTS = {
     b"version https://git-lfs": "a pointer of git LFS: run git lfs pull",
     b"<": "a web page",
-    b"\x89HDF": "an HDF5 file, as of Keras",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a compressed file: unpack it",
 }
 
 
@@ -2307,13 +2250,11 @@ def check_archive(path):
 
 def read_checkpoint(path):
     """What is in a file. Objects other than tensors, dicts and lists become Inert."""
-    require(os.path.isfile(path), "no such file, or a folder")
     with open(path, "rb") as file:
         start = file.read(512)
     require(start, "an empty file")
     for first_bytes, what in NOT_CHECKPOINTS.items():
         require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
-    require(start[257:262] != b"ustar", "no checkpoint, but a tar archive: unpack it")
     if start[8:9] == b"{":  # a header behind its length
         from safetensors.torch import load_file  # not among our requirements
 
@@ -2366,7 +2307,7 @@ def find_config(content):
 
 def find_prefix(tensors):
     """What stands before the encoder's keys: "model.", "teacher.backbone.", "" ..."""
-    patches = [key for key in tensors if f".{key}".endswith(f".{PATCHES}")]
+    patches = [key for key in tensors if key.endswith(PATCHES)]
     some = ", ".join(list(tensors)[:3])
     require(patches, f"{len(tensors)} tensors ({some} ...), none of them {PATCHES}")
     # False comes before True, and of equals the shortest
@@ -2431,48 +2372,37 @@ def find_side(weights):
     return 1  # build() refuses it
 
 
-def which_sines(positions, side):
-    """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
-    if positions is None:
-        return ""
+def has_moco_sines(weights, side):
+    """MoCo v3's fixed sines begin with y, those of MAE and of ours with x."""
+    if "pos_embed" not in weights:
+        return False
+    positions = weights["pos_embed"]
     embed_dim = positions.shape[-1]
-    sines = sincos_positions(embed_dim, side, side)
-    for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-        if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
-            return first
-    return ""
+    sines = sincos_positions(embed_dim, side, side).roll(embed_dim // 2, dims=-1)
+    return positions.allclose(sines, atol=1e-3)
 
 
-def recognise(tensors, prefix, sines, content):
+def recognise(tensors, has_sines):
     """-> format, λ, pixels; None: nothing tells."""
-    # solo-learn writes its method into the file
-    is_moco = "mocov3" in str(content.get("hyper_parameters"))
-    if is_moco or sines == "y" or "base_encoder" in prefix:
+    if has_sines:
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
-        if any(f".{key}".endswith(mark) for key in tensors if key.startswith(prefix)):
+        if any(key.endswith(mark) for key in tensors):
             return facts
-    if sines:
-        return "MoCo v3 or MAE", None, "imagenet"
     return "timm", None, None
 
 
 def find_sizes(weights, side, heads, form):
-    """-> arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
+    """-> the first arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
     shape = weights[PATCHES].shape
     require(len(shape) == 4, f"{PATCHES} is {shape}: of videos?")
     embed_dim, _, _, patch_size = shape
-    numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    depth = sum(name.endswith(".norm1.weight") for name in weights)
     usual = {1280: 16}
-    if form.startswith("MoCo v3"):
+    if form == "MoCo v3":
         usual[384] = 12
-    return {
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": len(numbers) or 1,
-        "num_heads": heads or usual.get(embed_dim, max(1, embed_dim // 64)),
-    }
+    heads = heads or usual.get(embed_dim, max(1, embed_dim // 64))
+    return side * patch_size, patch_size, embed_dim, depth or 1, heads
 
 
 # ---- From weights to a network ----
@@ -2486,13 +2416,13 @@ def build(weights, sizes):
         "layer_scale": 0.1 if "blocks.0.ls1.gamma" in weights else None,
     }
     with torch.device("meta"):  # shapes without memory
-        vit = ViT(**sizes, **options)
+        vit = ViT(*sizes, **options)
     # refused here, as torch would name the same key of each block
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    has_positions = TABLE in weights or "pos_embed" in weights
-    require(has_positions, "no positions: no tensor tells how they are computed")
+    positions = weights.keys() & {"pos_embed", TABLE}
+    require(positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
     vit.options = options
     return vit.eval()
@@ -2524,16 +2454,16 @@ def load_encoder(path, heads=None, pixels=None):
         config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
-        sines = which_sines(weights.get("pos_embed"), side)
-        form, lam, usual_pixels = recognise(tensors, prefix, sines, content)
+        has_sines = has_moco_sines(weights, side)
+        form, lam, usual_pixels = recognise(tensors, has_sines)
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
         run = {}
         if config:
-            form, pixels = "sslvit", "imagenet"
+            form, lam, pixels = "sslvit", config["lam"], "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
-            keys = ("lam", "seed", "decoder_depth", "one_view")
+            keys = ("seed", "decoder_depth", "one_view")
             run = {key: config[key] for key in keys} | {"config": config}
             run["images"] = int(content["step"]) * config["batch_size"]
         sizes = find_sizes(weights, side, heads, form)
@@ -2543,14 +2473,16 @@ def load_encoder(path, heads=None, pixels=None):
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    facts = {"path": str(path), "format": form, "lam": lam} | sizes | run
-    vit.facts = Network(pixels=pixels or "imagenet", **facts)
-    is_square = sines or config or TABLE in weights
+    vit.facts = Network(str(path), form, lam, pixels or "imagenet", *sizes, **run)
+    is_square = has_sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
-    line = "{path}: {format}, {image_size} px in patches of {patch_size}, {embed_dim} "
-    line += "wide, {depth} deep, {num_heads} heads, {pixels} pixels; guessed: "
-    print(line.format(**vars(vit.facts)) + (", ".join(guesses) or "nothing"))
+    size, patch, width, depth, heads = sizes
+    print(
+        f"{path}: {form}, {size} px in patches of {patch}, {width} wide, {depth} deep, "
+        f"{heads} heads, {vit.facts.pixels} pixels; guessed: "
+        f"{', '.join(guesses) or 'nothing'}"
+    )
     print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
 

@@ -80,15 +80,15 @@ def test_similarities_by_hand():
 def test_heads_are_compared_by_what_they_add_to_a_token():
     # two heads of width 1, whose columns of the output matrix are (1, 0) and (3, 4):
     # the first adds (1, 0), the second -2·(3, 4), and their cosine is -3/5
-    layer = SimpleNamespace(
-        heads=torch.tensor([1.0, -2])[None, :, None, None].expand(1, 2, 4, 1),
-        output_weight=torch.tensor([[1.0, 3], [0, 4]]),
-        added=torch.ones(1, 4, 2),
-        above=None,
-        grid=2,
+    weight = torch.tensor([[1.0, 3], [0, 4]])
+    attn = SimpleNamespace(proj=SimpleNamespace(weight=weight))
+    batch = SimpleNamespace(
+        vit=SimpleNamespace(blocks=[SimpleNamespace(attn=attn)]),
+        heads=torch.tensor([1.0, -2])[None, None, :, None, None].expand(1, 1, 2, 4, 1),
+        states=torch.randn(1, 3, 5, 2),
     )
     [measure] = analyze.FIGURES["similarity"].measure
-    assert close(measure(layer)["heads"], -0.6)
+    assert close(measure(batch)["heads"], -0.6)
 
 
 @pytest.mark.parametrize("side, bin", [(8, 1), (8, 4), (7, 3), (14, 7)])
@@ -122,14 +122,17 @@ def test_volume_by_hand():
     # values 3√2 and 4√2, Frobenius norm √(18 + 32). CLS is far away, and no patch
     box = torch.tensor([[999.0, 999], [10, 7], [4, 7], [7, 11], [7, 3]])
     volume = math.log(3 * 4 * 2) / 2 - math.log(50) / 2
-    measure, *_ = analyze.FIGURES["spectra"].measure_tokens
+    measure, *_ = analyze.FIGURES["spectra"].measure
     for scale in (1, 100):
-        assert close(measure(scale * box[None])["token volume"], volume)
+        batch = SimpleNamespace(states=scale * box[None, None])
+        assert close(measure(batch)["token volume"], volume)
     # three images around their mean: Gram matrix diag(2a², 2b²/3), so that b = 3√3 is
     # as 3 above, and a = 1, b = √3 fill both directions alike: 1/√2 each
     [summarise] = analyze.FIGURES["spectra"].whole
     triangles = [[[a, 0], [-a, 0], [0, b]] for a, b in ((4, 3 * 3**0.5), (1, 3**0.5))]
-    rows = summarise({"pooled": np.float32(triangles).swapaxes(0, 1)})
+    pooled = np.float32(triangles).swapaxes(0, 1)  # (3, 2, 2)
+    features = np.stack([pooled, pooled**2], axis=2).reshape(3, 4, 2)  # CLS in turn
+    rows = summarise({"features": features})
     assert close(rows["image volume"], [volume, -math.log(2) / 2])
 
 
@@ -177,12 +180,14 @@ TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_hea
 
 
 def measured(vit, x, *names):
-    """What two figures measure on a batch -> {key: (B, layers or states, ...)}."""
-    first, second = [analyze.FIGURES[name] for name in names]
-    measures = first.measure + second.measure
-    token_measures = first.measure_tokens + second.measure_tokens
+    """What figures measure on a batch -> {key: (B, layers or states, ...)}."""
+    values = {}
     with torch.no_grad():
-        return analyze.measure_batch(vit, x, measures, token_measures)
+        values["tokens"], batch = analyze.look_inside(vit, x)
+        for name in names:
+            for measure in analyze.FIGURES[name].measure:
+                values |= measure(batch)
+    return values
 
 
 def test_attention_is_among_patches():
@@ -207,13 +212,14 @@ def test_states_begin_with_the_embedding():
     assert values["fourier"].shape == (2, 7, 3)
     for place, state in enumerate(states):
         patches = state[:, 1:]
-        assert close(values["pooled"][:, place], patches.mean(dim=1))
-        assert close(values["cls"][:, place], state[:, 0])
+        assert close(values["features"][:, 2 * place], patches.mean(dim=1))
+        assert close(values["features"][:, 2 * place + 1], state[:, 0])
         amplitude = analyze.fourier_amplitude(patches, 4)
         assert close(values["fourier"][:, place], amplitude)
     # what probes read of the whole network: mean patch token, and CLS
-    assert close(values["output"][:, 0], tokens[:, 1:].mean(dim=1))
-    assert close(values["output"][:, 1], tokens[:, 0])
+    output = analyze.pooled_and_cls(values["tokens"])
+    assert close(output[:, 0], tokens[:, 1:].mean(dim=1))
+    assert close(output[:, 1], tokens[:, 0])
 
 
 @pytest.fixture
@@ -271,7 +277,7 @@ def test_pooled_or_cls_is_chosen_on_validation():
     cue = np.eye(2, dtype=np.float32)[truth]  # (n, 2)
     learnt = np.stack([cue, cue], axis=1)  # (n, 2, D): pooled, CLS
     learnt[60:, 0] = 1 - cue[60:]  # in validation only CLS tells the class
-    study = SimpleNamespace(learnt=(learnt, truth[:, None]), device="cpu")
+    study = SimpleNamespace(examples=(learnt, truth[:, None]), device="cpu")
     test = np.stack([cue, 1 - cue], axis=1)  # in the test only pooled
     study.rows = {"output": test, "labels": truth[:, None]}
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
@@ -284,8 +290,9 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     features = np.stack([np.hstack([2 * cues[:, 0], cues[:, 1]])] * 2, axis=1)
     features = np.float32(features + 0.1 * rng.normal(size=features.shape))
     features[900:, :, 8:] = 0  # the last hundred have no texture
-    study = SimpleNamespace(on_stimuli=True, classes=8, device="cpu")
-    study.learnt = features[:800], labels[:800]
+    options = SimpleNamespace(data="")
+    study = SimpleNamespace(classes=8, options=options, device="cpu")
+    study.examples = features[:800], labels[:800]
     study.rows = {"output": features[800:], "labels": labels[800:]}
     cues = analyze.learn_bias(study)["cues"]
     assert cues.shape == (200, 8, 2) and not (cues[:, :, 0] & cues[:, :, 1]).any()

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import tarfile
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -171,17 +172,16 @@ def published():
     decoder["decoder_pos_embed"] = torch.zeros(1, 10, D)
     moco_run = under("module.momentum_encoder.", plus_one(moco))
     moco_run |= under("module.base_encoder.", moco | head) | under("predictor.", head)
-    solo = under("momentum_backbone.", plus_one(wide)) | under("backbone.", wide)
+    solo = under("momentum_backbone.", plus_one(moco)) | under("backbone.", moco)
     # block_chunks=2: blocks.1.1.norm1 is the second block, in chunk 1
     chunks = renamed(dinov2, {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.1.1."})
     simmim = under("encoder.", beit | token) | {"decoder.0.weight": torch.zeros(3)}
     student = {"student": under("backbone.", plus_one(plain))}
-    method = {"hyper_parameters": {"method": "mocov3"}}
     average = {"state_dict_ema": plus_one(plain)}
     return {
         "MoCo v3 in training": ({"epoch": 3, "state_dict": moco_run}, moco),
         "MoCo v3, linear": ({"state_dict": under("module.", moco | head)}, moco),
-        "solo-learn": ({"state_dict": solo} | method, wide),
+        "solo-learn": ({"state_dict": solo}, moco),
         "MAE": ({"model": plain | token | decoder, "args": NAMESPACE}, plain),
         "DINO": (student | {"teacher": under("backbone.", plain) | head}, plain),
         "iBOT": ({"state_dict": ibot | {"masked_embed": torch.zeros(1, D)}}, ibot),
@@ -192,32 +192,19 @@ def published():
     }
 
 
+BOTH = "--heads, square grid"
 # heads, format, λ, pixels, what is guessed, a key that is skipped
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
-    "solo-learn": (
-        12,
-        "MoCo v3",
-        1.0,
-        "imagenet",
-        "--heads, square grid",
-        "momentum_back",
-    ),
-    "MAE": (2, "MAE", 0.0, "imagenet", "--heads, square grid", "'decoder_blocks': 1"),
-    "DINO": (
-        2,
-        "timm",
-        None,
-        "imagenet",
-        "--heads, square grid, --pixels",
-        "student.back",
-    ),
-    "iBOT": (2, "iBOT", None, "imagenet", "--heads, square grid", "masked_embed"),
-    "DINOv2": (2, "DINOv2", None, "imagenet", "--heads, square grid", "mask_token"),
+    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", "--heads", "momentum_back"),
+    "MAE": (2, "MAE", 0.0, "imagenet", BOTH, "'decoder_blocks': 1"),
+    "DINO": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "student.back"),
+    "iBOT": (2, "iBOT", None, "imagenet", BOTH, "masked_embed"),
+    "DINOv2": (2, "DINOv2", None, "imagenet", BOTH, "mask_token"),
     "SimMIM": (4, "SimMIM", 0.0, "imagenet", "nothing", "'model.decoder': 1"),
     "BEiT": (4, "BEiT", 0.0, "half", "nothing", "relative_position_index"),
-    "timm": (2, "timm", None, "imagenet", "--heads, square grid, --pixels", "_ema"),
+    "timm": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "_ema"),
 }
 
 
@@ -260,10 +247,9 @@ def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     vit = check_same(path, state, 3, heads=3, pixels="half")
     assert vit.facts.pixels == "half"
     assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
-    # sines that begin with x are MAE's, or of a MoCo v3 that was written anew
+    # sines that begin with x are MAE's or ours, not MoCo v3's
     state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
-    vit = check_same(write(tmp_path, state), state, 12)
-    assert vit.facts.format == "MoCo v3 or MAE" and vit.facts.lam is None
+    assert check_same(write(tmp_path, state), state, 6).facts.format == "timm"
     # 224 x 192 px: 14·12 + 1 = 13²; DeiT III: 13² patches, and none for CLS
     state["pos_embed"] = torch.ones(1, 169, 384)
     check_refused(write(tmp_path, state), "169 positions")
@@ -397,21 +383,21 @@ def test_damaged_archives_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     path = tmp_path / "file.pth"
-    check_refused(path, "no such file")
-    check_refused(tmp_path, "folder")
+    check_refused(path, "No such file")
+    check_refused(tmp_path, "directory")
     starts = {
         b"": "empty",
         b"version https://git-lfs.github.com/spec/v1\n": "git LFS",
         b"<!DOCTYPE html><html>": "web page",
-        b"\x89HDF\r\n": "HDF5",
-        b"\x93NUMPY": "NumPy",
-        b"\x1f\x8b": "compressed",
-        257 * b"x" + b"ustar": "tar",
+        b"\x1f\x8b": "not readable as data alone",
         b'{"model": 1}': "not readable as data alone",
     }
     for start, word in starts.items():
         path.write_bytes(start)
         check_refused(path, word)
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__)
+    check_refused(path, "tar format")
     np.savez(tmp_path / "numbers.npz", a=np.zeros(2))
     check_refused(tmp_path / "numbers.npz")
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)

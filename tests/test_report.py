@@ -166,8 +166,8 @@ def test_two_orders_of_files_give_one_table(runs, tmp_path, no_drawing):
 
 
 def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
-    def measure_largest(layer):
-        return {"largest": layer.attn.amax(dim=(1, 2, 3))}
+    def measure_largest(batch):
+        return {"largest": batch.attn.amax(dim=(2, 3, 4))}
 
     def largest_of_last(values):
         return values["largest"][-1]
@@ -283,13 +283,13 @@ def test_results_that_were_cut_or_edited_are_one_line(number, tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path, monkeypatch):
     [measure] = analyze.FIGURES["nmi"].measure
-    layers = []
+    batches = []
 
-    def interrupted(layer):
-        layers.append(layer)
-        if len(layers) > 3:  # the second network's first
+    def interrupted(batch):
+        batches.append(batch)
+        if len(batches) > 1:  # the second network's first
             raise KeyboardInterrupt
-        return measure(layer)
+        return measure(batch)
 
     monkeypatch.setattr(analyze.FIGURES["nmi"], "measure", (interrupted,))
     argv = ["--alone", "--images", 20, "--only", "nmi", "--out", tmp_path]
@@ -321,7 +321,7 @@ BAD_FLAGS = """\
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.split(","))
 def test_what_would_fail_late_fails_first(flags, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "measure_batch", None)  # nothing is measured
+    monkeypatch.setattr(analyze, "look_inside", None)  # nothing is measured
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "empty").mkdir()
     words = flags.replace("FOLDER", str(tmp_path)).split()
@@ -396,8 +396,9 @@ def test_noise_is_clipped_and_the_same_for_all(runs, tmp_path, passes, no_drawin
     for vit, x in passes:
         images.setdefault(id(vit), []).append(x * sslvit.STD + sslvit.MEAN)
     cl, mim, untrained = [torch.cat(x) for x in images.values()]
-    # 20 test images, 80 to learn from, then the 20 clean and with ten rings of noise
-    assert len(cl) == 20 + 80 + 20 * 11
+    # 20 test images, 80 to learn from, the 20 clean and with ten rings of noise, and
+    # three for pictures
+    assert len(cl) == 20 + 80 + 20 * 11 + 3
     assert cl.min() > -1e-4 and cl.max() < 1 + 1e-4
     assert torch.equal(cl, mim) and torch.equal(cl, untrained)
 
@@ -448,18 +449,18 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
 
 
 def test_images_do_not_stay_in_memory(runs, tmp_path, monkeypatch, no_drawing):
-    states, alive = [], []
+    batches, alive = [], []
 
-    def watch(state):
-        states.append(weakref.ref(state))
-        alive.append(sum(state() is not None for state in states))
-        return {"mean": state.mean(dim=(1, 2))}
+    def watch(batch):
+        batches.append(weakref.ref(batch.states))
+        alive.append(sum(states() is not None for states in batches))
+        return {"mean": batch.states.mean(dim=(2, 3))}
 
-    monkeypatch.setattr(analyze.FIGURES["nmi"], "measure_tokens", (watch,))
+    monkeypatch.setattr(analyze.FIGURES["nmi"], "measure", (watch,))
     flags = ["--only", "nmi", "--images", 300]
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
-    # seven states of a batch, and perhaps those of the one before
-    assert len(alive) >= 5 * 7 and max(alive) <= 14
+    # a batch, and perhaps the one before
+    assert len(alive) >= 5 and max(alive) <= 2
     assert np.shape(results["networks"][0]["values"]["mean"]) == (21, 7)
 
 
