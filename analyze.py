@@ -2065,7 +2065,8 @@ def parse(argv):
     for name, figure in FIGURES.items():
         text += f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
     form = argparse.RawDescriptionHelpFormatter
-    parser = sslvit.Parser(description=text, formatter_class=form)
+    parser = argparse.ArgumentParser(description=text, formatter_class=form)
+    parser.error = partial(require, False)  # in one line, as all errors
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
     files.add_argument("--from", dest="results", nargs="+", default=[])
