@@ -1818,6 +1818,9 @@ class Network:
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
 
+    def __getitem__(self, fact):
+        return getattr(self, fact)
+
     @property
     def role(self):
         """What parts of claims call it."""

@@ -222,6 +222,17 @@ def test_states_begin_with_the_embedding():
     assert close(output[:, 1], tokens[:, 0])
 
 
+def test_attention_among_patches_is_a_share_of_what_cls_leaves():
+    vit = sslvit.ViT(**TINY, positions="none", rel_pos_bias=True).eval()
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attn.qkv.weight.zero_()
+        # every patch looks at CLS, but for 16 times exp(-35), which is 1e-14
+        vit.rel_pos_bias.relative_position_bias_table[-2] = 35
+        _, batch = analyze.look_inside(vit, torch.randn(1, 3, 16, 16))
+    assert close(batch.attn, 1 / 16)
+
+
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Figures are skipped, which costs nothing else."""
