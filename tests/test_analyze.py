@@ -608,8 +608,7 @@ def test_claim_12_reads_where_the_hybrid_changes():
         rows = {"nmi": [[x] for x in nmi], "fourier": at_pi(early, late)}
         return tuned(0.5) | rows
 
-        # NMI of the hybrid: 0.8 and 0.6 in the middle, 0.2 in the last layer
-
+    # NMI of the hybrid: 0.8 and 0.6 in the middle, 0.2 in the last layer
     hybrid = values([0, 0, 0.8, 0.6, 1, 0.2], -2, -5)
     hybrid = network(analyze.HYBRID, hybrid, images=100)
     cl = network("CL", values([0] * 6, -3, 0), images=100)

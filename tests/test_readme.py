@@ -41,13 +41,8 @@ def commands():
         shell += f"{name}() {{ local IFS=$'\\t'; echo \"{name}\t$*\" >&3; }}\n"
     shell += "\n".join(blocks)
     with tempfile.TemporaryDirectory() as folder:
-        said = subprocess.run(
-            ["bash", "-eu", "-c", shell],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=folder,
-        )
+        how = {"capture_output": True, "text": True, "check": True, "cwd": folder}
+        said = subprocess.run(["bash", "-eu", "-c", shell], **how)
     assert said.stderr == ""
     return [line.rstrip("\t").split("\t") for line in said.stdout.splitlines()]
 

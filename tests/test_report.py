@@ -223,12 +223,8 @@ def test_shipped_networks_stand_beside_one_of_the_same_data(tmp_path, no_drawing
     shipped = ROOT / "figures" / "checkpoints" / "micro-simmim.pt"
     flags = ["--only", "nmi", "--images", 20, "--out", tmp_path]
     assert main(shipped, *flags)[0] == 0
-    assert sorted(roles_in(read(tmp_path))) == [
-        "CL",
-        "MIM",
-        analyze.HYBRID,
-        "untrained",
-    ]
+    roles = ["CL", "MIM", analyze.HYBRID, "untrained"]
+    assert sorted(roles_in(read(tmp_path))) == roles
     content = torch.load(shipped)
     torch.save(content | {"data": "20 images (0123456789ab)"}, tmp_path / "other.pt")
     assert main(tmp_path / "other.pt", *flags)[0] == 0
@@ -396,8 +392,7 @@ def test_noise_is_clipped_and_the_same_for_all(runs, tmp_path, passes, no_drawin
     for vit, x in passes:
         images.setdefault(id(vit), []).append(x * sslvit.STD + sslvit.MEAN)
     cl, mim, untrained = [torch.cat(x) for x in images.values()]
-    # 20 test images, 80 to learn from, the 20 clean and with ten rings of noise, and
-    # three for pictures
+    # test images, those to learn from, clean and with ten rings of noise, pictures
     assert len(cl) == 20 + 80 + 20 * 11 + 3
     assert cl.min() > -1e-4 and cl.max() < 1 + 1e-4
     assert torch.equal(cl, mim) and torch.equal(cl, untrained)
@@ -424,10 +419,9 @@ def test_masks_belong_to_their_images():
 
 
 def test_half_of_the_crops_are_mirrored():
-    grey = np.tile(
-        np.uint8(np.arange(64) * 4)[None, :, None], (64, 1, 3)
-    )  # to the right
-    crops = [analyze.random_crop(Image.fromarray(grey), 16) for _ in range(40)]
+    # brighter to the right
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
+    crops = [analyze.random_crop(ramp, 16) for _ in range(40)]
     mirrored = sum(crop[0, 0, 0] > crop[0, 0, -1] for crop in crops)
     assert 10 < mirrored < 30
 
