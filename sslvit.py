@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 # OpenMP's threads spin while they wait for each other. Beside another busy program that
@@ -1106,8 +1106,8 @@ PRESETS = {
         --warmup 0.1 --positions relative""",
 }
 # at --resume; everything else is as it was
-MAY_CHANGE = {"resume", "out", "data", "device", "workers", "accum", "keep"}
-MAY_CHANGE |= {"compile", "save_every", "log_every"}
+MAY_CHANGE = """resume out data device workers accum keep compile
+    save_every log_every""".split()
 
 LOG_HELP = """
 what a line of the log says:
@@ -1164,7 +1164,7 @@ def resume(cfg, given):
     path = Path(cfg.out, "ckpt.pt")
     state = load_checkpoint(path)
     is_run = isinstance(state, dict) and state.keys() >= {"config", "data", "optimizer"}
-    is_ours = is_run and types_of(state["config"]) == types_of(asdict(cfg))
+    is_ours = is_run and types_of(state["config"]) == types_of(vars(cfg))
     require(is_ours, f"{path}: not a run of this version of the program")
     config = state["config"]
     for name in given.keys() - MAY_CHANGE:
@@ -1286,9 +1286,8 @@ def run(argv):
 # ==== 8. Workshop: what the lecture takes for granted =================================
 # ---- Stimuli: images whose shape and texture are known ----
 
-SHAPES = ["circle", "square", "triangle", "star", "cross", "ring", "bar", "crescent"]
-TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checks", "dots"]
-TEXTURES += ["zigzag", "grid"]
+SHAPES = "circle square triangle star cross ring bar crescent".split()
+TEXTURES = "plain horizontal vertical diagonal checks dots zigzag grid".split()
 
 
 def shape_level(shape, x, y):
@@ -1400,8 +1399,8 @@ class Stimuli:
 # ---- Image files ----
 
 TRAIN_FOLDERS = ("train", "training")
-TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
-MASK_FOLDERS = ("mask", "masks", "labels", "annotations")
+TEST_FOLDERS = "val valid validation test testing".split()
+MASK_FOLDERS = "mask masks labels annotations".split()
 
 
 def list_images(folder, left_out, top=""):
@@ -1682,7 +1681,7 @@ def knn_scores(encoder, data, cfg):
 def save_run(cfg, data, rows, model, optimizer, scaler):
     """All that --resume needs. Random numbers follow from the step alone."""
     state = {
-        "config": asdict(cfg),
+        "config": vars(cfg),
         "data": data[0].identity(),
         "step": rows[-1]["step"],
         "log": rows,
