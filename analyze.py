@@ -149,6 +149,7 @@ def after_mlp(states):
 STYLE = {
     "font.size": 12,
     "figure.titlesize": 12,
+    "axes.titlesize": 12,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -148,6 +148,24 @@ model = {name: x.half() for name, x in state["model"].items() if name.startswith
 sslvit.save_checkpoint(sys.argv[2], {"config": state["config"], "data": state["data"], "step": state["step"], "model": model})
 PY
 }
+shrink() { # folders: their pictures with 256 colours, a third of the bytes, and so the reports
+  python - "$@" <<'PY'
+import json, sys
+from pathlib import Path
+from PIL import Image
+import analyze
+for folder in map(Path, sys.argv[1:]):
+    files = {}
+    for name, figure in analyze.FIGURES.items():
+        file = folder / f"fig{figure.number}_{name}.png".replace(" ", "_")
+        if file.exists():
+            files[name] = file
+            if name != "maps": # which have many colours
+                Image.open(file).convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
+    results = json.loads((folder / "results.json").read_text())
+    analyze.write_report(results, files, folder)
+PY
+}
 for objective in moco simmim hybrid; do
   ship $objective-10 micro-$objective.pt
   ship cifar10-$objective-10 cifar10/small32-$objective.pt
@@ -164,6 +182,7 @@ python analyze.py $(of simmim decoder micro8) --alone --only decoder --out figur
 python analyze.py $(of {moco,simmim,one-view}-images lam-{0.05,0.1,0.5,0.8} hybrid) --alone --only accuracy sweep --out figures/more/sweep
 rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
 python analyze.py $rates --alone --images 500 --only accuracy --out figures/more/rates
+shrink figures/stimuli figures/photographs figures/more/*
 rm figures/more/*/*.png
 cp runs/hybrid-10/masked.png figures/
 python figures/diagrams.py
