@@ -2377,23 +2377,28 @@ def find_side(weights):
     return 1  # build() refuses it
 
 
-def has_moco_sines(weights, side):
-    """MoCo v3's fixed sines begin with y, those of MAE and of ours with x."""
-    if "pos_embed" not in weights:
-        return False
-    positions = weights["pos_embed"]
-    embed_dim = positions.shape[-1]
-    sines = sincos_positions(embed_dim, side, side).roll(embed_dim // 2, dims=-1)
-    return positions.allclose(sines, atol=1e-3)
+def which_sines(weights, side):
+    """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
+    if "pos_embed" in weights:
+        positions = weights["pos_embed"]
+        embed_dim = positions.shape[-1]
+        sines = sincos_positions(embed_dim, side, side)
+        for first, shift in {"x": 0, "y": embed_dim // 2}.items():
+            if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
+                return first
+    return ""
 
 
-def recognise(tensors, has_sines):
+def recognise(tensors, sines, content):
     """-> format, λ, pixels; None: nothing tells."""
-    if has_sines:
+    # solo-learn writes its method into the file
+    if sines == "y" or "mocov3" in str(content.get("hyper_parameters")):
         return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
         if any(key.endswith(mark) for key in tensors):
             return facts
+    if sines:
+        return "MoCo v3 or MAE", None, "imagenet"
     return "timm", None, None
 
 
@@ -2404,7 +2409,7 @@ def find_sizes(weights, side, heads, form):
     embed_dim, _, _, patch_size = shape
     depth = sum(name.endswith(".norm1.weight") for name in weights)
     usual = {1280: 16}
-    if form == "MoCo v3":
+    if form.startswith("MoCo v3"):
         usual[384] = 12
     heads = heads or usual.get(embed_dim, max(1, embed_dim // 64))
     return side * patch_size, patch_size, embed_dim, depth or 1, heads
@@ -2459,8 +2464,8 @@ def load_encoder(path, heads=None, pixels=None):
         config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
-        has_sines = has_moco_sines(weights, side)
-        form, lam, usual_pixels = recognise(tensors, has_sines)
+        sines = which_sines(weights, side)
+        form, lam, usual_pixels = recognise(tensors, sines, content)
         pixels = pixels or usual_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
@@ -2479,7 +2484,7 @@ def load_encoder(path, heads=None, pixels=None):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
     vit.facts = Network(str(path), form, lam, pixels or "imagenet", *sizes, **run)
-    is_square = has_sines or config or TABLE in weights
+    is_square = sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
     size, patch, width, depth, heads = sizes

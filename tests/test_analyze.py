@@ -241,7 +241,7 @@ def no_drawing(monkeypatch):
 
 
 def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
-    """Computed by NumPy alone, in float64, from the formulas of the paper."""
+    # computed by NumPy alone, in float64, from the formulas of the paper
     path = str(ROOT / "figures" / "checkpoints" / "micro-moco.pt")
     names = ["distance", "nmi", "similarity", "spectra", "fourier"]
     argv = [path, "--images", "20", "--alone", "--out", str(tmp_path), "--only", *names]

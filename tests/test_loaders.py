@@ -172,7 +172,7 @@ def published():
     decoder["decoder_pos_embed"] = torch.zeros(1, 10, D)
     moco_run = under("module.momentum_encoder.", plus_one(moco))
     moco_run |= under("module.base_encoder.", moco | head) | under("predictor.", head)
-    solo = under("momentum_backbone.", plus_one(moco)) | under("backbone.", moco)
+    solo = under("momentum_backbone.", plus_one(wide)) | under("backbone.", wide)
     # block_chunks=2: blocks.1.1.norm1 is the second block, in chunk 1
     chunks = renamed(dinov2, {"blocks.0.": "blocks.0.0.", "blocks.1.": "blocks.1.1."})
     simmim = under("encoder.", beit | token) | {"decoder.0.weight": torch.zeros(3)}
@@ -181,7 +181,7 @@ def published():
     return {
         "MoCo v3 in training": ({"epoch": 3, "state_dict": moco_run}, moco),
         "MoCo v3, linear": ({"state_dict": under("module.", moco | head)}, moco),
-        "solo-learn": ({"state_dict": solo}, moco),
+        "solo-learn": ({"state_dict": solo, "hyper_parameters": METHOD}, wide),
         "MAE": ({"model": plain | token | decoder, "args": NAMESPACE}, plain),
         "DINO": (student | {"teacher": under("backbone.", plain) | head}, plain),
         "iBOT": ({"state_dict": ibot | {"masked_embed": torch.zeros(1, D)}}, ibot),
@@ -192,12 +192,12 @@ def published():
     }
 
 
-BOTH = "--heads, square grid"
+BOTH, METHOD = "--heads, square grid", {"method": "mocov3"}
 # heads, format, λ, pixels, what is guessed, a key that is skipped
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
-    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", "--heads", "momentum_back"),
+    "solo-learn": (12, "MoCo v3", 1.0, "imagenet", BOTH, "momentum_back"),
     "MAE": (2, "MAE", 0.0, "imagenet", BOTH, "'decoder_blocks': 1"),
     "DINO": (2, "timm", None, "imagenet", f"{BOTH}, --pixels", "student.back"),
     "iBOT": (2, "iBOT", None, "imagenet", BOTH, "masked_embed"),
@@ -247,9 +247,10 @@ def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     vit = check_same(path, state, 3, heads=3, pixels="half")
     assert vit.facts.pixels == "half"
     assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
-    # sines that begin with x are MAE's or ours, not MoCo v3's
+    # sines that begin with x are MAE's, or of a MoCo v3 that was written anew
     state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
-    assert check_same(write(tmp_path, state), state, 6).facts.format == "timm"
+    vit = check_same(write(tmp_path, state), state, 12)
+    assert vit.facts.format == "MoCo v3 or MAE" and vit.facts.lam is None
     # 224 x 192 px: 14·12 + 1 = 13²; DeiT III: 13² patches, and none for CLS
     state["pos_embed"] = torch.ones(1, 169, 384)
     check_refused(write(tmp_path, state), "169 positions")

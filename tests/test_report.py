@@ -419,7 +419,6 @@ def test_masks_belong_to_their_images():
 
 
 def test_half_of_the_crops_are_mirrored():
-    # brighter to the right
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
     crops = [analyze.random_crop(ramp, 16) for _ in range(40)]
     mirrored = sum(crop[0, 0, 0] > crop[0, 0, -1] for crop in crops)
