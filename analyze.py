@@ -879,7 +879,7 @@ def parameter_groups(network, lr, decay):
 
 
 def fit(network, images, epochs, lr, decay=1.0):
-    """Trains a Tuned on crops and flips of images."""
+    """Trains a Tuned on crops and flips of images; with masks, on whole ones."""
     batches = replace(images, training=True).batches(BATCH)
     solver = torch.optim.AdamW(parameter_groups(network, lr, decay), weight_decay=0.05)
     steps = epochs * len(batches)
@@ -2119,7 +2119,8 @@ def main(argv=None):
     # of ours, of files, and of torch: memory, a device that is not there
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         # a loading process sends its traceback, whose last line is the message
-        print(f"analyze.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        text = str(error).strip() or repr(error)
+        print(f"analyze.py: {text.splitlines()[-1]}", file=sys.stderr)
         return 2
 
 
