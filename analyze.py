@@ -51,7 +51,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from html import escape
-from itertools import pairwise, product
+from itertools import cycle, pairwise, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +98,7 @@ class Figure:
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
-    # picture(Batch of three test images) -> {key: array}
+    # picture(Batch of three test images) -> {key: array}, for draw()
     picture: Callable | None = None
 
 
@@ -119,7 +119,7 @@ def late(x):
 
 def middle(x):
     third = math.ceil(len(x) / 3)
-    return np.mean(x[third:-third] if len(x) > 2 * third else x)
+    return np.mean(x[third:-third])
 
 
 def last(x):
@@ -157,7 +157,7 @@ STYLE = {
     "text.parse_math": False,  # a name may hold a dollar sign
 }
 # λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
-COLOURS = [(0, "#0072B2"), (0.25, "#8A45B5"), (0.6, "#C8438A"), (1, "#D55E00")]
+COLOURS = "#0072B2 #8A45B5 #B5449D #CF4A66 #D55E00".split()
 LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
 LINES = ("-", "--", "-.", ":")
 
@@ -167,7 +167,7 @@ def style_of(network, turn=0):
     colour = "#8C8C8C"
     if network.lam is not None:
         colour = LAMBDAS(float(network.lam))
-        turn += (0 < network.lam < 1) + network.one_view
+        turn += 0 < network.lam < 1
     elif network.path:  # trained, nobody knows how
         colour = "#333333"
     return {"color": colour, "ls": LINES[turn % 4]}
@@ -185,7 +185,7 @@ def readings(networks, read):
     for seeds in by_name(networks):
         with contextlib.suppress(KeyError):
             pairs.append((seeds[0], numbers(read, seeds)[0]))
-    require(pairs, "needs values that no network has")
+    require(pairs, "no network has its values (accuracies: classes in train and val?)")
     return pairs
 
 
@@ -213,10 +213,10 @@ def curves(axis, networks, read, label, x=""):
     axis.set(xlabel=x or "layer", ylabel=label)
 
 
-def points(axis, networks, read, label, fact="label"):
+def points(axis, networks, read, label, fact="name"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    The place is a fact of the network, a number or its label. An axis that does not
+    The place is a fact of the network, a number or its name. An axis that does not
     begin at 0 enlarges differences: it says so.
     """
     places, means = [], []
@@ -228,23 +228,11 @@ def points(axis, networks, read, label, fact="label"):
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)
-    if fact == "label":
+    if fact == "name":
         axis.tick_params(axis="x", labelrotation=90)
     low, high = axis.get_ylim()
     axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
     return places, means
-
-
-def of_label(key, place):
-    """What a part reads: the accuracy of one label set, the last dimension."""
-    return of(itemgetter((..., place)), key)
-
-
-def label_axes(networks, keys, axes):
-    """-> axis, read, label for each of the keys and of the label sets (shape, ...)."""
-    pairs = product(keys, enumerate(networks[0].label_names))
-    for axis, (key, (place, name)) in zip(np.ravel(axes), pairs, strict=True):
-        yield axis, of_label(key, place), f"{key}, {name}"
 
 
 def alone(plot, networks):
@@ -284,23 +272,25 @@ def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
     networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
+    masks = np.sign(pictures["labels"])  # of stimuli (3, S, S)
     maps = [network.pictures["maps"] for network in networks]
     highest = max(np.percentile(row, 99) for row in maps)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
     style = {"cmap": "magma", "vmin": 0, "vmax": highest, "extent": (0, 1, 1, 0)}
-    columns = product(range(2), QUERIES, ("first", "last"))
+    columns = list(product(range(2), QUERIES, ("first layer", "last layer")))
     # pixels, patches and outlines in the same coordinates: shares of the image
-    for column, (image, query, layer) in enumerate(columns):
-        axes[0, column].set_title(f"{layer} layer")
-        for axis, row in zip(axes[:, column], rows, strict=True):
-            shown = axis.imshow(row[column], **style)
-            axis.plot(query, query, "wP", mec="black", ms=9)
-            if "objects" in pictures:
-                outline = pictures["objects"][image]
-                axis.contour(outline, [0.5], colors="w", extent=(0, 1, 0, 1))
-    for axis, network in zip(axes[1:, 0], networks, strict=True):
-        axis.set_ylabel(network.label)
+    for place, axis in enumerate(axes.flat):
+        row, column = divmod(place, 8)
+        image, query, layer = columns[column]
+        shown = axis.imshow(rows[row][column], **style)
+        axis.plot(query, query, "wP", mec="black", ms=9)
+        if masks.ndim == 3:
+            axis.contour(masks[image], [0.5], colors="w", extent=(0, 1, 0, 1))
+        if row == 0:
+            axis.set_title(layer)
+        elif column == 0:
+            axis.set_ylabel(networks[row - 1].name)
     fig.colorbar(shown, ax=axes, label="attention / uniform")
     return fig
 
@@ -551,12 +541,8 @@ def draw_plane(networks):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
             axis.plot(x, y, "o-", color=colour, lw=0.5, ms=3.5, mfc="none")  # N lines
             axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
-        first, second = network.pictures["shares"]
-        axis.set(
-            xlabel=f"{first:.0%} of the variance",
-            ylabel=f"{second:.0%} of the variance",
-        )
-        axis.set_title(network.label)
+        x, y = [f"{share:.0%} of the variance" for share in network.pictures["shares"]]
+        axis.set(xlabel=x, ylabel=y, title=network.name)
         axis.axis("equal")
     return fig
 
@@ -584,8 +570,6 @@ A network that only gets louder gains volume too. So the verdict divides each ma
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
 the right is not divided. What to look at: the last layer, and where the curves part.
 Layer 0 lies below the axis: 48 pixel values of a patch fill 48 directions at most."""
-
-POINTS = 32  # of a spectrum, between its first and its last value
 
 
 def singular_spectrum(x):
@@ -618,16 +602,16 @@ def measure_volume(batch):
 
 
 def measure_features(batch):
-    """Mean patch token and CLS of every state, in turn (B, 2·(1+2L), D)."""
-    return {"features": pooled_and_cls(batch.states).flatten(1, 2)}
+    """The mean patch token of every state (B, 1+2L, D)."""
+    return {"features": batch.states[:, :, 1:].mean(dim=2)}
 
 
 def image_spectra(rows):
     """The same of the mean tokens of all images (n, D), and the last spectrum."""
-    pooled = rows["features"][:, ::2]  # (n, 1+2L, D)
-    states = torch.from_numpy(pooled).transpose(0, 1)
+    states = torch.from_numpy(rows["features"]).transpose(0, 1)  # (1+2L, n, D)
     log = singular_spectrum(states[-1:])
-    spectrum = F.interpolate(log[None], POINTS, mode="linear", align_corners=True)
+    # as many values whatever is left out
+    spectrum = F.interpolate(log[None], 32, mode="linear", align_corners=True)
     return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
 
 
@@ -857,9 +841,6 @@ def random_crop(image, size):
     return crop[:, :, :: rng.choice((1, -1))].copy()
 
 
-EMBEDDING = ("vit.patch_embed", "vit.cls_token", "vit.pos_embed")
-
-
 def parameter_groups(network, lr, decay):
     """What is early is general and moves less (BEiT, SimMIM).
 
@@ -872,7 +853,7 @@ def parameter_groups(network, lr, decay):
         layer = depth
         if name.startswith("vit.blocks."):
             layer = 1 + int(name.split(".")[2])
-        elif name.startswith(EMBEDDING):
+        elif name.startswith(("vit.patch_embed", "vit.cls_token", "vit.pos_embed")):
             layer = 0
         groups.append({"params": [weight], "lr": lr * decay ** (depth - layer)})
     return groups
@@ -930,9 +911,9 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
 
     choices = study.vit.facts.choices
     if key not in choices:
-        best = choices[key] = max(settings, key=accuracy)
-        if best["lr"] in (settings[0]["lr"], settings[-1]["lr"]):
-            print(f"  {key}: {best}, with a learning rate at an end of the grid")
+        choices[key] = max(settings, key=accuracy)
+        # an end of the grid may not be the best there is
+        print(f"  {key}: {choices[key]}, of {settings[0]} to {settings[-1]}")
     return predict(fit(make(), train, epochs, **choices[key]), test)
 
 
@@ -940,16 +921,18 @@ def learn_tuned(study):
     return {"fine-tuned": np.equal(*tune(study, "fine-tuned", FINE_TUNING))}
 
 
-# of several label sets; shape and texture apart are claim 1's
+# claim 1 reads shape (of photographs: the class) and texture, other claims their mean
+shape, texture = itemgetter(0), itemgetter(1)
 mean_probe = of(np.mean, "linear probe")
 mean_tuned = of(np.mean, "fine-tuned")
 
 
 def draw_accuracy(networks):
-    fig, axes = canvas(2 * len(networks[0].label_names))
-    keys = "linear probe", "fine-tuned"
-    for axis, read, label in label_axes(networks, keys, axes):
-        points(axis, networks, read, label)
+    labels = networks[0].label_names
+    fig, [axes] = canvas(2 * len(labels))
+    pairs = product(("linear probe", "fine-tuned"), enumerate(labels))
+    for axis, (key, (place, label)) in zip(axes, pairs, strict=True):
+        points(axis, networks, of(itemgetter(place), key), f"{key}, {label}")
     return fig
 
 
@@ -964,18 +947,18 @@ FIGURES["accuracy"] = Figure(
             "linear probe, last layer, shape or class",
             "CL",
             "MIM",
-            of_label("linear probe", 0),
+            of(shape, "linear probe"),
         ),
         Part(
-            "fine-tune accuracy, shape or class", "MIM", "CL", of_label("fine-tuned", 0)
+            "fine-tune accuracy, shape or class", "MIM", "CL", of(shape, "fine-tuned")
         ),
         Part(
             "linear probe, last layer, texture",
             "CL",
             "MIM",
-            of_label("linear probe", 1),
+            of(texture, "linear probe"),
         ),
-        Part("fine-tune accuracy, texture", "MIM", "CL", of_label("fine-tuned", 1)),
+        Part("fine-tune accuracy, texture", "MIM", "CL", of(texture, "fine-tuned")),
     ),
     learn=(learn_probe, learn_tuned),
 )
@@ -987,9 +970,9 @@ scaling_lesson = """\
 Which objective to pretrain with may depend on how large the network is: the paper saw
 CL fine-tune better as ViT-Ti and MIM as ViT-L, and reads it as attention that does not
 collapse making use of more room. It trained every network on as many images; the table
-says whether these were. The comparison is fair only where pretraining helped at all:
-each network must be above a new one of its size (grey), else the verdict is 'not
-testable'.
+begins with those of each network here. The comparison is fair only where pretraining
+helped at all: each network must be above a new one of its size (grey), else the verdict
+is 'not testable'.
 
 What to look at: the slopes rather than the points, and grey's slope too."""
 
@@ -1000,12 +983,11 @@ def draw_scaling(networks):
     lines = defaultdict(list)
     for network in sorted(networks, key=attrgetter("embed_dim")):
         lines[network.role].append(network)
-    fig, axes = canvas(len(networks[0].label_names))
-    for axis, read, label in label_axes(networks, ["fine-tuned"], axes):
-        for role, group in lines.items():
-            means = points(axis, group, read, label, "embed_dim")
-            axis.plot(*means, label=role, **style_of(group[0]))
-        axis.set_xlabel("width of the tokens")
+    fig, [[axis]] = canvas(1)
+    for role, group in lines.items():
+        means = points(axis, group, mean_tuned, "fine-tuned", "embed_dim")
+        axis.plot(*means, label=role, **style_of(group[0]))
+    axis.set_xlabel("width of the tokens")
     return fig
 
 
@@ -1147,8 +1129,8 @@ def cue_conflict(study):
     images, classes = sslvit.ImageFolder(folder), study.test.source.classes[0]
     cues = []
     for path, _ in images:
-        shape, texture = re.findall("[a-z]+", Path(path).stem)
-        cues.append([classes.index(shape), classes.index(texture)])
+        words = re.findall("[a-z]+", Path(path).stem)
+        cues.append([classes.index(word) for word in words])
     images = replace(study.test, source=images, indices=range(len(cues)))
     return one_pass(study.vit, images)["output"], np.array(cues)
 
@@ -1233,10 +1215,8 @@ def noise_slope(values):
 
 
 def plot_noise(axis, networks):
-    x = "noise frequency, upper end of its ring (π per pixel)"
+    x = "ring of the noise; 0: up to 0.1 π per pixel, 1: from 0.9 π to π"
     curves(axis, networks, noise_drop, "relative accuracy drop", x)
-    places = np.linspace(0, 1, len(BANDS))
-    axis.set_xticks(places, [f"{high / math.pi:.1f}" for _, high in BANDS])
 
 
 FIGURES["noise"] = Figure(
@@ -1253,29 +1233,20 @@ FIGURES["noise"] = Figure(
 # ==== Figure 10. What does each layer know? =========================================
 
 layers_lesson = """\
-A linear probe of every state: where in the network does a class become a direction? The
+A linear probe of every layer: where in the network does a class become a direction? The
 paper saw MIM ahead in early layers and best in the middle, its last layers a decoder of
 pixels, while CL rises to the last. So a probe should say which layer and which token it
-reads: the verdict reads mean patch tokens after each MLP, and CLS is drawn below.
+reads: here the mean patch token after each MLP, and the mean over shape and texture.
 
 What to look at: does MIM fall in its last third, and random layers (grey) not?"""
 
 
 def learn_layers(study):
-    """-> layers of pooled tokens, and of CLS (n, 1+2L, label sets)."""
+    """-> layers (n, 1+2L, label sets): is the probe of a state correct?"""
     train = one_pass(study.vit, study.train, [measure_features])
-    data = (
-        train["features"],
-        train["labels"],
-        study.rows["features"],
-        study.device,
-    )
+    data = train["features"], train["labels"], study.rows["features"], study.device
     correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
-    correct = np.stack(correct, axis=1)
-    return {
-        "probe of pooled tokens": correct[:, ::2],
-        "probe of cls tokens": correct[:, 1::2],
-    }
+    return {"probe of pooled tokens": np.stack(correct, axis=1)}
 
 
 def pooled_layers(values):
@@ -1297,13 +1268,8 @@ def end_fall(x):
     return middle(x) - last(x)
 
 
-def draw_layers(networks):
-    """A row for mean patch token and for CLS, a column for each label set."""
-    fig, axes = canvas(len(networks[0].label_names), rows=2)
-    keys = ("probe of pooled tokens", "probe of cls tokens")
-    for axis, read, label in label_axes(networks, keys, axes):
-        curves(axis, networks, read, label)
-    return fig
+def plot_layers(axis, networks):
+    curves(axis, networks, pooled_layers, "linear probe of mean patch token")
 
 
 FIGURES["layers"] = Figure(
@@ -1311,7 +1277,7 @@ FIGURES["layers"] = Figure(
     10,
     "MIM is better in early layers, CL in the last",
     layers_lesson,
-    draw_layers,
+    partial(alone, plot_layers),
     parts=(
         Part("pooled probe, early", "MIM", "CL", of_pooled(early)),
         Part("pooled probe, last layer", "CL", "MIM", of_pooled(last)),
@@ -1340,7 +1306,7 @@ DECODED = "MIM with decoder"
 def draw_decoder(networks):
     require(any(n.role == DECODED for n in networks), f"needs {DECODED}")
     fig, [axes] = canvas(3)
-    curves(axes[0], networks, pooled_layers, "probe of pooled tokens")
+    plot_layers(axes[0], networks)
     plot_nmi(axes[1], networks)
     plot_high_frequencies(axes[2], networks)
     return fig
@@ -1368,8 +1334,8 @@ sweep_lesson = """\
 L = (1 - λ)·L_MIM + λ·L_CL on one shared encoder. The two objectives ask for different
 layers, so the paper expected no quarrel, and saw the sum beat both at λ = 0.2: masked
 early, contrastive late. An image costs the hybrid 11 encoder passes, CL 8 and MIM 3. So
-there are two fair comparisons: equal images, as in the paper, and equal work. The table
-says which one this is.
+there are two fair comparisons: equal images, as in the paper, and equal work, which is
+images times passes. The table begins with the images of each training.
 
 What to look at: whether λ = 0.2 is above both ends by more than the seeds scatter, and
 whether its NMI follows blue at first and orange at the end."""
@@ -1377,18 +1343,17 @@ whether its NMI follows blue at first and orange at the end."""
 
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
-    hybrids = [network for network in networks if network.role == HYBRID]
-    require(hybrids, f"needs a {HYBRID}")
-    shape = hybrids[0].shape
-    swept = [n for n in networks if n.shape == shape and n.lam is not None]
+    shapes = {n.shape for n in networks if n.role == HYBRID}
+    require(shapes, f"needs a {HYBRID}")
+    swept = [n for n in networks if n.shape in shapes and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
-    fig, axes = canvas(2, 1 + len(networks[0].label_names), height=3.6)
-    keys = "linear probe", "fine-tuned"
-    for axis, read, label in label_axes(networks, keys, axes[:-1]):
+    fig, axes = canvas(2, rows=2, height=3.6)
+    reads = {"linear probe": mean_probe, "fine-tuned": mean_tuned}
+    for axis, (label, read) in zip(axes[0], reads.items(), strict=True):
         axis.plot(*points(axis, swept, read, label, "lam"), color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
-    plot_nmi(axes[-1, 0], networks)
-    plot_high_frequencies(axes[-1, 1], networks)
+    plot_nmi(axes[1, 0], networks)
+    plot_high_frequencies(axes[1, 1], networks)
     return fig
 
 
@@ -1474,14 +1439,13 @@ Batch = namedtuple("Batch", "vit attn heads states")
 def look_inside(vit, x):
     """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
     tokens, records = vit(x, record=True)
-    states = [vit.embed(x, None, None, vit.grid, vit.grid)]
-    for record in records:
-        states += [record.mid, record.out]
-    attn = torch.stack([record.attn for record in records], dim=1)[..., 1:, 1:]
+    attn, heads, *states = [torch.stack(x, dim=1) for x in zip(*records, strict=True)]
     # rows sum to 1 also where CLS took all but 1e-12
-    attn = F.normalize(attn, p=1, dim=-1, eps=1e-37)
-    heads = torch.stack([record.heads for record in records], dim=1)[..., 1:, :]
-    return tokens, Batch(vit, attn, heads, torch.stack(states, dim=1))
+    attn = F.normalize(attn[..., 1:, 1:], p=1, dim=-1, eps=1e-37)
+    embedding = vit.embed(x, None, None, vit.grid, vit.grid)[:, None]
+    states = torch.stack(states, dim=2).flatten(1, 2)  # after attention, after MLP ...
+    states = torch.cat([embedding, states], dim=1)
+    return tokens, Batch(vit, attn, heads[..., 1:, :], states)
 
 
 def pooled_and_cls(tokens):
@@ -1509,7 +1473,7 @@ def one_pass(vit, images, measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
     # attention weights grow with the square of the number of patches
-    for pixels, labels in images.batches(min(BATCH, 1 + 2000 // vit.grid**2)):
+    for pixels, labels in images.batches(min(BATCH, 3 + 2000 // vit.grid**2)):
         tokens, batch = look_inside(vit, normalise(pixels, vit))
         values = {"output": pooled_and_cls(tokens), "labels": labels}
         for measure in measures:
@@ -1525,10 +1489,10 @@ def find_data(data, size):
     Where 20 images are not left for a test, all are tested and none is learnt from.
     """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
-    if test is None or len(test) < GROUPS:
-        return train, train, 0
     classes = 0
-    if train.classes == test.classes != ():
+    if test is None or len(test) < GROUPS:
+        test = train
+    elif train.classes == test.classes != ():
         classes = len(test.classes[0])
     return train, test, classes
 
@@ -1556,9 +1520,7 @@ def measure(vit, options, figures):
     test = sample(test, options.images, size, options.workers)
     rows = one_pass(vit, test, unique(figures, "measure"))
     learners = unique(figures, "learn")
-    if learners and not classes:
-        print("  no accuracies: they need classes, the same in train and val")
-    elif learners:
+    if learners and classes:
         output = one_pass(vit, train)
         examples = output["output"], output["labels"]
         device = options.device
@@ -1570,18 +1532,14 @@ def measure(vit, options, figures):
 
 
 def look_at_three(vit, test, figures):
-    """Three images, 64 px wide, and what the figures show of them -> {key: array}."""
+    """What the figures show of three images -> {key: (3, ...)}, with the images,
+    64 px wide, and of stimuli the masks."""
     is_stimuli = isinstance(test.source, sslvit.Stimuli)
     images = replace(test, indices=test.indices[:3], masks=is_stimuli)
-    [(pixels, labels)] = images.batches(3)
-    small = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
-    pictures = {"photographs": small}
-    if is_stimuli:
-        pictures["objects"] = (labels > 0).byte()
-    _, batch = look_inside(vit, normalise(pixels, vit))
-    for figure in figures:
-        if figure.picture is not None:
-            pictures |= attempt(figure.picture, batch)
+    measures = [figure.picture for figure in figures if figure.picture]
+    pictures = one_pass(vit, images, measures)
+    [(pixels, _)] = images.batches(3)
+    pictures["photographs"] = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
     return pictures
 
 
@@ -1605,9 +1563,8 @@ def leave_out(rows, whole=()):
         subset = {
             key: x[np.arange(len(x)) % GROUPS != group] for key, x in rows.items()
         }
-        values = {}
-        for key in subset.keys() - FEATURES:
-            values[key] = subset[key].mean(axis=0, dtype=float)
+        means = subset.keys() - FEATURES
+        values = {key: subset[key].mean(axis=0, dtype=float) for key in means}
         for summarise in whole:
             values |= attempt(summarise, subset)
         results.append(values)
@@ -1672,7 +1629,7 @@ def sizes_of(networks):
         groups |= {SMALLEST: both[0], LARGEST: both[-1]}
     for network in most[DECODED][:1]:
         *shape, depth = network.shape
-        deeper = sizes[*shape, depth + network.decoder_depth]
+        deeper = sizes[*shape, depth + network.config["decoder_depth"]]
         most["MIM as deep"] = deeper["MIM"]
     return groups
 
@@ -1694,8 +1651,8 @@ def judge_part(part, sizes):
     gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
     more, *less = values.values()
     difference, reach = interval(more, *less or [0 * more])
-    row |= {"difference": difference, "reach": reach}
-    row["networks"] = min(x.shape[1] for x in values.values())
+    networks = min(x.shape[1] for x in values.values())
+    row |= {"difference": difference, "reach": reach, "networks": networks}
     if math.isnan(reach):
         row["outcome"] = "needs a number"
     elif part.trained and any(gain <= reach for gain, reach in gains.values()):
@@ -1707,33 +1664,22 @@ def judge_part(part, sizes):
     return row
 
 
-VERDICTS = {  # some parts hold, some are opposed
-    (True, False): "partly",
-    (True, True): "mixed",
-    (False, True): "opposed",
-    (False, False): "undecided",
-}
-
-
 def verdict_of(rows):
     """What the outcomes of a claim's parts amount to, and of how many networks."""
     outcomes = {row["outcome"] for row in rows}
     if not outcomes <= {"holds", "opposed", "undecided"}:
         return "not testable"
-    verdict = VERDICTS["holds" in outcomes, "opposed" in outcomes]
+    verdict = "undecided"
     if outcomes == {"holds"}:
         verdict = "agrees"
+    elif outcomes >= {"holds", "opposed"}:
+        verdict = "mixed"
+    elif "holds" in outcomes:
+        verdict = "partly"
+    elif "opposed" in outcomes:
+        verdict = "opposed"
     fewest = min(row["networks"] for row in rows)
     return f"{verdict} ({fewest} network{'s' * (fewest > 1)})"
-
-
-def fairness(networks):
-    """Do trained networks have equal images, or equal work, within two in a hundred?"""
-    for fact in ("images", "work"):
-        values = [getattr(network, fact) for network in networks if network.path]
-        if 0 < max(values) <= 1.02 * min(values):
-            return f"equal {fact}"
-    return "neither equal images nor equal work"
 
 
 def judge(networks, names):
@@ -1749,13 +1695,15 @@ def judge(networks, names):
     for number, rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
         claim = {"claim": number, "text": "; ".join(texts), "parts": rows}
-        claims.append(claim | {"verdict": verdict_of(rows)})
+        claim["verdict"] = verdict_of(rows)
+        claims.append(claim)
     return claims
 
 
 def table_of(results):
     """The claims as lines of text; gains are over the untrained network."""
-    lines = [f"trained with {results['training']}"]
+    images = {n["name"]: n["images"] for n in results["networks"]}
+    lines = [f"training images (one costs CL 8 passes, MIM 3, a hybrid 11): {images}"]
     outcomes = Counter()
     for claim in results["claims"]:
         lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict']}")
@@ -1766,9 +1714,11 @@ def table_of(results):
             lines.append(line)
             outcomes[row["outcome"].split()[0]] += 1
     tested = outcomes.total() - outcomes["needs"]
-    foot = f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were "
-    foot += f"true, {tested / 40:.1f} would by chance (one in forty)"
-    return "\n".join([*lines, foot])
+    lines.append(
+        f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were true, "
+        f"{tested / 40:.1f} would by chance (one in forty)"
+    )
+    return "\n".join(lines)
 
 
 def words_of(row):
@@ -1799,7 +1749,6 @@ class Network:
     """One trained or untrained network as it stands in results.json."""
 
     path: str  # "": untrained
-    format: str
     lam: float | None  # None: the file does not tell, as with seed
     pixels: str
     image_size: int
@@ -1808,8 +1757,6 @@ class Network:
     depth: int
     num_heads: int
     seed: int | None = None
-    decoder_depth: int = 0
-    one_view: bool = False
     images: int = 0  # that it was trained on
     config: dict = field(default_factory=dict)  # of a run of sslvit.py
     given: str = ""  # NAME of NAME=FILE
@@ -1829,22 +1776,11 @@ class Network:
             return "untrained"
         roles = {None: "other", 0: "MIM", 1: "CL"}
         role = roles.get(self.lam, f"hybrid, λ = {self.lam}")
-        if self.one_view:
+        if self.config.get("one_view"):
             role = f"one-view {role}"
-        if self.decoder_depth:
-            role = f"{role} with decoder"
+        if self.config.get("decoder_depth"):
+            role += " with decoder"
         return role
-
-    @property
-    def label(self):
-        """The name in several lines."""
-        return self.name.replace(", ", ",\n")
-
-    @property
-    def work(self):
-        """Encoder passes of its training: what an image costs, times images."""
-        passes = {0: 3, 1: 8}.get(self.lam, 4 if self.one_view else 11)
-        return passes * self.images
 
     @property
     def shape(self):
@@ -1876,8 +1812,8 @@ def give_names(networks):
     for network in networks:
         network.name = network.role
         if len(shapes) > 1:
-            network.name += f", {network.embed_dim} × {network.depth}"
-            network.name += f", {network.image_size}/{network.patch_size} px"
+            image, patch, width, depth = network.shape
+            network.name += f", {width} × {depth}, {image}/{patch} px"
         if network.given.lower() not in {"", *GIVEN}:
             network.name = network.given
     for seeds in by_name(networks):
@@ -1892,63 +1828,8 @@ def check_seeds(networks):
         runs.add(network.path if network.seed is None else network.seed)
         differ = dict(first.settings ^ network.settings)
         files = f"{first.path} and {network.path}, both {first.name},"
-        require(not differ, f"{files} differ in {', '.join(differ)}: give NAME=FILE")
+        require(not differ, f"{files} differ in {sorted(differ)}: give NAME=FILE")
     require(len(runs) == len(networks), f"{first.name}: one run or seed is there twice")
-
-
-def name_and_path(text):
-    """FILE or NAME=FILE -> NAME or "", FILE, which may hold a = itself."""
-    if os.path.exists(text) or "=" not in text:
-        return "", text
-    return text.split("=", 1)
-
-
-def add_companions(vits):
-    """Shipped networks of another λ, of the same size and training images."""
-    first = vits[0].facts.config
-    lams = {vit.facts.lam for vit in vits}
-    for path in sorted(COMPANIONS.rglob("*.pt")):
-        config = find_config(sslvit.load_checkpoint(path))
-        is_new = config["lam"] not in lams
-        if is_new and all(config[key] == first[key] for key in ALIKE):
-            vits.append(load_encoder(path))
-            print("  shipped, stands beside yours; --alone leaves it out")
-
-
-def untrained_like(vit):
-    """A network of the same shape and seed that was never trained."""
-    facts = vit.facts
-    torch.manual_seed(facts.seed or 0)
-    sizes = *facts.shape, facts.num_heads
-    new = ViT(*sizes, **vit.options)
-    new.facts = Network("", "new", None, facts.pixels, *sizes, facts.seed)
-    return new
-
-
-def for_each(files, values):
-    """One value for all files, or one for each."""
-    text = f"{values}: give one value, or one for each file"
-    require(len(values) in (1, len(files)), text)
-    return values * (len(files) // len(values))
-
-
-def load_networks(options):
-    """-> ViTs: given, shipped beside them, untrained ones."""
-    files = options.checkpoints
-    answers = for_each(files, options.heads), for_each(files, options.pixels)
-    vits = []
-    for text, *answer in zip(files, *answers, strict=True):
-        given, path = name_and_path(text)
-        vit = load_encoder(path, *answer)
-        vit.facts.given = given
-        vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
-        vits.append(vit)
-    if vits[0].facts.config and not options.alone:
-        add_companions(vits)
-    # the first seed chooses settings for the others, whatever the order of the files
-    vits.sort(key=lambda vit: vit.facts.seed or 0)
-    twins = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
-    return vits + list(map(untrained_like, twins.values()))
 
 
 # ==== The engine: results ===========================================================
@@ -1997,7 +1878,7 @@ def read_results(paths):
         analyses = [json.loads(Path(path).read_text()) for path in paths]
         for results in analyses:
             is_joined = results["data"] == analyses[0]["data"]
-            require(is_joined, "other images, labels or epochs than the first")
+            require(is_joined, "other images, labels or epochs than the first's")
             for entry in results["networks"]:
                 network = Network(**entry)
                 for key, value in network.values.items():
@@ -2030,7 +1911,7 @@ def draw_figures(networks, names, claims, out):
     pictures = {}
     for name in names:
         figure = FIGURES[name]
-        file = Path(out, f"fig{figure.number}_{name}.png".replace(" ", "_"))
+        file = Path(out, f"fig{figure.number.replace(' ', '_')}_{name}.png")
         try:
             with plt.rc_context(STYLE):
                 fig = figure.draw(networks)
@@ -2065,20 +1946,21 @@ FLAGS = {
 
 def parse(argv):
     """The flags are explained at the top of this file, which --help prints."""
-    text = __doc__
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, figure in FIGURES.items():
-        text += f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=form)
+        line = f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
+        parser.description += line
     parser.error = partial(require, False)  # in one line, as all errors
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
-    files.add_argument("--from", dest="results", nargs="+", default=[])
+    files.add_argument("--from", dest="results", nargs="+")
     add = parser.add_argument
     for name, default in FLAGS.items():
         add(f"--{name}", type=type(default), default=default)
     add("--alone", action="store_true")
-    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME")
+    add("--only", nargs="+", default=list(FIGURES), choices=FIGURES)
     answers = {"nargs": "+", "default": [None]}
     add("--heads", type=int, **answers)
     add("--pixels", choices=PIXELS, **answers)
@@ -2104,8 +1986,8 @@ def main(argv=None):
         check(options)
         results, networks = read_results(options.results or [analyse(options)])
         claims = judge(networks, options.only)
-        results["networks"] = [vars(network) for network in networks]
-        results |= {"claims": claims, "training": fairness(networks)}
+        results["networks"] = list(map(vars, networks))
+        results["claims"] = claims
         write_results(results, options.out)
         print(table_of(results))
         pictures = draw_figures(networks, options.only, claims, options.out)
@@ -2128,6 +2010,9 @@ def main(argv=None):
 # It needs no network, library or script: pictures stand in it as base64.
 
 
+FACTS = "name path seed images pixels choices".split()
+
+
 def write_report(results, pictures, out):
     """pictures: {name: file} of draw_figures()."""
     chapters = ""
@@ -2139,17 +2024,12 @@ def write_report(results, pictures, out):
             f'<img src="data:image/png;base64,{picture}" alt="{escape(figure.text)}">\n'
             f"<p>{escape(figure.lesson)}</p>\n"
         )
-    lines = [str(results["data"]), str(results["settings"])]
-    for network in results["networks"]:
-        line = f"{network['name']}: {network['path']}, seed {network['seed']}, "
-        line += (
-            f"{network['images']:,} images, {network['pixels']}, {network['choices']}"
-        )
-        lines.append(line)
+    facts = [results["data"], results["settings"], FACTS]
+    facts += map(itemgetter(*FACTS), results["networks"])
     page = PAGE.format(
         table=escape(table_of(results)),
         chapters=chapters,
-        facts=escape("\n".join(lines)),
+        facts=escape("\n".join(map(str, facts))),
     )
     Path(out, "report.html").write_text(page, encoding="utf-8")
 
@@ -2214,8 +2094,6 @@ MARKS = {
     "decoder_pos_embed": ("MAE", 0.0, "imagenet"),
     "lm_head.weight": ("BEiT", 0.0, "half"),
     "encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
-    "masked_embed": ("iBOT", None, "imagenet"),
-    "mask_token": ("DINOv2", None, "imagenet"),
 }
 # what else is saved under the name of a checkpoint, by its first bytes
 NOT_CHECKPOINTS = {
@@ -2299,13 +2177,11 @@ def find_config(content):
     config = defaults | config
     for name, default in defaults.items():
         value = config[name]
-        is_sound = type(value) is type(default) and str(value).isprintable()
-        require(is_sound, f"in its config, {name} is {value!r}")
+        require(type(value) is type(default), f"in its config, {name} is {value!r}")
     is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
     require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
-    # the training set's identity; stimuli of any seed are one set
-    data = str(content.get("data", config["data"]))
-    return config | {"data": data.partition(", seed")[0]}
+    # the training set's identity
+    return config | {"data": str(content.get("data", config["data"]))}
 
 
 # ---- From their names to ours ----
@@ -2314,8 +2190,7 @@ def find_config(content):
 def find_prefix(tensors):
     """What stands before the encoder's keys: "model.", "teacher.backbone.", "" ..."""
     patches = [key for key in tensors if key.endswith(PATCHES)]
-    some = ", ".join(list(tensors)[:3])
-    require(patches, f"{len(tensors)} tensors ({some} ...), none of them {PATCHES}")
+    require(patches, f"no {PATCHES} among {len(tensors)} tensors: {list(tensors)[:3]}")
     # False comes before True, and of equals the shortest
     best = min(patches, key=lambda key: (bool(re.search(SECOND_CHOICE, key)), len(key)))
     return best.removesuffix(PATCHES)
@@ -2474,28 +2349,79 @@ def load_encoder(path, heads=None, pixels=None):
         if config:
             form, lam, pixels = "sslvit", config["lam"], "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
-            keys = ("seed", "decoder_depth", "one_view")
-            run = {key: config[key] for key in keys} | {"config": config}
-            run["images"] = int(content["step"]) * config["batch_size"]
+            images = int(content["step"]) * config["batch_size"]
+            run = {"seed": config["seed"], "config": config, "images": images}
         sizes = find_sizes(weights, side, heads, form)
         vit = build(weights, sizes)
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error) or type(error).__name__
+        reason = str(error) or repr(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    vit.facts = Network(str(path), form, lam, pixels or "imagenet", *sizes, **run)
+    facts = vit.facts = Network(str(path), lam, pixels or "imagenet", *sizes, **run)
     is_square = sines or config or TABLE in weights
     answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
     guesses = [guess for guess, answer in answers.items() if not answer]
-    size, patch, width, depth, heads = sizes
     print(
-        f"{path}: {form}, {size} px in patches of {patch}, {width} wide, {depth} deep, "
-        f"{heads} heads, {vit.facts.pixels} pixels; guessed: "
-        f"{', '.join(guesses) or 'nothing'}"
+        f"{path}: {form}, {facts.image_size} px in patches of {facts.patch_size}, "
+        f"{facts.embed_dim} wide, {facts.depth} deep, {facts.num_heads} heads, "
+        f"{facts.pixels} pixels; guessed: {', '.join(guesses) or 'nothing'}"
     )
     print(f"  encoder {prefix!a}, skipped {in_one_line(str(dict(skipped)))}")
     return vit
+
+
+# ---- All networks of an analysis ----
+
+
+def name_and_path(text):
+    """FILE or NAME=FILE -> NAME or "", FILE, which may hold a = itself."""
+    if os.path.exists(text) or "=" not in text:
+        return "", text
+    return text.split("=", 1)
+
+
+def add_companions(vits):
+    """Shipped networks of another λ, of the same size and training images."""
+    first = vits[0].facts.config
+    lams = {vit.facts.lam for vit in vits}
+    for path in sorted(COMPANIONS.rglob("*.pt")):
+        config = find_config(sslvit.load_checkpoint(path))
+        is_new = config["lam"] not in lams
+        if is_new and all(config[key] == first[key] for key in ALIKE):
+            vits.append(load_encoder(path))
+            print("  shipped, stands beside yours; --alone leaves it out")
+
+
+def untrained_like(vit):
+    """A network of the same shape and seed that was never trained."""
+    facts = vit.facts
+    torch.manual_seed(facts.seed or 0)
+    sizes = *facts.shape, facts.num_heads
+    new = ViT(*sizes, **vit.options)
+    new.facts = Network("", None, facts.pixels, *sizes, facts.seed)
+    return new
+
+
+def load_networks(options):
+    """-> ViTs: given, shipped beside them, untrained ones."""
+    files = options.checkpoints
+    answers = options.heads, options.pixels
+    for values in answers:
+        require(len(values) in (1, len(files)), f"{values}: one, or one for each file")
+    vits = []
+    for text, *answer in zip(files, *map(cycle, answers), strict=False):
+        given, path = name_and_path(text)
+        vit = load_encoder(path, *answer)
+        vit.facts.given = given
+        vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
+        vits.append(vit)
+    if vits[0].facts.config and not options.alone:
+        add_companions(vits)
+    # the first seed chooses settings for the others, whatever the order of the files
+    vits.sort(key=lambda vit: vit.facts.seed or 0)
+    twins = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
+    return [*vits, *map(untrained_like, twins.values())]
 
 
 if __name__ == "__main__":

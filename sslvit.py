@@ -1355,7 +1355,7 @@ class Stimuli:
         return image, shape, texture, mask
 
     def identity(self):
-        return f"{self.length} stimuli of {self.size} px, seed {self.key[0]}"
+        return f"{self.length} stimuli of {self.size} px"
 
     def load(self, index):
         """-> PIL image, [shape, texture]; small ones are drawn once and kept."""

@@ -24,17 +24,13 @@ import analyze
 TITLE, TEXT, SMALL = 22, 15, 15
 
 
-def plot_layers(axis, networks):
-    analyze.curves(axis, networks, analyze.pooled_layers, "linear probe accuracy")
-
-
 ROLES = ("CL", "MIM", analyze.HYBRID, "untrained")
 # name in analyze.FIGURES, question, what draws it on an axis
 COLUMNS = (
     ("distance", "How far does a token look?", analyze.plot_distance),
     ("nmi", "Does it matter who asks? Grey was there first", analyze.plot_nmi),
     ("fourier", "Does detail survive?", analyze.plot_high_frequencies),
-    ("layers", "What can be read out?", plot_layers),
+    ("layers", "What can be read out?", analyze.plot_layers),
 )
 
 
