@@ -1490,7 +1490,7 @@ def find_data(data, size):
     """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
     classes = 0
-    if test is None or len(test) < GROUPS:
+    if not test or len(test) < GROUPS:
         test = train
     elif train.classes == test.classes != ():
         classes = len(test.classes[0])

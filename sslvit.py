@@ -906,7 +906,7 @@ def prepare(cfg, state):
     # keeps the gradients of fp16 from becoming 0
     scaler = torch.amp.GradScaler(cfg.device.split(":")[0], enabled=cfg.dtype == "fp16")
     rows = [{"step": 0}]
-    if state is not None:
+    if state:
         rows = state["log"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -929,7 +929,7 @@ def check_identity(cfg, train_set, state):
     identities = [train_set.identity()] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(identities, train_set.identity())
-    if state is not None:
+    if state:
         identities.append(state["data"])
     message = f"not one training set, of ranks or of the run: {set(identities)}"
     require(len(set(identities)) == 1, message)
@@ -1252,8 +1252,6 @@ def main(argv=None):
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        if sys.flags.dev_mode:  # python -X dev
-            raise
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
@@ -1442,7 +1440,7 @@ class ImageFolder(list):
             self.label_names = ("class",)
             self.classes = (names,)
             # what lies beside the class folders is of no class
-            images = [image for image in images if image[0] in names]
+            images = [image for image in images if image[0]]
         numbers = {name: number for number, name in enumerate(names)}
         for top, path in images:
             self.append((path, [numbers.get(top, 0)]))
@@ -1460,7 +1458,7 @@ class ImageFolder(list):
 
 
 def find_data(cfg):
-    """-> (training set, test set or None): --data, or the built-in stimuli."""
+    """-> training set, test set (or None, or empty): of --data, or stimuli."""
     if not cfg.data:
         train_set = Stimuli(20000, cfg.image_size, cfg.seed)
         return train_set, Stimuli(5000, cfg.image_size, cfg.seed, "test")
@@ -1473,11 +1471,10 @@ def find_data(cfg):
     if train_set is None:
         require(test_set is None, f"--data {cfg.data}: a test set, but no folder train")
         train_set = ImageFolder(cfg.data)
-        if len(train_set) >= 20:
-            test_set = copy.copy(train_set)
-            test_set[:] = train_set[9::10]
-            del train_set[9::10]
-    elif test_set is not None and train_set.classes != test_set.classes:
+        test_set = copy.copy(train_set)
+        test_set[:] = train_set[9::10]  # every tenth
+        del train_set[9::10]
+    elif test_set and train_set.classes != test_set.classes:
         say(f"no accuracies, as classes differ: {train_set.classes} {test_set.classes}")
     return train_set, test_set
 
@@ -1665,7 +1662,7 @@ def mean_tokens(encoder, source, count, cfg):
 def knn_scores(encoder, data, cfg):
     """{"knn_<label set>": accuracy}; {} without labels."""
     train_set, test_set = data
-    has_labels = test_set is not None and train_set.classes == test_set.classes
+    has_labels = test_set and train_set.classes == test_set.classes
     if cfg.knn_images == 0 or not has_labels:
         return {}
     bank = mean_tokens(encoder, train_set, cfg.knn_images, cfg)
@@ -1865,8 +1862,8 @@ def draw_reconstruction(cfg, model, source):
     x = F.pixel_shuffle(x, cfg.patch_size) * STD + MEAN
     x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3h, 8w, 3)
     picture = Image.fromarray((255 * x.clamp(0, 1)).byte().numpy())
-    enlarged = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
-    enlarged.save(Path(cfg.out, "masked.png"))
+    picture = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
+    picture.save(Path(cfg.out, "masked.png"))
 
 
 # Stops glibc from returning freed memory: 20 % of the time of a CPU step.

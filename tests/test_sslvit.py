@@ -1073,10 +1073,10 @@ def fill(folder, count, size=(9, 7)):
     [
         ("train/cat=3 train/dog=2 val/cat=1 val/dog=1", "00011", "01", "cat dog"),
         ("Training/a=1 Training/b=1 VALID/a=1 VALID/b=2", "01", "011", "a b"),
-        # without a test set every tenth image is held back, unless they are few
+        # without a test set every tenth image is held back
         ("cat=20 dog=20", "0" * 18 + "1" * 18, "0011", "cat dog"),
         (".=20", "0" * 18, "00", ""),
-        (".=19", "0" * 19, "", ""),
+        (".=9", "0" * 9, "", ""),
         ("images=3 masks=4 .thumbnails=4", "000", "", ""),
     ],
 )
