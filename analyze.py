@@ -9,9 +9,11 @@
   --only NAME ...       figures, see the table below
   --from FILE ...       results.json of one analysis or several, joined
   --alone               without the shipped networks
-  --out FOLDER          for everything [figures/ beside the first file]
+  --out FOLDER          for everything [figures/ beside the first checkpoint; with
+                        --from the folder of the first results.json]
   --data FOLDER         of images, as for sslvit.py [stimuli]
-  --cue-conflict FOLDER of <shape><n>-<texture><n>.png, Geirhos' images
+  --cue-conflict FOLDER of Geirhos' images, <shape><n>-<texture><n>.png; shape and
+                        texture are names of class folders of --data
   --images N            test images; 0: all [1000]
   --labels N            training images to learn from [four times --images]
   --epochs N            of fine-tuning; segmentation has a quarter [10]
@@ -156,7 +158,7 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # a name may hold a dollar sign
 }
-# λ from MIM's blue to CL's orange, over violet: half way between them lies a grey
+# λ from MIM's blue to CL's orange, over violet: straight between them lies a grey
 COLOURS = "#0072B2 #8A45B5 #B5449D #CF4A66 #D55E00".split()
 LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
 LINES = ("-", "--", "-.", ":")
@@ -198,8 +200,8 @@ def curves(axis, networks, read, label, x=""):
     """
     turns = Counter()
     for network, y in readings(networks, read):
-        style = style_of(network, turns[network.role])
-        turns[network.role] += 1
+        style = style_of(network, turns[network.lam])
+        turns[network.lam] += 1
         depth = 1 if x else network.depth
         count = y.shape[1]
         places = np.linspace(max(0, depth + 1 - count), depth, count)
@@ -265,7 +267,7 @@ def picture_maps(batch):
     queries = [int(share * side) * (side + 1) for share in QUERIES]
     attn = batch.attn[:2, [0, -1]].mean(dim=2)  # (images, layers, N, N)
     maps = side**2 * attn[:, :, queries].transpose(1, 2)  # (images, queries, layers, N)
-    return {"maps": maps.reshape(8, side, side).cpu()}
+    return {"maps": maps.reshape(8, side, side)}
 
 
 def draw_maps(networks):
@@ -311,10 +313,10 @@ distance_lesson = """\
 The map as one number: the mean distance between a token and what it looks at,
 d = mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that attends everywhere alike has
 the mean distance of all pairs of grid points, the dotted line. The paper saw CL far
-above MIM, most in later layers, and reads it as shape against texture.
+above MIM, most in later layers, which is why CL would see shapes and MIM textures.
 
-Read it against grey: an untrained network attends almost uniformly, so what training
-does is to shorten. What to look at: whether the gap widens with depth, and the band,
+Read it against grey: an untrained network attends almost uniformly, so training mostly
+shortens. What to look at: whether the gap widens with depth, and the band,
 which are the heads: one layer can hold near and far ones."""
 
 
@@ -472,10 +474,10 @@ def measure_similarity(batch):
     states = batch.states[:, :, 1:]
     added = states[:, 1::2] - states[:, :-1:2]  # by attention (B, L, N, D)
     heads = batch.heads[:, :, :, ::4]  # H times as large as tokens: a quarter is enough
-    weights = torch.stack([block.attn.proj.weight for block in batch.vit.blocks])
-    slices = weights.unflatten(2, (heads.shape[2], -1))  # (L, D, H, d)
-    # A_h·V_h·W_h: (B, L, H, N/4, D)
-    heads = torch.einsum("blhnd,lehd->blhne", heads, slices)
+    # W, and LayerScale where there is one: (L, D, D), input first
+    weights = [block.ls1(block.attn.proj.weight.mT) for block in batch.vit.blocks]
+    slices = torch.stack(weights).unflatten(1, (heads.shape[2], -1))  # (L, H, d, D)
+    heads = heads @ slices  # A_h·V_h·W_h: (B, L, H, N/4, D)
     return {
         "heads": head_similarity(heads),
         "depths": depth_similarity(added[:, :-1], added[:, 1:]),
@@ -524,8 +526,9 @@ IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
 
 def picture_plane(batch):
-    """-> tokens of three images before and after the last attention (3, 2N, 2)."""
-    tokens = batch.states[:, [-3, -2], 1:].flatten(1, 2).cpu()  # (3, 2N, D)
+    """-> tokens of three images before and after the last attention (3, 2N, 2), and
+    the shares of the variance along both axes (2,)."""
+    tokens = batch.states[:, [-3, -2], 1:].flatten(1, 2)  # (3, 2N, D)
     tokens = tokens - tokens.mean(dim=(0, 1))
     _, sizes, directions = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False)
     shares = (sizes / sizes.norm()).square()
@@ -569,7 +572,7 @@ image gain no volume, and that MIM does the reverse.
 A network that only gets louder gains volume too. So the verdict divides each matrix by
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
 the right is not divided. What to look at: the last layer, and where the curves part.
-Layer 0 lies below the axis: 48 pixel values of a patch fill 48 directions at most."""
+Layer 0 lies below the axis: 48 pixel values of a patch give images 48 directions."""
 
 
 def singular_spectrum(x):
@@ -912,7 +915,7 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     choices = study.vit.facts.choices
     if key not in choices:
         choices[key] = max(settings, key=accuracy)
-        # an end of the grid may not be the best there is
+        # is it an end of the grid?
         print(f"  {key}: {choices[key]}, of {settings[0]} to {settings[-1]}")
     return predict(fit(make(), train, epochs, **choices[key]), test)
 
@@ -928,7 +931,7 @@ mean_tuned = of(np.mean, "fine-tuned")
 
 
 def draw_accuracy(networks):
-    labels = networks[0].label_names
+    labels = networks[0].label_names or ("no classes",)
     fig, [axes] = canvas(2 * len(labels))
     pairs = product(("linear probe", "fine-tuned"), enumerate(labels))
     for axis, (key, (place, label)) in zip(axes, pairs, strict=True):
@@ -1241,26 +1244,16 @@ reads: here the mean patch token after each MLP, and the mean over shape and tex
 What to look at: does MIM fall in its last third, and random layers (grey) not?"""
 
 
+POOLED = "probe of mean patch token"
+
+
 def learn_layers(study):
-    """-> layers (n, 1+2L, label sets): is the probe of a state correct?"""
+    """-> (n, L): the share of the label sets that a probe after each MLP gets right."""
     train = one_pass(study.vit, study.train, [measure_features])
-    data = train["features"], train["labels"], study.rows["features"], study.device
+    features, test = [rows["features"][:, 2::2] for rows in (train, study.rows)]
+    data = features, train["labels"], test, study.device
     correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
-    return {"probe of pooled tokens": np.stack(correct, axis=1)}
-
-
-def pooled_layers(values):
-    """After each MLP, mean over label sets (L,)."""
-    return after_mlp(values["probe of pooled tokens"]).mean(axis=1)
-
-
-def of_pooled(summary):
-    """What a part reads of the layers' probes."""
-
-    def read(values):
-        return summary(pooled_layers(values))
-
-    return read
+    return {POOLED: np.mean(correct, axis=2).T}
 
 
 def end_fall(x):
@@ -1269,7 +1262,7 @@ def end_fall(x):
 
 
 def plot_layers(axis, networks):
-    curves(axis, networks, pooled_layers, "linear probe of mean patch token")
+    curves(axis, networks, itemgetter(POOLED), POOLED)
 
 
 FIGURES["layers"] = Figure(
@@ -1279,9 +1272,9 @@ FIGURES["layers"] = Figure(
     layers_lesson,
     partial(alone, plot_layers),
     parts=(
-        Part("pooled probe, early", "MIM", "CL", of_pooled(early)),
-        Part("pooled probe, last layer", "CL", "MIM", of_pooled(last)),
-        Part("pooled probe of MIM, middle - last", "MIM", "", of_pooled(end_fall)),
+        Part("pooled probe, early", "MIM", "CL", of(early, POOLED)),
+        Part("pooled probe, last layer", "CL", "MIM", of(last, POOLED)),
+        Part("pooled probe of MIM, middle - last", "MIM", "", of(end_fall, POOLED)),
     ),
     measure=(measure_features,),
     learn=(learn_layers,),
@@ -1319,8 +1312,8 @@ FIGURES["decoder"] = Figure(
     decoder_lesson,
     draw_decoder,
     parts=(
-        Part("probe, middle - last layer", "MIM", DECODED, of_pooled(end_fall)),
-        Part("the same, as deep", "MIM as deep", DECODED, of_pooled(end_fall)),
+        Part("probe, middle - last layer", "MIM", DECODED, of(end_fall, POOLED)),
+        Part("the same, as deep", "MIM as deep", DECODED, of(end_fall, POOLED)),
         Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
     measure=(measure_nmi, measure_features, measure_fourier),
@@ -1344,7 +1337,7 @@ whether its NMI follows blue at first and orange at the end."""
 def draw_sweep(networks):
     """Accuracy against λ; below, NMI and high frequencies."""
     shapes = {n.shape for n in networks if n.role == HYBRID}
-    require(shapes, f"needs a {HYBRID}")
+    require(len(shapes) == 1, f"needs a {HYBRID}, of one size")
     swept = [n for n in networks if n.shape in shapes and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
     fig, axes = canvas(2, rows=2, height=3.6)
@@ -1381,7 +1374,7 @@ FIGURES["sweep"] = Figure(
 # Images are read by DataLoader's workers and are never all in memory; what grows with
 # their number are the values and features of each.
 
-FEATURES = {"output", "features", "labels"}  # not in results.json
+FEATURES = {"output", "features", "labels"}  # for learners; not averaged
 PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
@@ -1439,7 +1432,8 @@ Batch = namedtuple("Batch", "vit attn heads states")
 def look_inside(vit, x):
     """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
     tokens, records = vit(x, record=True)
-    attn, heads, *states = [torch.stack(x, dim=1) for x in zip(*records, strict=True)]
+    parts = zip(*records, strict=True)
+    attn, heads, *states = [torch.stack(layers, dim=1) for layers in parts]
     # rows sum to 1 also where CLS took all but 1e-12
     attn = F.normalize(attn[..., 1:, 1:], p=1, dim=-1, eps=1e-37)
     embedding = vit.embed(x, None, None, vit.grid, vit.grid)[:, None]
@@ -1465,14 +1459,14 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        sslvit.warn_once(f"  left out: {error!r}")
+        sslvit.warn_once(f"  {function.__name__} left out: {error!r}")
         return {}
 
 
 def one_pass(vit, images, measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
-    # attention weights grow with the square of the number of patches
+    # attention grows with the square of the patches; pictures need three images
     for pixels, labels in images.batches(min(BATCH, 3 + 2000 // vit.grid**2)):
         tokens, batch = look_inside(vit, normalise(pixels, vit))
         values = {"output": pooled_and_cls(tokens), "labels": labels}
@@ -1521,8 +1515,7 @@ def measure(vit, options, figures):
     rows = one_pass(vit, test, unique(figures, "measure"))
     learners = unique(figures, "learn")
     if learners and classes:
-        output = one_pass(vit, train)
-        examples = output["output"], output["labels"]
+        examples = itemgetter("output", "labels")(one_pass(vit, train))
         device = options.device
         study = Study(vit, options, device, train, test, classes, examples, rows)
         for function in learners:
@@ -1532,8 +1525,8 @@ def measure(vit, options, figures):
 
 
 def look_at_three(vit, test, figures):
-    """What the figures show of three images -> {key: (3, ...)}, with the images,
-    64 px wide, and of stimuli the masks."""
+    """What the figures show of three images -> {key: array}, with the images, 64 px
+    wide, and their labels, of stimuli the masks."""
     is_stimuli = isinstance(test.source, sslvit.Stimuli)
     images = replace(test, indices=test.indices[:3], masks=is_stimuli)
     measures = [figure.picture for figure in figures if figure.picture]
@@ -1553,7 +1546,6 @@ def unique(figures, slot):
 # the g-th twentieth. Verdicts compare numbers that are read from all rows.
 
 GROUPS = 20
-T_19 = 2.09  # Student's t with 19 degrees of freedom, 95 % two-sided
 
 
 def leave_out(rows, whole=()):
@@ -1608,7 +1600,8 @@ def interval(more, less):
     networks share. Networks, where both groups have three or more: Welch's t.
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
-    images = T_19 * math.sqrt(19 * difference[1:].var())
+    # 2.09: Student's t with 19 degrees of freedom, 95 % two-sided
+    images = 2.09 * math.sqrt(19 * difference[1:].var())
     networks = welch(more[0], less[0])
     return difference[0], math.hypot(images, networks)
 
@@ -1629,8 +1622,8 @@ def sizes_of(networks):
         groups |= {SMALLEST: both[0], LARGEST: both[-1]}
     for network in most[DECODED][:1]:
         *shape, depth = network.shape
-        deeper = sizes[*shape, depth + network.config["decoder_depth"]]
-        most["MIM as deep"] = deeper["MIM"]
+        deeper = *shape, depth + network.config["decoder_depth"]
+        most["MIM as deep"] = sizes[deeper]["MIM"]
     return groups
 
 
@@ -1757,7 +1750,8 @@ class Network:
     depth: int
     num_heads: int
     seed: int | None = None
-    images: int = 0  # that it was trained on
+    images: int | None = None  # that it was trained on
+    look: str = ""  # what its untrained twin shares beside the shape
     config: dict = field(default_factory=dict)  # of a run of sslvit.py
     given: str = ""  # NAME of NAME=FILE
     name: str = ""
@@ -1793,7 +1787,7 @@ class Network:
         Files of other people do not tell: those that share a NAME are seeds.
         """
         settings = self.config | {"shape": self.shape}
-        if not self.config and not self.given:
+        if not (self.config or self.given):
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
 
@@ -1825,7 +1819,8 @@ def check_seeds(networks):
     first = networks[0]
     runs = set()
     for network in networks:
-        runs.add(network.path if network.seed is None else network.seed)
+        run = network.path if network.seed is None else network.seed
+        runs.add((run, network.look))
         differ = dict(first.settings ^ network.settings)
         files = f"{first.path} and {network.path}, both {first.name},"
         require(not differ, f"{files} differ in {sorted(differ)}: give NAME=FILE")
@@ -1877,16 +1872,17 @@ def read_results(paths):
     try:
         analyses = [json.loads(Path(path).read_text()) for path in paths]
         for results in analyses:
-            is_joined = results["data"] == analyses[0]["data"]
-            require(is_joined, "other images, labels or epochs than the first's")
+            require(results["data"] == analyses[0]["data"], "other images or epochs")
             for entry in results["networks"]:
                 network = Network(**entry)
                 for key, value in network.values.items():
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = (network.path, network.seed, network.shape)
-                runs.setdefault(run, network).values |= network.values
+                run = (network.path, network.seed, network.shape, network.look)
+                first = runs.setdefault(run, network)
+                first.values |= network.values
+                first.pictures |= network.pictures
         networks = list(runs.values())
         require(networks, "no networks")
         give_names(networks)
@@ -1985,9 +1981,8 @@ def main(argv=None):
         options = parse(argv)
         check(options)
         results, networks = read_results(options.results or [analyse(options)])
-        claims = judge(networks, options.only)
+        claims = results["claims"] = judge(networks, options.only)
         results["networks"] = list(map(vars, networks))
-        results["claims"] = claims
         write_results(results, options.out)
         print(table_of(results))
         pictures = draw_figures(networks, options.only, claims, options.out)
@@ -2178,8 +2173,7 @@ def find_config(content):
     for name, default in defaults.items():
         value = config[name]
         require(type(value) is type(default), f"in its config, {name} is {value!r}")
-    is_sound = config["model"] in SIZES and 0 <= config["lam"] <= 1
-    require(is_sound, "its config has a model of no size here, or lam outside [0, 1]")
+    require(config["model"] in SIZES, f"in its config, model is {config['model']!r}")
     # the training set's identity
     return config | {"data": str(content.get("data", config["data"]))}
 
@@ -2359,8 +2353,9 @@ def load_encoder(path, heads=None, pixels=None):
             reason = "not readable as data alone (of a module, save the state_dict())"
         raise UserError(f"{path}: {in_one_line(reason)}") from error
     facts = vit.facts = Network(str(path), lam, pixels or "imagenet", *sizes, **run)
-    is_square = sines or config or TABLE in weights
-    answers = {"--heads": heads, "square grid": is_square, "--pixels": pixels}
+    facts.look = f"{facts.num_heads} heads, {facts.pixels} pixels, {vit.options}"
+    answers = {"--heads": heads, "--pixels": pixels}
+    answers["square grid"] = sines or config or TABLE in weights
     guesses = [guess for guess, answer in answers.items() if not answer]
     print(
         f"{path}: {form}, {facts.image_size} px in patches of {facts.patch_size}, "
@@ -2394,12 +2389,12 @@ def add_companions(vits):
 
 
 def untrained_like(vit):
-    """A network of the same shape and seed that was never trained."""
+    """A network of the same architecture and seed that was never trained."""
     facts = vit.facts
     torch.manual_seed(facts.seed or 0)
     sizes = *facts.shape, facts.num_heads
     new = ViT(*sizes, **vit.options)
-    new.facts = Network("", None, facts.pixels, *sizes, facts.seed)
+    new.facts = Network("", None, facts.pixels, *sizes, facts.seed, look=facts.look)
     return new
 
 
@@ -2420,7 +2415,8 @@ def load_networks(options):
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
     vits.sort(key=lambda vit: vit.facts.seed or 0)
-    twins = {(vit.facts.shape, vit.facts.seed): vit for vit in vits}
+    twin = attrgetter("facts.shape", "facts.look", "facts.seed")
+    twins = {twin(vit): vit for vit in vits}
     return [*vits, *map(untrained_like, twins.values())]
 
 

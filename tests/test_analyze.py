@@ -82,13 +82,19 @@ def test_heads_are_compared_by_what_they_add_to_a_token():
     # the first adds (1, 0), the second -2·(3, 4), and their cosine is -3/5
     weight = torch.tensor([[1.0, 3], [0, 4]])
     attn = SimpleNamespace(proj=SimpleNamespace(weight=weight))
-    batch = SimpleNamespace(
-        vit=SimpleNamespace(blocks=[SimpleNamespace(attn=attn)]),
-        heads=torch.tensor([1.0, -2])[None, None, :, None, None].expand(1, 1, 2, 4, 1),
-        states=torch.randn(1, 3, 5, 2),
-    )
+    scale = sslvit.LayerScale(2, 1.0)
+    scale.gamma.data[1] = 3 / 4
     [measure] = analyze.FIGURES["similarity"].measure
-    assert close(measure(batch)["heads"], -0.6)
+    # LayerScale makes (3, 4) a (3, 3), and the cosine -1/√2
+    for ls1, cosine in ((torch.nn.Identity(), -0.6), (scale, -(0.5**0.5))):
+        block = SimpleNamespace(attn=attn, ls1=ls1)
+        heads = torch.tensor([1.0, -2])[None, None, :, None, None]
+        batch = SimpleNamespace(
+            vit=SimpleNamespace(blocks=[block]),
+            heads=heads.expand(1, 1, 2, 4, 1),
+            states=torch.randn(1, 3, 5, 2),
+        )
+        assert close(measure(batch)["heads"], cosine)
 
 
 @pytest.mark.parametrize("side, bin", [(8, 1), (8, 4), (7, 3), (14, 7)])
@@ -484,7 +490,7 @@ def test_the_distance_from_untrained_stands_in_the_row():
 
 # ---- What each claim reads: six layers, so that early and late are two ----
 
-POOLED = "probe of pooled tokens"
+POOLED = analyze.POOLED
 zeros = [0] * 12  # of all states but the last
 
 
@@ -500,11 +506,6 @@ def states(early, middle, late, trap):
 def at_pi(early, late):
     """(13, 5): of π in the last bin; nothing is to be read of the one before."""
     return [[0, 9, 9, 9, x] for x in states(early, 0, late, trap=9)]
-
-
-def probes(early, middle, late):
-    """(13, 2): two label sets, whose mean counts."""
-    return [[x - 0.1, x + 0.1] for x in states(early, middle, late, trap=1)]
 
 
 def overlap(share):
@@ -540,7 +541,7 @@ def rings(low, high):
         # drops of MIM 1/4 and 1, of CL 0 and 1/2
         ("noise", "noise", rings(0.8, 0.4), rings(0.6, 0), [0.75 - 0.5]),
         # early; last layer; MIM's middle - last
-        ("layers", POOLED, probes(3, 5, 8), probes(5, 7, 6), [5 - 3, 8 - 6, 7 - 6]),
+        ("layers", POOLED, layers(3, 5, 8), layers(5, 7, 6), [5 - 3, 8 - 6, 7 - 6]),
     ],
 )
 def test_what_a_claim_reads(name, key, cl, mim, differences):
@@ -613,7 +614,7 @@ def test_claim_12_reads_where_the_hybrid_changes():
 
 def test_claim_11_has_a_control_of_equal_depth():
     def values(middle, last, nmi):
-        return {POOLED: probes(0, middle, last), "nmi": [[0]] * 5 + [[nmi]]}
+        return {POOLED: layers(0, middle, last), "nmi": [[0]] * 5 + [[nmi]]}
 
     networks = [
         network("MIM", values(0.8, 0.5, 0.1)),

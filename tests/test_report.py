@@ -31,6 +31,7 @@ RUNS = {
     "decoder": {"lam": 0.0, "decoder_depth": 1},
     "deep": {"lam": 0.0, "model": "tiny"},
     "wide": {"lam": 1.0, "model": "micro"},
+    "relative": {"lam": 0.0, "positions": "relative"},
     "coarse": {"lam": 0.0, "patch_size": 8, "mask_patch_size": 8},
 }
 
@@ -165,6 +166,15 @@ def test_two_orders_of_files_give_one_table(runs, tmp_path, no_drawing):
     assert nmi[0] in nmi[3:] and nmi[2] in nmi[3:] and nmi[3] != nmi[4]
 
 
+def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing):
+    files = [runs["moco"], runs["relative"]]
+    results, _ = analysed(tmp_path, files, "--only", "nmi")
+    assert roles_in(results) == ["CL", "MIM", "untrained", "untrained"]
+    # where these runs stand, too
+    cl, mim, *untrained = [entry["values"]["nmi"] for entry in results["networks"]]
+    assert cl != mim and cl in untrained and mim in untrained
+
+
 def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
     def measure_largest(batch):
         return {"largest": batch.attn.amax(dim=(2, 3, 4))}
@@ -252,6 +262,11 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
     assert main("--from", *files, *only, "--out", tmp_path / "d")[0] == 0
     # the network that is in both counts once
     assert read(tmp_path / "d")["claims"] == together["claims"]
+    # other figures of one network
+    analysed(tmp_path / "b", [cl], "--only", "maps")
+    assert main("--from", *files, *only, "--out", tmp_path / "d")[0] == 0
+    first = read(tmp_path / "d")["networks"][0]
+    assert "nmi" in first["values"] and "maps" in first["pictures"]
     for flags in (["--images", 30], ["--labels", 50]):  # other images to test or learn
         analysed(tmp_path / "b", [cl1], *only, *flags)
         assert "other" in fails("--from", *files, "--out", tmp_path / "d")
