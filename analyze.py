@@ -237,7 +237,7 @@ def points(axis, networks, read, label, fact="name"):
     return places, means
 
 
-def alone(plot, networks):
+def on_one_axis(plot, networks):
     """A figure of one axis."""
     fig, [[axis]] = canvas(1)
     plot(axis, networks)
@@ -347,9 +347,9 @@ def measure_distance(batch):
 def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
     curves(axis, networks, itemgetter("distance"), label)
-    first = networks[0]
-    patches = grid_points(first.image_size // first.patch_size, torch.ones(1))
-    far = torch.cdist(patches, patches).mean().item() * first.patch_size
+    image_size, patch_size, *_ = networks[0].shape
+    patches = grid_points(image_size // patch_size, torch.ones(1))
+    far = torch.cdist(patches, patches).mean().item() * patch_size
     axis.axhline(far, color="black", ls=":", label="uniform attention")
 
 
@@ -358,7 +358,7 @@ FIGURES["distance"] = Figure(
     4,
     "CL attends globally, MIM locally, most in later layers",
     distance_lesson,
-    partial(alone, plot_distance),
+    partial(on_one_axis, plot_distance),
     parts=(
         Part("attention distance, px", "CL", "MIM", of(np.mean, "distance")),
         Part("the same, late - early", "CL", "MIM", of(rise, "distance")),
@@ -418,7 +418,7 @@ FIGURES["nmi"] = Figure(
     5,
     "CL's later attention collapses into one map for all queries",
     nmi_lesson,
-    partial(alone, plot_nmi),
+    partial(on_one_axis, plot_nmi),
     parts=(
         Part("NMI, late", "MIM", "CL", of(late, "nmi")),
         Part("NMI of CL, early - late", "CL", "", nmi_fall),
@@ -725,11 +725,12 @@ FIGURES["fourier"] = Figure(
 
 accuracy_lesson = """\
 Two questions to a trained network. The linear probe freezes it and asks what a
-hyperplane can read: mean cross-entropy + strength/2·|W|², the strength chosen on
-validation images. Fine-tuning trains all weights further and asks what the network is a
-good start for; learning rate and layer decay are chosen on validation images, in
-trainings of a third of the epochs, and seeds of a network share the first one's choice.
-The paper saw CL win the first and MIM the second.
+hyperplane can read from its output: mean cross-entropy + strength/2·|W|². The strength,
+and CLS or the mean patch token, are chosen on validation images. Fine-tuning trains all
+weights further and asks what the network is a good start for; learning rate and layer
+decay are chosen on validation images, in trainings of a third of the epochs, and seeds
+of a network share the first one's choice. The paper saw CL win the first and MIM the
+second.
 
 Grey is a new network: what fine-tuning reaches from scratch, and a probe of random
 weights. What to look at: is the gap larger than the scatter of seeds, is anything above
@@ -805,7 +806,6 @@ def learn_probe(study):
 FINE_TUNING = [
     {"lr": lr, "decay": decay} for lr in (3e-4, 1e-3, 3e-3) for decay in (0.75, 1.0)
 ]
-SMALLEST_CROP = 0.35  # of the area; 0.08 in the papers, whose images have more room
 BATCH = 64
 
 
@@ -838,9 +838,12 @@ class Tuned(nn.Module):
 
 
 def random_crop(image, size):
-    """SMALLEST_CROP to all of the area, mirrored or not -> uint8 (3, size, size)."""
+    """35 % to all of the area, mirrored or not -> uint8 (3, size, size).
+
+    From 8 % on in the papers, whose images have more room.
+    """
     rng = np.random.default_rng(torch.randint(2**62, (1,)).item())
-    [crop] = sslvit.random_crops(image, size, [SMALLEST_CROP], rng)
+    [crop] = sslvit.random_crops(image, size, [0.35], rng)
     return crop[:, :, :: rng.choice((1, -1))].copy()
 
 
@@ -988,8 +991,8 @@ def draw_scaling(networks):
         lines[network.role].append(network)
     fig, [[axis]] = canvas(1)
     for role, group in lines.items():
-        means = points(axis, group, mean_tuned, "fine-tuned", "embed_dim")
-        axis.plot(*means, label=role, **style_of(group[0]))
+        line = points(axis, group, mean_tuned, "fine-tuned", "embed_dim")
+        axis.plot(*line, label=role, **style_of(group[0]))
     axis.set_xlabel("width of the tokens")
     return fig
 
@@ -1012,15 +1015,16 @@ FIGURES["scaling"] = Figure(
 
 dense_lesson = """\
 Segmentation asks every token for the classes of its own p × p pixels: one of eight
-shapes, or ground. One linear layer does it, on a frozen network or trained with it, its
-learning rate chosen on validation as before, in a quarter of the epochs; the paper used
-COCO boxes and Mask R-CNN, which need a GPU for days. The score, with sums over all test
-images, is the mean over classes of
+shapes, or ground. One linear layer does it, on a frozen network or trained with it, the
+learning rate chosen by the pixels that are right in validation, in a quarter of the
+epochs; the paper used COCO boxes and Mask R-CNN, which need a GPU for days. The score,
+with sums over all test images, is the mean over classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
 
 The paper saw MIM ahead, as its tokens stay themselves. What to look at: linear says
-what tokens hold, fine-tuned what they can become."""
+what tokens hold, fine-tuned what they can become. Neither counts where CL or MIM is not
+above grey."""
 
 LINEAR_HEADS = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
 
@@ -1148,7 +1152,7 @@ FIGURES["bias"] = Figure(
     9,
     "CL is shape-biased, MIM texture-biased",
     bias_lesson,
-    partial(alone, plot_bias),
+    partial(on_one_axis, plot_bias),
     parts=(Part("shape bias", "CL", "MIM", of(shape_bias, "cues")),),
     learn=(learn_bias,),
 )
@@ -1161,13 +1165,12 @@ Noise of one ring of spatial frequencies and of fixed energy is added to test im
 and the probe of clean images decides: relative drop = 1 - accuracy(noisy) /
 accuracy(clean). A network that reads texture needs what lies under high-frequency
 noise. The paper saw it hurt MIM more; that must mean more than 'noise hurts MIM more',
-so the claim compares the drop in the upper third of the frequencies minus that in the
-lower third.
+so the claim compares the drop in the upper third of the rings minus that in the lower
+third (four of ten, rounded up).
 
 What to look at: which ring hurts most, and whether the curves cross."""
 
 BANDS = list(pairwise(0.1 * math.pi * np.arange(11)))  # from, to: rad/px
-NOISE = 25.5  # root mean square: a tenth of full brightness
 
 
 def band_noise(size, low, high, generator=None):
@@ -1198,12 +1201,12 @@ def band_noise_drop(accuracies):
 def learn_noise(study):
     """-> noise (n, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
-    vit = study.vit
     rows = []
     for pixels, _ in study.test.batches(BATCH):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
-        noisy = [(pixels + NOISE * noise).clamp(0, 255) for noise in (0, *noises)]
-        outputs = [pooled_and_cls(vit(normalise(x, vit))) for x in noisy]
+        # a root mean square of 25.5 is a tenth of full brightness
+        noisy = [(pixels + 25.5 * noise).clamp(0, 255) for noise in (0, *noises)]
+        outputs = [pooled_and_cls(study.vit(normalise(x, study.vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
     predicted = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
@@ -1227,7 +1230,7 @@ FIGURES["noise"] = Figure(
     9,
     "high-frequency noise hurts MIM more",
     noise_lesson,
-    partial(alone, plot_noise),
+    partial(on_one_axis, plot_noise),
     parts=(Part("noise: drop, high - low", "MIM", "CL", noise_slope),),
     learn=(learn_noise,),
 )
@@ -1251,8 +1254,8 @@ def learn_layers(study):
     """-> (n, L): the share of the label sets that a probe after each MLP gets right."""
     train = one_pass(study.vit, study.train, [measure_features])
     features, test = [rows["features"][:, 2::2] for rows in (train, study.rows)]
-    data = features, train["labels"], test, study.device
-    correct = [predicted == study.rows["labels"] for _, predicted in probes(*data)]
+    results = probes(features, train["labels"], test, study.device)
+    correct = [predicted == study.rows["labels"] for _, predicted in results]
     return {POOLED: np.mean(correct, axis=2).T}
 
 
@@ -1270,7 +1273,7 @@ FIGURES["layers"] = Figure(
     10,
     "MIM is better in early layers, CL in the last",
     layers_lesson,
-    partial(alone, plot_layers),
+    partial(on_one_axis, plot_layers),
     parts=(
         Part("pooled probe, early", "MIM", "CL", of(early, POOLED)),
         Part("pooled probe, last layer", "CL", "MIM", of(last, POOLED)),
@@ -1291,7 +1294,7 @@ makes the network larger, so the control is a network without decoder that is as
 encoder and decoder together.
 
 What to look at: the drop from the middle to the last layer, with decoder, without, and
-in the control."""
+in the control. An encoder that need not decode should also keep its NMI to the end."""
 
 DECODED = "MIM with decoder"
 
@@ -1480,7 +1483,8 @@ def one_pass(vit, images, measures=()):
 def find_data(data, size):
     """-> training set, test set, number of classes; 0: nothing can be learnt.
 
-    Where 20 images are not left for a test, all are tested and none is learnt from.
+    Where 20 images are not left for a test, those for training are tested and none is
+    learnt from.
     """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
     classes = 0
@@ -1493,7 +1497,7 @@ def find_data(data, size):
 
 def sample(source, count, size, workers):
     """`count` random Images (0: all), the same for every network."""
-    order = np.random.default_rng(0).permutation(len(source))[: count or None].tolist()
+    order = np.random.default_rng(0).permutation(len(source))[: count or None]
     require(len(order) >= GROUPS, f"{len(order)} images: at least {GROUPS} are needed")
     return Images(source, order, size, workers)
 
@@ -1504,7 +1508,7 @@ def sample(source, count, size, workers):
 Study = namedtuple("Study", "vit options device train test classes examples rows")
 
 
-def measure(vit, options, figures):
+def measure_network(vit, options, figures):
     """Gives a network the values that the figures need -> train, test Images."""
     network = vit.facts
     size = network.image_size
@@ -1568,7 +1572,7 @@ def numbers(read, networks):
     columns = []
     for network in networks:
         items = network.values.items()
-        rows = [{key: x[i] for key, x in items} for i in range(GROUPS + 1)]
+        rows = [{key: x[i] for key, x in items} for i in range(21)]
         columns.append([read(row) for row in rows])
     return np.stack(columns, axis=1, dtype=float)
 
@@ -1637,18 +1641,18 @@ def judge_part(part, sizes):
             if len(names) != 1:
                 raise KeyError(f"{role}, of one name")
             values[role] = numbers(part.read, names[0])
-    except KeyError as error:
+    except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
     row["values"] = {role: x[0].mean() for role, x in values.items()}
     new = values.pop("untrained")
     gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
-    more, *less = values.values()
-    difference, reach = interval(more, *less or [0 * more])
+    more = values[part.more]
+    difference, reach = interval(more, values.get(part.less, 0 * more))
     networks = min(x.shape[1] for x in values.values())
     row |= {"difference": difference, "reach": reach, "networks": networks}
     if math.isnan(reach):
         row["outcome"] = "needs a number"
-    elif part.trained and any(gain <= reach for gain, reach in gains.values()):
+    elif part.trained and any(gain <= its_reach for gain, its_reach in gains.values()):
         row["outcome"] = "needs more training: not above a new network"
     elif difference > reach:
         row["outcome"] = "holds"
@@ -1843,12 +1847,16 @@ def analyse(options):
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
         vit.to(options.device).requires_grad_(False)
-        train, test = measure(vit, options, figures)
+        train, test = measure_network(vit, options, figures)
         if network is first:
             network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
-        data = test.source.identity()
-        results["data"] = [data, len(test), len(train), options.epochs]
+        results["data"] = [
+            test.source.identity(),
+            len(test),
+            len(train),
+            options.epochs,
+        ]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()
@@ -2048,9 +2056,10 @@ What Do Self-Supervised Vision Transformers Learn? (ICLR 2023, arXiv 2305.00729)
 <p>A part holds when its difference is above 0 with its whole 95 % interval, and is
 opposed when the interval lies below 0. A claim agrees when every part holds; partly:
 some hold, none is opposed; mixed: some hold, some are opposed; opposed: none holds,
-some are opposed; undecided: the rest. The interval is over test images and, with three
-networks or more on both sides, over networks. One or two networks say how sure the
-images are, not whether another training would end alike.</p>
+some are opposed; undecided: the rest; not testable: a part lacks what it needs. The
+interval is over test images and, with three networks or more on both sides, over
+networks. One or two networks say how sure the images are, not whether another training
+would end alike.</p>
 {chapters}
 <h2>Networks and settings</h2>
 <pre>{facts}</pre>
@@ -2316,10 +2325,11 @@ def in_one_line(text):
 def load_encoder(path, heads=None, pixels=None):
     """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
-    What no tensor tells can be given: heads (else 64 wide each; 12 in a ViT-S of MoCo
-    v3), pixels "imagenet" or "half", which is (x - 0.5) / 0.5 (else half for BEiT,
-    ImageNet's mean and deviation for others). A table of position biases and a config
-    of sslvit.py count more. Learned positions might be of a grid that is not square.
+    What no tensor tells can be given: heads (else 64 wide each, 80 where 1,280 wide; 12
+    where 384 wide with fixed sines), pixels "imagenet" or "half", which is (x - 0.5) /
+    0.5 (else half for BEiT, ImageNet's mean and deviation for others). A table of
+    position biases and a config of sslvit.py count more. Learned positions might be of
+    a grid that is not square.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
     to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each

@@ -57,18 +57,13 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed
-    fcntl = None
-
 
 # torchrun starts a process for each GPU and tells it its number
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-class UserError(ValueError):
+class UserError(ValueError, argparse.ArgumentTypeError):
     """An error the user can fix: main() prints it as one line and returns status 2."""
 
 
@@ -92,8 +87,8 @@ def contrastive_loss(q, k, temperature):
     # bf16 has three digits, too few for this softmax
     with torch.autocast(q.device.type, enabled=False):
         precision = torch.promote_types(q.dtype, torch.float32)
-        q = F.normalize(q.to(precision), dim=-1)
-        k = F.normalize(k.to(precision), dim=-1)
+        q = F.normalize(q.to(precision))
+        k = F.normalize(k.to(precision))
         logits = q @ k.T / temperature  # (B, B)
         own_key = torch.arange(len(q), device=q.device)
         return 2 * temperature * F.cross_entropy(logits, own_key)
@@ -109,17 +104,16 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
     section 3.2). Sizes in px; UserError, a ValueError, where they do not divide.
     """
     require(0 < ratio <= 1, f"mask ratio {ratio}: not in (0, 1]")
-    divides = unit % patch_size == 0 and image_size % unit == 0
     sizes = f"patch size {patch_size}, mask unit {unit}, image size {image_size}"
+    divides = unit % patch_size == image_size % unit == 0
     require(divides, f"{sizes}: each must divide the next")
     side = image_size // unit
     patches = unit // patch_size
     # 1e-9: 0.28 × 25 units is 7, not 7.000000000000001
     masked = math.ceil(ratio * side * side - 1e-9)
     # the ranks of random numbers are a random order of the units
-    ranking = torch.rand(batch, side * side, generator=generator)
-    ranking = ranking.argsort(dim=1).argsort(dim=1)
-    units = (ranking < masked).unflatten(1, (side, side))
+    ranking = torch.rand(batch, side * side, generator=generator).argsort().argsort()
+    units = (ranking < masked).view(batch, side, side)
     mask = units.repeat_interleave(patches, dim=1).repeat_interleave(patches, dim=2)
     return mask.flatten(1)
 
@@ -351,8 +345,7 @@ class ViT(nn.Module):
         x = self.patch_embed(x).flatten(2).mT  # (B, D, rows, cols) -> (B, N, D)
         if mask is not None:
             # masked patches lose their pixels, but stay in the sequence
-            hidden = 0.0 if mask_token is None else mask_token
-            x = torch.where(mask[..., None], hidden, x)
+            x = torch.where(mask[..., None], mask_token, x)
         cls = self.cls_token.expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1+N, D)
         if self.pos_embed is not None:
@@ -360,10 +353,10 @@ class ViT(nn.Module):
             x = x + torch.cat([self.pos_embed[:, :1], patches], dim=1)
         return x
 
-    def forward(self, x, mask=None, record=False, mask_token=None, cls_only=False):
+    def forward(self, x, mask=None, record=False, mask_token=0.0, cls_only=False):
         """Images (B, 3, h, w), any size -> tokens after the last norm (B, 1+N, D).
 
-        mask bool (B, N): True becomes mask_token (1, 1, D; None: zeros). record: ->
+        mask bool (B, N): True becomes mask_token (1, 1, D). record: ->
         (tokens, L Records). cls_only: -> (B, 1, D), which spares most of a block.
         """
         rows, cols = [side // self.patch_size for side in x.shape[2:]]
@@ -396,11 +389,11 @@ def mlp_head(*widths):
     layers = []
     for i in range(1, len(widths)):
         has_scale = i < len(widths) - 1
-        layers.append(nn.Linear(widths[i - 1], widths[i], bias=False))
-        layers.append(
-            nn.BatchNorm1d(widths[i], affine=has_scale, track_running_stats=False)
-        )
-        layers.append(nn.ReLU())
+        layers += [
+            nn.Linear(widths[i - 1], widths[i], bias=False),
+            nn.BatchNorm1d(widths[i], affine=has_scale, track_running_stats=False),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers[:-1])  # nothing after the last BatchNorm
 
 
@@ -412,10 +405,9 @@ class SSL(nn.Module):
         self.use_cl = cfg.lam > 0
         self.use_mim = cfg.lam < 1
         self.one_view = cfg.one_view
-        self.patch_size = cfg.patch_size
         self.temperature = cfg.temperature
         self.encoder = make_encoder(cfg)
-        embed_dim = self.encoder.embed_dim
+        embed_dim, _, num_heads = SIZES[cfg.model].values()
         if self.use_cl:
             self.projector = mlp_head(embed_dim, cfg.proj_hidden, cfg.proj_hidden, 256)
             self.predictor = mlp_head(256, cfg.proj_hidden, 256)  # C = 256
@@ -427,8 +419,7 @@ class SSL(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
             # [S]: one linear layer, so that the encoder's last blocks learn to decode;
             # --decoder-depth adds blocks that take this work over ([P] figure 11)
-            heads = SIZES[cfg.model]["num_heads"]
-            layers = [Block(embed_dim, heads) for _ in range(cfg.decoder_depth)]
+            layers = [Block(embed_dim, num_heads) for _ in range(cfg.decoder_depth)]
             if layers:
                 layers.append(nn.LayerNorm(embed_dim, eps=1e-6))
             pixels = nn.Linear(embed_dim, 3 * cfg.patch_size**2)
@@ -449,9 +440,11 @@ class SSL(nn.Module):
             return tokens[None, :, 0], tokens
         return encode_views(self.encoder, view1, view2), None
 
-    @torch.no_grad()
     def encode_keys(self, view1, view2):
-        """-> CLS outputs of the average (2, B, D); with --one-view of view 1 alone."""
+        """-> CLS outputs of the average (2, B, D); with --one-view of view 1 alone.
+
+        Nothing in the average requires a gradient.
+        """
         if self.one_view:
             return self.momentum_encoder(view1, cls_only=True)[None, :, 0]
         return encode_views(self.momentum_encoder, view1, view2)
@@ -460,8 +453,7 @@ class SSL(nn.Module):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
-        with torch.no_grad():
-            k = [self.momentum_projector(cls) for cls in key_cls]
+        k = [self.momentum_projector(cls) for cls in key_cls]
         if self.one_view:
             loss = 2 * contrastive_loss(q[0], k[0], self.temperature)
         else:
@@ -478,7 +470,7 @@ class SSL(nn.Module):
         if tokens is None:
             tokens = self.encoder(view, mask, mask_token=self.mask_token)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
-        return masked_l1(pixels, patchify(view, self.patch_size), mask)
+        return masked_l1(pixels, patchify(view, self.encoder.patch_size), mask)
 
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
@@ -532,7 +524,7 @@ def feature_std(features):
 
     Standard deviation of the unit-length features over the batch, times √D.
     """
-    unit = F.normalize(features.detach().float(), dim=-1)
+    unit = F.normalize(features.detach().float())
     return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
 
 
@@ -561,14 +553,15 @@ class TrainingViews:
         cfg = self.cfg
         epoch, wanted = key
         rng = np.random.default_rng([cfg.seed, 0, epoch, wanted])
-        settings = {"size": cfg.image_size, "scales": self.scales, "rng": rng}
-        crop = functools.partial(random_crops, **settings)
+        crop = functools.partial(
+            random_crops, size=cfg.image_size, scales=self.scales, rng=rng
+        )
         crops, _ = first_readable(self.source, wanted, crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = draw_masks(1, cfg, generator)[0]
         colours = draw_colours(rng, cfg) if cfg.lam > 0 else []
         is_flipped = rng.random(len(crops)) < 0.5
-        crops[is_flipped] = crops[is_flipped, :, :, ::-1]
+        crops[is_flipped] = crops[is_flipped, ..., ::-1]
         return {"crops": crops, "mask": mask, "colours": colours}
 
 
@@ -628,10 +621,9 @@ def gaussian_blur(x, sigma):
     exponent = -0.5 * (offsets / sigma) ** 2  # (B, 1, 1, 2r+1)
     # each image's own 4σ, so that its blur does not depend on the others'
     exponent = exponent.masked_fill(offsets.abs() > reach, -math.inf)
-    kernel = exponent.softmax(dim=-1)
-    kernel = kernel.repeat_interleave(3, dim=0).to(x, non_blocking=True)
-    y = F.pad(x, [radius] * 4, mode="reflect")
-    y = y.flatten(0, 1)[None]  # (1, B·3, h+2r, w+2r)
+    kernel = exponent.softmax(dim=-1).repeat_interleave(3, dim=0)
+    kernel = kernel.to(x, non_blocking=True)
+    y = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (B·3, h+2r, w+2r)
     y = F.conv2d(y, kernel, groups=len(kernel))
     y = F.conv2d(y, kernel.mT, groups=len(kernel))
     return y.view_as(x)
@@ -684,9 +676,9 @@ def change_colours(x, draws):
     would have to finish its work to tell how many there are.
     """
     order, parameters = draws.chunk(2, dim=1)  # (B, 7) each
-    for place in range(7):
+    for column in order.T:  # what comes first, what comes second ...
         for number, operation in enumerate(OPERATIONS):
-            images = (order[:, place] == number).nonzero().flatten()
+            images = (column == number).nonzero().flatten()
             if len(images) == 0:
                 continue
             parameter = parameters[images, number].view(-1, 1, 1, 1)
@@ -703,23 +695,20 @@ def augment(batch, cfg):
     """
     mask = batch["mask"].to(cfg.device, non_blocking=True)
     crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
-    crops = crops.transpose(0, 1).contiguous().float() / 255
+    crops = crops.transpose(0, 1).contiguous() / 255
     if cfg.lam > 0:
-        draws = batch["colours"].transpose(0, 1)  # (2, B, 14)
-        if cfg.one_view:
-            draws = draws[:1]
-        contrastive = crops[: len(draws)].flatten(0, 1)  # (2B, 3, h, w), no copy
-        change_colours(contrastive, draws.flatten(0, 1))
+        contrastive = crops[: len(crops) - (cfg.lam < 1)]
+        draws = batch["colours"].transpose(0, 1)[: len(contrastive)]  # (2, B, 14)
+        change_colours(contrastive.flatten(0, 1), draws.flatten(0, 1))  # no copy
     mean = MEAN.to(crops, non_blocking=True)
     crops = (crops - mean) / STD.to(crops, non_blocking=True)
-    views = [*crops]
     if cfg.lam == 0:
-        views = [None, None, *views]
+        return None, None, crops[0], mask
     if cfg.lam == 1:
-        views.append(None)
+        return *crops, None, mask
     if cfg.one_view:
-        views.insert(1, None)
-    return *views, mask
+        return crops[0], None, crops[1], mask
+    return *crops, mask
 
 
 # ==== 5. Optimiser and schedules: how fast, and when? =================================
@@ -748,7 +737,8 @@ def make_optimizer(model, cfg):
     for p in model.parameters():
         is_vector = p.squeeze().ndim < 2  # biases, norms, tokens
         if p.requires_grad:
-            (spared if is_vector and cfg.lam < 1 else decayed).append(p)
+            group = spared if is_vector and cfg.lam < 1 else decayed
+            group.append(p)
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=True)
 
@@ -761,7 +751,7 @@ def train(cfg, state, log):
     data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
     since = rows[-1]["step"]
-    batches = make_loader(cfg, data[0], range(since, total))  # step s is its s - 1
+    batches = make_loader(cfg, data[0], range(since, total))  # which counts from 0
     log.truncate(0)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     signals = catch_signals()
@@ -831,8 +821,8 @@ def train(cfg, state, log):
 # on 64. The encoder sees one image at a time, so it may run in micro-batches, on many
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
-# gradient at the outputs back through the encoder, part by part. A part whose graph was
-# not kept (--keep), for want of memory, is encoded a second time.
+# gradient at the outputs back through the encoder, part by part. Only the first --keep
+# parts keep their graph, for want of memory; the others are encoded a second time.
 
 
 def backward_in_parts(model, parts, cfg, scaler):
@@ -854,7 +844,7 @@ def backward_in_parts(model, parts, cfg, scaler):
         with autocast(cfg):
             losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
         scaler.scale(cfg.lam * losses["cl"]).backward()
-        # a mean over ranks follows, but each rank's encoder has its own images only
+        # the mean over ranks below divides by WORLD_SIZE, but an image is on one rank
         gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
     for part, views in enumerate(parts):
         loss = 0.0
@@ -872,7 +862,7 @@ def backward_in_parts(model, parts, cfg, scaler):
                 # all images have equally many masked patches: a mean of means is exact
                 mim = model.reconstruct(*views[2:], tokens) / len(parts)
             losses["mim"] = losses["mim"] + mim.detach()
-            loss = loss + scaler.scale((1 - cfg.lam) * mim)
+            loss += scaler.scale((1 - cfg.lam) * mim)
         loss.backward()
     if WORLD_SIZE > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -904,7 +894,7 @@ def prepare(cfg, state):
     model = SSL(cfg).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
     # keeps the gradients of fp16 from becoming 0
-    scaler = torch.amp.GradScaler(cfg.device.split(":")[0], enabled=cfg.dtype == "fp16")
+    scaler = torch.GradScaler(cfg.device.split(":")[0], enabled=cfg.dtype == "fp16")
     rows = [{"step": 0}]
     if state:
         rows = state["log"]
@@ -913,6 +903,9 @@ def prepare(cfg, state):
         scaler.load_state_dict(state["scaler"])
     elif RANK == 0:
         rows[0] |= knn_scores(model.encoder, data, cfg)
+        Path(cfg.out, "ckpt.pt").unlink(
+            missing_ok=True
+        )  # of a run that --overwrite ends
     if cfg.compile:
         # in place, so that the weights keep their names
         model.encoder.compile(dynamic=False)
@@ -928,7 +921,7 @@ def check_identity(cfg, train_set, state):
     """
     identities = [train_set.identity()] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(identities, train_set.identity())
+        dist.all_gather_object(identities, identities[0])
     if state:
         identities.append(state["data"])
     message = f"not one training set, of ranks or of the run: {set(identities)}"
@@ -1195,7 +1188,7 @@ def settle(cfg):
     if cfg.device == "auto":
         cfg.device = "cpu"
     torch.zeros(1, device=cfg.device)  # an error if there is none here
-    on_gpu = cfg.device.startswith("cuda")
+    on_gpu = "cuda" in cfg.device
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
         if has_bf16(on_gpu):
@@ -1204,14 +1197,15 @@ def settle(cfg):
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(16, os.cpu_count() // ranks_here) if on_gpu else 0
     share = cfg.batch_size // WORLD_SIZE
-    if cfg.accum == 0:
+    if cfg.accum < 1:
         cfg.accum = 1
         while share > 128 * cfg.accum or share % cfg.accum != 0:
             cfg.accum += 1
-    divides = cfg.batch_size % (WORLD_SIZE * cfg.accum) == 0
     parts = f"{WORLD_SIZE} ranks x {cfg.accum} micro-batches"
-    require(divides, f"--batch-size {cfg.batch_size} does not divide into {parts}")
+    text = f"--batch-size {cfg.batch_size} does not divide into {parts}"
+    require(cfg.batch_size % (WORLD_SIZE * cfg.accum) == 0, text)
     draw_masks(1, cfg)  # do the sizes divide?
+    require(cfg.decoder_depth >= 0, "--decoder-depth is negative")
 
 
 def open_run_folder(cfg):
@@ -1225,14 +1219,17 @@ def open_run_folder(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     # a buffer of one line: a crash loses none
     log = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
-    if fcntl is not None:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run writes into {folder}: give --out") from error
+    try:
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows: two runs in one folder are not noticed
+    except BlockingIOError as error:
+        raise UserError(f"another run writes into {folder}: give --out") from error
     is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
-    may_write = is_empty or cfg.overwrite or cfg.resume
-    require(may_write, f"{folder} holds a run: give --resume or --overwrite")
+    text = f"{folder} holds a run: give --resume or --overwrite"
+    require(is_empty or cfg.overwrite or cfg.resume, text)
     return log
 
 
@@ -1275,7 +1272,7 @@ def run(argv):
         return plan(cfg)
     with open_run_folder(cfg) as log:
         if WORLD_SIZE > 1:
-            backend = "nccl" if cfg.device.startswith("cuda") else "gloo"
+            backend = "nccl" if "cuda" in cfg.device else "gloo"
             # the others wait for the first rank's k-NN test
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
         return train(cfg, state, log)
@@ -1293,16 +1290,17 @@ def shape_level(shape, x, y):
     radius = np.hypot(x, y)
     angle = np.arctan2(x, -y)
     third = 2 * np.pi / 3
-    longest = np.maximum(abs(x), abs(y))
+    right, down = abs(x), abs(y)
+    longest = np.maximum(right, down)
     levels = {
         "circle": radius - 0.9,
         "square": longest - 0.75,
         "triangle": radius * np.cos(angle % third - third / 2) - 0.5,
         "star": radius - 0.65 - 0.35 * np.cos(5 * angle),
         # in either arm, which ends
-        "cross": np.maximum(np.minimum(abs(x), abs(y)) - 0.3, longest - 0.95),
+        "cross": np.maximum(np.minimum(right, down) - 0.3, longest - 0.95),
         "ring": abs(radius - 0.7) - 0.25,
-        "bar": np.maximum(abs(x) - 0.4, abs(y) - 0.95),
+        "bar": np.maximum(right - 0.4, down - 0.95),
         # a circle without another one
         "crescent": np.maximum(radius - 0.95, 0.7 - np.hypot(x - 0.5, y)),
     }
@@ -1360,7 +1358,7 @@ class Stimuli:
         if index in self.kept:
             return self.kept[index]
         image, *labels, _ = self[index]
-        loaded = (Image.fromarray(image), labels)
+        loaded = Image.fromarray(image), labels
         if self.size <= 64:  # 246 MB of training images
             self.kept[index] = loaded
         return loaded
@@ -1378,8 +1376,9 @@ class Stimuli:
         # pixel centres in [-1, 1], and in the object's own axes u, v (S, S)
         x = (np.arange(self.size, dtype=np.float32) + 0.5) * 2 / self.size - 1
         y = x[:, None]
-        u = np.cos(tilt) * (x - x0) + np.sin(tilt) * (y - y0)
-        v = np.cos(tilt) * (y - y0) - np.sin(tilt) * (x - x0)
+        cos, sin = np.cos(tilt), np.sin(tilt)
+        u = cos * (x - x0) + sin * (y - y0)
+        v = cos * (y - y0) - sin * (x - x0)
         level = shape_level(SHAPES[shape], u / scale, v / scale)
         # an edge one pixel wide
         inside = np.clip(0.5 - level * scale * self.size / 2, 0, 1)
@@ -1387,8 +1386,8 @@ class Stimuli:
         v = v * frequency + phase_v
         wave = np.clip(1.5 * texture_wave(TEXTURES[texture], u, v), -1, 1)
 
-        colour = np.array(colorsys.hsv_to_rgb(hue, 1 - fade, bright))
-        light = colour * (0.65 + 0.35 * wave[..., None])  # (S, S, 3)
+        colour = colorsys.hsv_to_rgb(hue, 1 - fade, bright)
+        light = (0.65 + 0.35 * wave[..., None]) * colour  # (S, S, 3)
         ground = (grey + slope_x * x + slope_y * y)[..., None]  # (S, S, 1)
         image = ground + inside[..., None] * (light - ground)
         return (image * 255 + 0.5).clip(0, 255).astype(np.uint8), inside > 0.5
@@ -1561,8 +1560,7 @@ def first_readable(source, wanted, crop):
             image, labels = source.load(index)
             return crop(image), np.array(labels)
         except Exception as error:  # Pillow raises almost anything
-            path = source[index][0]
-            warning = f"unreadable, replaced by the next: {path!r} ({error})"
+            warning = f"unreadable, next one used: {source[index][0]!r} ({error})"
             warn_once(warning, file=sys.stderr)
     raise UserError("of 100 files in a row not one is an image that can be read")
 
@@ -1594,7 +1592,7 @@ def make_loader(cfg, train_set, steps):
         sampler=image_keys(cfg, len(train_set), steps),
         num_workers=cfg.workers,
         worker_init_fn=ignore_signals,
-        pin_memory=cfg.device.startswith("cuda"),
+        pin_memory="cuda" in cfg.device,
     )
     return iter(loader)
 
@@ -1608,10 +1606,10 @@ def knn(train_features, train_labels, features, k=20):
     train_features (n, D), train_labels (n, label sets), features (m, D) -> (m, label
     sets).
     """
-    train_unit = F.normalize(train_features, dim=1)
+    train_unit = F.normalize(train_features)
     majority = []
     # in pieces: of 50,000 images all similarities at once are 2.5 GB
-    for unit in F.normalize(features, dim=1).split(256):
+    for unit in F.normalize(features).split(256):
         similarity = unit @ train_unit.T  # (256, n)
         nearest = similarity.topk(min(k, len(train_unit))).indices
         majority.append(train_labels[nearest].mode(dim=1).values)
@@ -1662,14 +1660,14 @@ def mean_tokens(encoder, source, count, cfg):
 def knn_scores(encoder, data, cfg):
     """{"knn_<label set>": accuracy}; {} without labels."""
     train_set, test_set = data
-    has_labels = test_set and train_set.classes == test_set.classes
+    has_labels = test_set and train_set.classes == test_set.classes != ()
     if cfg.knn_images == 0 or not has_labels:
         return {}
     bank = mean_tokens(encoder, train_set, cfg.knn_images, cfg)
     features, labels = mean_tokens(encoder, test_set, cfg.knn_images // 4 + 1, cfg)
     hits = (knn(*bank, features) == labels).double().mean(dim=0)
-    names = [f"knn_{name}" for name in train_set.label_names]
-    return dict(zip(names, hits.round(decimals=4).tolist(), strict=False))
+    pairs = zip(train_set.label_names, hits.round(decimals=4).tolist(), strict=True)
+    return {f"knn_{name}": share for name, share in pairs}
 
 
 # ---- Checkpoints ----
@@ -1776,11 +1774,10 @@ def flops_per_image(cfg):
     only CLS asks, the last one 4D². A backward pass costs twice a forward pass. What is
     left out, embedding, heads and decoder, is 1 %.
     """
-    size = SIZES[cfg.model]
-    width = size["embed_dim"]
+    width, depth, _ = SIZES[cfg.model].values()
     tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
     block = tokens * (24 * width**2 + 4 * tokens * width)
-    full_pass = size["depth"] * block
+    full_pass = depth * block
     cls_pass = full_pass - block + tokens * 4 * width**2
     flops = 0
     if cfg.lam < 1:
@@ -1841,7 +1838,7 @@ def finish(cfg, model, rows, data):
         draw_reconstruction(cfg, model, data[1] or data[0])
         say(f"image, what the network saw, what it makes of it: {cfg.out}/masked.png")
     for key in rows[0]:
-        if key.startswith("knn"):
+        if key.startswith("knn") and key in rows[-1]:
             say(f"{key} {rows[-1][key]:.3f}, untrained {rows[0][key]:.3f}")
     data_flag = f" --data {cfg.data}" if cfg.data else ""
     say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")

@@ -1156,7 +1156,7 @@ def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
     assert run(words, tmp_path / ".run") == 0
     out, err = capfd.readouterr()
     for name in ("empty.png", "half.jpg", "bomb.png", "gone.png"):
-        assert err.count(f"by the next: '{tmp_path}/{name}'") == 1, err
+        assert err.count(f"next one used: '{tmp_path}/{name}'") == 1, err
     assert len(err.splitlines()) == 4
     for reason in ("2 x file .heic", "1 x file .txt", "3 x hidden, or named mask"):
         assert reason in out
