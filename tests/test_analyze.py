@@ -28,8 +28,6 @@ def close(a, b, tolerance=1e-5):
 
 
 # ==== Metrics =======================================================================
-
-
 def test_attention_distance_by_hand():
     identity, uniform = torch.eye(4).expand(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.25)
     assert close(analyze.attention_distance(identity, 2, 16), torch.zeros(2, 3), 0)
@@ -262,8 +260,6 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
 
 
 # ==== Probes ========================================================================
-
-
 def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
     labels = torch.arange(300) % 3
     x = torch.randn(300, 6) * torch.tensor([1, 1, 1, 50, 1, 0.01])
@@ -319,8 +315,6 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
 
 
 # ==== Values stored 21 times ========================================================
-
-
 def test_each_row_leaves_out_another_twentieth():
     values = analyze.leave_out({"x": np.eye(40)})["x"]  # a direction for each image
     assert values.shape == (21, 40)
@@ -553,8 +547,6 @@ def test_what_a_claim_reads(name, key, cl, mim, differences):
 
 
 # ---- Which networks are compared ----
-
-
 def tuned(number):
     return {"fine-tuned": [number] * 2, "linear probe": [number] * 2}
 

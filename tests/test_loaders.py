@@ -314,8 +314,6 @@ def test_our_own_runs_tell_everything(tmp_path, capsys):
 
 
 # ---- a file is data ----
-
-
 def rewrite(path, old=b"", new=b"", compression=zipfile.ZIP_STORED):
     """The same archive with other bytes in its pickle, or compressed."""
     with zipfile.ZipFile(path) as archive:

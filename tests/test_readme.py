@@ -27,8 +27,6 @@ PROGRAMS = {"sslvit.py": sslvit, "analyze.py": analyze}
 
 
 # ---- commands ----
-
-
 def commands():
     """Every command of README.md's sh blocks, word by word.
 
@@ -62,8 +60,6 @@ def test_every_command_parses(tmp_path, monkeypatch):
 
 
 # ---- names, words and quotations ----
-
-
 def test_every_name_exists():
     for path in re.findall(r"\]\(([^)#]+?)\)", TEXT):
         assert path.startswith("http") or (ROOT / path).exists(), path
@@ -95,8 +91,6 @@ def test_quoted_code_is_the_files():
 
 
 # ---- exercises ----
-
-
 def info_nce(q, k, temperature):
     return sslvit.contrastive_loss(q, k, temperature) / (2 * temperature)
 
@@ -172,8 +166,6 @@ def test_exercises_print_their_answers_for_a_network(tmp_path, monkeypatch, caps
 
 
 # ---- the table of claims ----
-
-
 def number(value):
     return f"{value:.3f}".replace("-", "−")
 
@@ -208,8 +200,6 @@ def test_the_table_says_what_results_json_says():
 
 
 # ---- CIFAR-10's official archive ----
-
-
 def test_cifar10_becomes_folders(tmp_path):
     (tmp_path / "batches.meta.txt").write_text("plane\ncar\nbird\n\n")
     red = np.uint8([2] + [255] * 1024 + [0] * 2048)  # a red bird

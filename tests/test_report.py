@@ -97,8 +97,6 @@ def fails(*argv):
 
 
 # ==== A whole analysis ==============================================================
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return tmp_path_factory.mktemp("whole")
@@ -204,8 +202,6 @@ def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
 
 
 # ==== Which networks ================================================================
-
-
 def test_equal_names_are_seeds_of_one_network(runs, tmp_path, no_drawing):
     moco, flags = runs["moco"], ["--only", "nmi", "--out", tmp_path]
     error = fails(moco, runs["other lr"], *flags)
@@ -250,8 +246,6 @@ def test_networks_of_two_grids_are_drawn(runs, tmp_path):
 
 
 # ==== results.json ==================================================================
-
-
 def test_analyses_are_joined(runs, tmp_path, no_drawing):
     only = ["--only", "nmi"]
     cl, mim, cl1 = runs["moco"], runs["simmim"], runs["moco1"]
@@ -340,8 +334,6 @@ def test_what_would_fail_late_fails_first(flags, runs, tmp_path, monkeypatch):
 
 
 # ==== Images ========================================================================
-
-
 def paint(folder, classes, count=20):
     """A folder for each class, with images of one colour."""
     for name, colour in classes.items():
@@ -473,8 +465,6 @@ def test_images_do_not_stay_in_memory(runs, tmp_path, monkeypatch, no_drawing):
 
 
 # ==== The report ====================================================================
-
-
 def test_the_report_stands_alone_and_takes_any_text(runs, tmp_path):
     name, folder = "<b>a&b$_{$c", tmp_path / "<i>$x_{$"
     for split in ("train", "val"):

@@ -892,8 +892,16 @@ def test_nothing_is_overwritten_and_no_setting_changes(tmp_path, capfd, monkeypa
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert len(log_of(tmp_path)) == 2
     assert run("--steps 1 --resume --accum 2 --workers 1", tmp_path) == 0
-    assert run("--steps 2 --overwrite", tmp_path) == 0
+    # a signal in the last step: nothing is left to do
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run("--steps 2 --overwrite", tmp_path) == 143
+    assert run("--steps 2 --resume", tmp_path) == 0
     assert [row["step"] for row in log_of(tmp_path)] == [0, 1, 2]
+    # a run that was to be overwritten is not resumed
+    monkeypatch.setattr(sslvit, "masked_l1", lambda x, *_: math.nan * x.sum())
+    refusal("--steps 2 --overwrite", tmp_path, capfd)
+    assert "no such file" in refusal("--resume", tmp_path, capfd)
 
 
 BAD_INPUT = """
@@ -905,7 +913,7 @@ BAD_INPUT = """
     --model gigantic ; --preset mega ; --data /no/such/folder ; --data FILE
     --data EMPTY ; --data TEXT ; --data BROKEN ; --data BROKEN --workers 1
     --data ONLY ; --resume ; --device cuda:99 ; --dtype int8 ; --out FILE/run
-    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; WORLD_SIZE=2
+    --log-every 0 ; --mask-ratio 0 ; --seed -1 ; WORLD_SIZE=2 ; --decoder-depth -1
 """.strip().replace("\n", ";")
 
 
@@ -921,7 +929,8 @@ def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd, monkeypa
     fill(tmp_path / "photos", 25)
     fill(tmp_path / "only" / "val" / "cat", 2)
     words = re.sub("[A-Z]{4,}", lambda name: f"{tmp_path}/{name[0].lower()}", bad)
-    assert len(refusal(f"--steps 1 {words}", tmp_path / "run", capfd)) > 25
+    line = refusal(f"--steps 1 {words}", tmp_path / "run", capfd)
+    assert len(line) > 25 and (bad != "--lam 1.5" or "not in 0 .. 1" in line)
 
 
 def test_help_tells_every_flag_on_a_console_without_lambda(tmp_path, monkeypatch):
