@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import analyze
@@ -89,6 +90,9 @@ def main():
     options = parser.parse_args()
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         draw_poster(options.results).savefig(options.out, dpi=100)
+    # 256 colours, a third of the bytes
+    picture = Image.open(options.out).convert("RGB")
+    picture.quantize(dither=Image.Dither.NONE).save(options.out, optimize=True)
 
 
 if __name__ == "__main__":
