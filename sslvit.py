@@ -333,8 +333,9 @@ class ViT(nn.Module):
         self.rel_pos_bias = None
         if rel_pos_bias:
             self.rel_pos_bias = RelativePositionBias(self.grid, num_heads)
-        blocks = [Block(embed_dim, num_heads, layer_scale) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, layer_scale) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()  # for others: not used in forward()
         if num_classes:
@@ -426,7 +427,7 @@ class SSL(nn.Module):
             self.decoder = nn.Sequential(*layers, pixels)
 
     # MoCo v3 in the steps of [M] algorithm 1:
-    # 1. two views: augment()       2. encode_queries()    3. encode_keys(), no gradient
+    # 1. two views: augment()       2. encode_queries()    3. keys, without gradient
     # 4. q1 looks for k2, q2 for k1: compare()             5. contrastive_loss()
     # 6. gradient step for the queries: train()            7. update_average()
 
@@ -440,24 +441,16 @@ class SSL(nn.Module):
             return tokens[None, :, 0], tokens
         return encode_views(self.encoder, view1, view2), None
 
-    def encode_keys(self, view1, view2):
-        """-> CLS outputs of the average (2, B, D); with --one-view of view 1 alone.
-
-        Nothing in the average requires a gradient.
-        """
-        if self.one_view:
-            return self.momentum_encoder(view1, cls_only=True)[None, :, 0]
-        return encode_views(self.momentum_encoder, view1, view2)
-
     def compare(self, query_cls, key_cls):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
         k = [self.momentum_projector(cls) for cls in key_cls]
+        # the other view's key; with one view there is one
+        loss = contrastive_loss(q[0], k[-1], self.temperature)
         if self.one_view:
-            loss = 2 * contrastive_loss(q[0], k[0], self.temperature)
+            loss = 2 * loss
         else:
-            loss = contrastive_loss(q[0], k[1], self.temperature)
             loss = loss + contrastive_loss(q[1], k[0], self.temperature)
         return loss, feature_std(q[0])
 
@@ -481,9 +474,12 @@ class SSL(nn.Module):
         zero = torch.zeros((), device=mask.device)
         losses = {"cl": zero, "mim": zero}
         tokens = None
+        if self.one_view:
+            view2 = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
-            key_cls = self.encode_keys(view1, view2)
+            # no gradient: nothing in the average requires one
+            key_cls = encode_views(self.momentum_encoder, view1, view2)
             losses["cl"], losses["std"] = self.compare(query_cls, key_cls)
         if self.use_mim:
             losses["mim"] = self.reconstruct(view_mim, mask, tokens)
@@ -512,11 +508,11 @@ def make_encoder(cfg):
     return encoder
 
 
-def encode_views(encoder, view1, view2):
-    """The CLS outputs of both views, in one pass -> (2, B, D)."""
-    views = torch.cat([view1, view2])  # (2B, 3, h, w)
-    tokens = encoder(views, cls_only=True)  # (2B, 1, D)
-    return tokens[:, 0].unflatten(0, (2, -1))
+def encode_views(encoder, *views):
+    """The CLS outputs of the views that are not None, in one pass -> (views, B, D)."""
+    views = [view for view in views if view is not None]
+    tokens = encoder(torch.cat(views), cls_only=True)  # (2B, 1, D)
+    return tokens[:, 0].unflatten(0, (len(views), -1))
 
 
 def feature_std(features):
@@ -839,7 +835,7 @@ def backward_in_parts(model, parts, cfg, scaler):
         for part, views in enumerate(parts):
             with autocast(cfg), torch.set_grad_enabled(part < cfg.keep):
                 queries.append(model.encode_queries(*views))
-                key_cls.append(model.encode_keys(*views[:2]))
+                key_cls.append(encode_views(model.momentum_encoder, *views[:2]))
         outputs = gather([cls for cls, _ in queries]).requires_grad_()  # (2, B, D)
         with autocast(cfg):
             losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
@@ -926,9 +922,11 @@ def check_identity(cfg, train_set, state):
         identities.append(state["data"])
     message = f"not one training set, of ranks or of the run: {set(identities)}"
     require(len(set(identities)) == 1, message)
-    has_negatives = cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set)
-    message = f"--batch-size {cfg.batch_size} of {len(train_set)} images: in a batch an"
-    require(has_negatives, f"{message} image needs others, and itself only once")
+    require(
+        cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set),
+        f"--batch-size {cfg.batch_size} of {len(train_set)} images: in a batch an "
+        f"image needs others, and itself only once",
+    )
 
 
 def number_of_steps(cfg, images):
@@ -1142,8 +1140,8 @@ def parse(argv):
     if "steps" in given:
         recipe += " --epochs 0"
     cfg = Config(**(vars(parser.parse_args(recipe.split())) | given))
-    may_choose = objective == "hybrid" or "lam" not in given
-    require(may_choose, "--lam is for the hybrid: moco is λ = 1, simmim λ = 0")
+    text = "--lam is for the hybrid: moco is λ = 1, simmim λ = 0"
+    require(objective == "hybrid" or "lam" not in given, text)
     require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
@@ -1544,8 +1542,9 @@ def random_crops(image, size, scales, rng):
 def center_crop(image, size):
     """The largest centred square -> uint8 (3, size, size)."""
     make_upright(image)
-    image.draft("RGB", (size, size))
-    square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BILINEAR)
+    shape = size, size
+    image.draft("RGB", shape)
+    square = ImageOps.fit(to_rgb(image), shape, Image.Resampling.BILINEAR)
     return np.array(square).transpose(2, 0, 1)
 
 
@@ -1698,8 +1697,9 @@ def save_checkpoint(path, state):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's, if the disk is full
         beside.unlink(missing_ok=True)
-        message = f"{path} was not written, an earlier save is whole; then --resume"
-        raise UserError(message) from error
+        raise UserError(
+            f"{path} was not written, an earlier save is whole; then --resume"
+        ) from error
 
 
 def load_checkpoint(path):
@@ -1710,8 +1710,9 @@ def load_checkpoint(path):
         require(damaged is None, f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        message = f"{path}: no such file, or not a whole checkpoint of this program"
-        raise UserError(message) from error
+        raise UserError(
+            f"{path}: no such file, or not a whole checkpoint of this program"
+        ) from error
 
 
 # ---- Signals: how does a run end early? ----
@@ -1840,8 +1841,8 @@ def finish(cfg, model, rows, data):
     for key in rows[0]:
         if key.startswith("knn") and key in rows[-1]:
             say(f"{key} {rows[-1][key]:.3f}, untrained {rows[0][key]:.3f}")
-    data_flag = f" --data {cfg.data}" if cfg.data else ""
-    say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
+    flag = " --data " * bool(cfg.data)
+    say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{flag}{cfg.data}")
 
 
 @torch.no_grad()
