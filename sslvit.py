@@ -899,9 +899,8 @@ def prepare(cfg, state):
         scaler.load_state_dict(state["scaler"])
     elif RANK == 0:
         rows[0] |= knn_scores(model.encoder, data, cfg)
-        Path(cfg.out, "ckpt.pt").unlink(
-            missing_ok=True
-        )  # of a run that --overwrite ends
+        # of a run that --overwrite ends
+        Path(cfg.out, "ckpt.pt").unlink(missing_ok=True)
     if cfg.compile:
         # in place, so that the weights keep their names
         model.encoder.compile(dynamic=False)
