@@ -293,6 +293,16 @@ def test_pooled_or_cls_is_chosen_on_validation():
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
 
 
+def test_layers_are_probed_after_each_mlp(monkeypatch):
+    truth = np.arange(80) % 2
+    features = np.zeros((80, 5, 2), np.float32)  # of all states of two layers
+    features[:, [2, 4]] = np.eye(2)[truth][:, None]
+    rows = {"features": features, "labels": truth[:, None]}
+    monkeypatch.setattr(analyze, "one_pass", lambda *_: rows)
+    study = SimpleNamespace(vit=None, train=None, rows=rows, device="cpu")
+    assert (analyze.learn_layers(study)[analyze.POOLED] == np.ones((80, 2))).all()
+
+
 def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     rng = np.random.default_rng(0)
     labels = rng.integers(8, size=(1000, 2))

@@ -26,7 +26,6 @@ TEXT = (ROOT / "README.md").read_text()
 PROGRAMS = {"sslvit.py": sslvit, "analyze.py": analyze}
 
 
-# ---- commands ----
 def commands():
     """Every command of README.md's sh blocks, word by word.
 
@@ -90,7 +89,6 @@ def test_quoted_code_is_the_files():
         assert "\n".join(wanted) in found, block
 
 
-# ---- exercises ----
 def info_nce(q, k, temperature):
     return sslvit.contrastive_loss(q, k, temperature) / (2 * temperature)
 
@@ -199,7 +197,6 @@ def test_the_table_says_what_results_json_says():
                 assert row in TEXT, row
 
 
-# ---- CIFAR-10's official archive ----
 def test_cifar10_becomes_folders(tmp_path):
     (tmp_path / "batches.meta.txt").write_text("plane\ncar\nbird\n\n")
     red = np.uint8([2] + [255] * 1024 + [0] * 2048)  # a red bird
