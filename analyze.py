@@ -1462,7 +1462,9 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        sslvit.warn_once(f"  {function.__name__} left out: {error!r}")
+        sslvit.warn_once(
+            f"  {getattr(function, '__name__', function)} left out: {error!r}"
+        )
         return {}
 
 
@@ -1700,7 +1702,10 @@ def judge(networks, names):
 def table_of(results):
     """The claims as lines of text; gains are over the untrained network."""
     images = {n["name"]: n["images"] for n in results["networks"]}
-    lines = [f"training images (one costs CL 8 passes, MIM 3, a hybrid 11): {images}"]
+    lines = [
+        "training images (one costs CL 8 passes, MIM 3, a hybrid 11, with one view 4): "
+        f"{images}"
+    ]
     outcomes = Counter()
     for claim in results["claims"]:
         lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict']}")

@@ -427,7 +427,7 @@ class SSL(nn.Module):
             self.decoder = nn.Sequential(*layers, pixels)
 
     # MoCo v3 in the steps of [M] algorithm 1:
-    # 1. two views: augment()       2. encode_queries()    3. keys, without gradient
+    # 1. two views: augment()       2. encode_queries()    3. keys: encode_views()
     # 4. q1 looks for k2, q2 for k1: compare()             5. contrastive_loss()
     # 6. gradient step for the queries: train()            7. update_average()
 
@@ -474,7 +474,7 @@ class SSL(nn.Module):
         zero = torch.zeros((), device=mask.device)
         losses = {"cl": zero, "mim": zero}
         tokens = None
-        if self.one_view:
+        if self.one_view:  # which is view 1, for the key
             view2 = None
         if self.use_cl:
             query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
@@ -511,7 +511,7 @@ def make_encoder(cfg):
 def encode_views(encoder, *views):
     """The CLS outputs of the views that are not None, in one pass -> (views, B, D)."""
     views = [view for view in views if view is not None]
-    tokens = encoder(torch.cat(views), cls_only=True)  # (2B, 1, D)
+    tokens = encoder(torch.cat(views), cls_only=True)  # (views·B, 1, D)
     return tokens[:, 0].unflatten(0, (len(views), -1))
 
 
