@@ -1702,10 +1702,7 @@ def judge(networks, names):
 def table_of(results):
     """The claims as lines of text; gains are over the untrained network."""
     images = {n["name"]: n["images"] for n in results["networks"]}
-    lines = [
-        "training images (one costs CL 8 passes, MIM 3, a hybrid 11, with one view 4): "
-        f"{images}"
-    ]
+    lines = [f"training images (one costs CL 8 passes, MIM 3, a hybrid 11): {images}"]
     outcomes = Counter()
     for claim in results["claims"]:
         lines.append(f"{claim['claim']:2} {claim['text']}: {claim['verdict']}")
@@ -1779,8 +1776,6 @@ class Network:
             return "untrained"
         roles = {None: "other", 0: "MIM", 1: "CL"}
         role = roles.get(self.lam, f"hybrid, λ = {self.lam}")
-        if self.config.get("one_view"):
-            role = f"one-view {role}"
         if self.config.get("decoder_depth"):
             role += " with decoder"
         return role

@@ -405,7 +405,6 @@ class SSL(nn.Module):
         super().__init__()
         self.use_cl = cfg.lam > 0
         self.use_mim = cfg.lam < 1
-        self.one_view = cfg.one_view
         self.temperature = cfg.temperature
         self.encoder = make_encoder(cfg)
         embed_dim, _, num_heads = SIZES[cfg.model].values()
@@ -427,41 +426,26 @@ class SSL(nn.Module):
             self.decoder = nn.Sequential(*layers, pixels)
 
     # MoCo v3 in the steps of [M] algorithm 1:
-    # 1. two views: augment()       2. encode_queries()    3. keys: encode_views()
-    # 4. q1 looks for k2, q2 for k1: compare()             5. contrastive_loss()
-    # 6. gradient step for the queries: train()            7. update_average()
-
-    def encode_queries(self, view1, view2, view_mim, mask):
-        """-> CLS outputs of the queries (2, B, D), and None.
-
-        With --one-view the masked view is the query: (1, B, D), its tokens (B, 1+N, D).
-        """
-        if self.one_view:
-            tokens = self.encoder(view_mim, mask, mask_token=self.mask_token)
-            return tokens[None, :, 0], tokens
-        return encode_views(self.encoder, view1, view2), None
+    # 1. two views: augment()       2. queries: encode_views()  3. keys, of the average
+    # 4. q1 looks for k2, q2 for k1: compare()                  5. contrastive_loss()
+    # 6. gradient step for the queries: train()                 7. update_average()
 
     def compare(self, query_cls, key_cls):
         """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
         k = [self.momentum_projector(cls) for cls in key_cls]
-        # the other view's key; with one view there is one
-        loss = contrastive_loss(q[0], k[-1], self.temperature)
-        if self.one_view:
-            loss = 2 * loss
-        else:
-            loss = loss + contrastive_loss(q[1], k[0], self.temperature)
+        # each looks for the other view's key
+        loss = contrastive_loss(q[0], k[1], self.temperature)
+        loss = loss + contrastive_loss(q[1], k[0], self.temperature)
         return loss, feature_std(q[0])
 
-    def reconstruct(self, view, mask, tokens=None):
+    def reconstruct(self, view, mask):
         """SimMIM: mask, encode ALL tokens, predict pixels, compare what was masked.
 
-        view (B, 3, h, w), mask bool (B, N), tokens (B, 1+N, D) if the view is already
-        encoded -> L_MIM.
+        view (B, 3, h, w), mask bool (B, N) -> L_MIM.
         """
-        if tokens is None:
-            tokens = self.encoder(view, mask, mask_token=self.mask_token)
+        tokens = self.encoder(view, mask, mask_token=self.mask_token)  # (B, 1+N, D)
         pixels = self.decoder(tokens)[:, 1:]  # (B, N, 3p²)
         return masked_l1(pixels, patchify(view, self.encoder.patch_size), mask)
 
@@ -473,16 +457,13 @@ class SSL(nn.Module):
         """
         zero = torch.zeros((), device=mask.device)
         losses = {"cl": zero, "mim": zero}
-        tokens = None
-        if self.one_view:  # which is view 1, for the key
-            view2 = None
         if self.use_cl:
-            query_cls, tokens = self.encode_queries(view1, view2, view_mim, mask)
+            query_cls = encode_views(self.encoder, view1, view2)
             # no gradient: nothing in the average requires one
             key_cls = encode_views(self.momentum_encoder, view1, view2)
             losses["cl"], losses["std"] = self.compare(query_cls, key_cls)
         if self.use_mim:
-            losses["mim"] = self.reconstruct(view_mim, mask, tokens)
+            losses["mim"] = self.reconstruct(view_mim, mask)
         return losses
 
     @torch.no_grad()
@@ -508,11 +489,10 @@ def make_encoder(cfg):
     return encoder
 
 
-def encode_views(encoder, *views):
-    """The CLS outputs of the views that are not None, in one pass -> (views, B, D)."""
-    views = [view for view in views if view is not None]
-    tokens = encoder(torch.cat(views), cls_only=True)  # (views·B, 1, D)
-    return tokens[:, 0].unflatten(0, (len(views), -1))
+def encode_views(encoder, view1, view2):
+    """Two views (B, 3, h, w), in one pass -> their CLS outputs (2, B, D)."""
+    tokens = encoder(torch.cat([view1, view2]), cls_only=True)  # (2B, 1, D)
+    return tokens[:, 0].unflatten(0, (2, -1))
 
 
 def feature_std(features):
@@ -541,7 +521,7 @@ class TrainingViews:
         self.cfg = cfg
         self.scales = []
         if cfg.lam > 0:
-            self.scales += [cfg.crop_min] * (1 if cfg.one_view else 2)
+            self.scales += [cfg.crop_min] * 2
         if cfg.lam < 1:
             self.scales += [0.67]  # [S] appendix A
 
@@ -693,17 +673,14 @@ def augment(batch, cfg):
     crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous() / 255
     if cfg.lam > 0:
-        contrastive = crops[: len(crops) - (cfg.lam < 1)]
-        draws = batch["colours"].transpose(0, 1)[: len(contrastive)]  # (2, B, 14)
-        change_colours(contrastive.flatten(0, 1), draws.flatten(0, 1))  # no copy
+        draws = batch["colours"].transpose(0, 1)  # (2, B, 14)
+        change_colours(crops[:2].flatten(0, 1), draws.flatten(0, 1))  # no copy
     mean = MEAN.to(crops, non_blocking=True)
     crops = (crops - mean) / STD.to(crops, non_blocking=True)
     if cfg.lam == 0:
         return None, None, crops[0], mask
     if cfg.lam == 1:
         return *crops, None, mask
-    if cfg.one_view:
-        return crops[0], None, crops[1], mask
     return *crops, mask
 
 
@@ -828,15 +805,15 @@ def backward_in_parts(model, parts, cfg, scaler):
     """
     zero = torch.zeros((), device=cfg.device)
     losses = {"cl": zero, "mim": zero}
-    queries = []
+    query_cls = []
     key_cls = []
     if model.use_cl:
         # all outputs of the encoder, and the gradient of their loss
         for part, views in enumerate(parts):
             with autocast(cfg), torch.set_grad_enabled(part < cfg.keep):
-                queries.append(model.encode_queries(*views))
+                query_cls.append(encode_views(model.encoder, *views[:2]))
                 key_cls.append(encode_views(model.momentum_encoder, *views[:2]))
-        outputs = gather([cls for cls, _ in queries]).requires_grad_()  # (2, B, D)
+        outputs = gather(query_cls).requires_grad_()  # (2, B, D)
         with autocast(cfg):
             losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
         scaler.scale(cfg.lam * losses["cl"]).backward()
@@ -844,19 +821,17 @@ def backward_in_parts(model, parts, cfg, scaler):
         gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
     for part, views in enumerate(parts):
         loss = 0.0
-        tokens = None
         if model.use_cl:
-            query_cls, tokens = queries[part]
             if part >= cfg.keep:
                 with autocast(cfg):
-                    query_cls, tokens = model.encode_queries(*views)
+                    query_cls[part] = encode_views(model.encoder, *views[:2])
             # a sum whose gradient at the outputs is the one that was collected
             at_outputs = gradient.chunk(len(parts), dim=1)[part]
-            loss = (query_cls * at_outputs).sum()
+            loss = (query_cls[part] * at_outputs).sum()
         if model.use_mim:
             with autocast(cfg):
                 # all images have equally many masked patches: a mean of means is exact
-                mim = model.reconstruct(*views[2:], tokens) / len(parts)
+                mim = model.reconstruct(*views[2:]) / len(parts)
             losses["mim"] = losses["mim"] + mim.detach()
             loss += scaler.scale((1 - cfg.lam) * mim)
         loss.backward()
@@ -1003,7 +978,6 @@ class Config:
     proj_hidden: positive = 512  # hidden width of the heads; MoCo v3: 4096
     mask_patch_size: positive = 4  # px, side of what is masked at once
     mask_ratio: fraction = 0.6  # so high that copying the neighbour is not enough
-    one_view: bool = False  # the masked view is also MoCo's query: 4 passes, not 11
     decoder_depth: int = 0  # blocks before the pixel head ([P] figure 11)
 
     # data
@@ -1141,7 +1115,6 @@ def parse(argv):
     cfg = Config(**(vars(parser.parse_args(recipe.split())) | given))
     text = "--lam is for the hybrid: moco is λ = 1, simmim λ = 0"
     require(objective == "hybrid" or "lam" not in given, text)
-    require(not cfg.one_view or 0 < cfg.lam < 1, "--one-view needs 0 < λ < 1")
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
         if "seed" in given:
@@ -1783,8 +1756,7 @@ def flops_per_image(cfg):
     if cfg.lam < 1:
         flops += 3 * full_pass
     if cfg.lam > 0:
-        # two views trained, two keys; with one view the key alone
-        flops += (1 if cfg.one_view else 2 * 3 + 2) * cls_pass
+        flops += (2 * 3 + 2) * cls_pass  # two views trained, two keys
     return flops
 
 
