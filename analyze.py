@@ -9,6 +9,7 @@
   --only NAME ...       figures, see the table below
   --from FILE ...       results.json of one analysis or several, joined
   --alone               without the shipped networks
+  --overwrite           an earlier analysis in --out
   --out FOLDER          for everything [figures/ beside the first checkpoint; with
                         --from the folder of the first results.json]
   --data FOLDER         of images, as for sslvit.py [stimuli]
@@ -248,9 +249,10 @@ def on_one_axis(plot, networks):
 
 maps_lesson = """\
 Before any number, look. Attention is a row of weights for each query token: how much it
-takes from every other, A[q,k] = softmax(q·k / √d), averaged here over the heads. The
-paper saw that late layers of contrastive networks draw the outline of the object
-whatever the query is, and that masked networks look near the query.
+takes from every other, A[q,k] = softmax(q·k / √d), without the class token CLS and
+averaged here over the heads. The paper saw that late layers of contrastive networks
+draw the outline of the object whatever the query is, and that masked networks look near
+the query.
 
 What to look at: are the maps of two queries (crosses) of one network equal? Do they
 follow the white outline? And how much of that does the untrained network have?"""
@@ -300,7 +302,7 @@ def draw_maps(networks):
 FIGURES["maps"] = Figure(
     "2",
     4,
-    "CL attends globally, MIM locally",
+    "Attention of two queries (crosses) in two images",
     maps_lesson,
     draw_maps,
     picture=picture_maps,
@@ -430,7 +432,7 @@ FIGURES["nmi"] = Figure(
 # ==== Figure 5. Do heads, layers and tokens say different things? ===================
 
 similarity_lesson = """\
-Twelve heads that say the same are one head. Three mean cosines of what attention adds:
+Heads that say the same are one head. Three mean cosines of what attention adds:
 between heads at one token, between neighbouring layers at one token, between the tokens
 of an image. 1: all alike, 0: orthogonal. The paper saw CL near 1 in late layers for all
 three, MIM lower. Tokens near 1 is where an untrained network starts (grey).
@@ -553,7 +555,7 @@ def draw_plane(networks):
 FIGURES["plane"] = Figure(
     "6",
     7,
-    "Tokens of three images, before and after the last attention",
+    "Tokens of three images (colours), before (hollow) and after the last attention",
     plane_lesson,
     draw_plane,
     picture=picture_plane,
@@ -572,7 +574,7 @@ image gain no volume, and that MIM does the reverse.
 A network that only gets louder gains volume too. So the verdict divides each matrix by
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
 the right is not divided. What to look at: the last layer, and where the curves part.
-Layer 0 lies below the axis: 48 pixel values of a patch give images 48 directions."""
+Layer 0 lies below the axes: 48 pixel values of a patch fill 48 directions at most."""
 
 
 def singular_spectrum(x):
@@ -657,7 +659,7 @@ the diagonal from 0 to π per patch, minus its value at 0,
 The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
 have opposite signs; the public code stops short of it. A large mean token lowers Δ
 everywhere, so the middle panel compares π with the lowest frequency above 0. What to
-look at: attention is a low-pass filter and the MLP is not. Is the curve a saw?"""
+look at: attention (half layers) is a low-pass filter, the MLP is not. Is it a saw?"""
 
 
 def fourier_amplitude(tokens, grid):
@@ -792,14 +794,14 @@ def probes(features, labels, test, device):
 
 
 def probe(*data):
-    """Predicted by the token, pooled or CLS, that is better on validation."""
-    accuracy, predicted = max(probes(*data), key=itemgetter(0))
-    print(f"  linear probe: {accuracy:.4f} on validation")
-    return predicted
+    """Of the token, pooled or CLS, that is better on validation: accuracy there,
+    predicted classes."""
+    return max(probes(*data), key=itemgetter(0))
 
 
 def learn_probe(study):
-    predicted = probe(*study.examples, study.rows["output"], study.device)
+    accuracy, predicted = probe(*study.examples, study.rows["output"], study.device)
+    print(f"  linear probe: {accuracy:.4f} on validation")
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -919,7 +921,7 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     if key not in choices:
         choices[key] = max(settings, key=accuracy)
         # is it an end of the grid?
-        print(f"  {key}: {choices[key]}, of {settings[0]} to {settings[-1]}")
+        print(f"  {key}: {choices[key]}, best of {settings[0]} to {settings[-1]}")
     return predict(fit(make(), train, epochs, **choices[key]), test)
 
 
@@ -1042,11 +1044,9 @@ def mean_iou(counts):
 
 def overlaps(predicted, true, classes):
     """(n, S, S) each -> pixels of intersection and union (n, classes, 2)."""
-    counts = []
-    for label in range(classes):
-        p, t = predicted == label, true == label
-        counts.append([(p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))])
-    return np.transpose(counts, (2, 0, 1))
+    labels = np.arange(classes)[:, None, None]
+    p, t = [x[:, None] == labels for x in (predicted, true)]  # (n, classes, S, S)
+    return np.stack([p & t, p | t], axis=2).sum(axis=(3, 4))
 
 
 def learn_dense(study):
@@ -1122,7 +1122,7 @@ def learn_bias(study):
     for offset in offsets:
         # taught: class c is shape c with texture c + offset; tested: all other pairs
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        decisions = probe(features[taught], labels[taught, :1], test, study.device)
+        _, decisions = probe(features[taught], labels[taught, :1], test, study.device)
         classes = (cues - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
@@ -1208,7 +1208,7 @@ def learn_noise(study):
         noisy = [(pixels + 25.5 * noise).clamp(0, 255) for noise in (0, *noises)]
         outputs = [pooled_and_cls(study.vit(normalise(x, study.vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
-    predicted = probe(*study.examples, torch.cat(rows), study.device)
+    _, predicted = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1360,10 +1360,10 @@ FIGURES["sweep"] = Figure(
     sweep_lesson,
     draw_sweep,
     parts=(
-        Part("linear probe", HYBRID, "CL", mean_probe),
-        Part("linear probe", HYBRID, "MIM", mean_probe),
-        Part("fine-tune accuracy", HYBRID, "CL", mean_tuned),
-        Part("fine-tune accuracy", HYBRID, "MIM", mean_tuned),
+        Part("linear probe, mean of label sets", HYBRID, "CL", mean_probe),
+        Part("linear probe, mean of label sets", HYBRID, "MIM", mean_probe),
+        Part("fine-tune accuracy, the same", HYBRID, "CL", mean_tuned),
+        Part("fine-tune accuracy, the same", HYBRID, "MIM", mean_tuned),
         Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
         Part("Δ at π, early", HYBRID, "CL", early_high),
         Part("Δ at π, late", "MIM", HYBRID, late_high),
@@ -1700,7 +1700,7 @@ def judge(networks, names):
 
 
 def table_of(results):
-    """The claims as lines of text; gains are over the untrained network."""
+    """The claims as lines of text."""
     images = {n["name"]: n["images"] for n in results["networks"]}
     lines = [f"training images (one costs CL 8 passes, MIM 3, a hybrid 11): {images}"]
     outcomes = Counter()
@@ -1709,7 +1709,7 @@ def table_of(results):
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
-                line += f"; {role} gains {between(*gain)}"
+                line += f"; {role} is above untrained by {between(*gain)}"
             lines.append(line)
             outcomes[row["outcome"].split()[0]] += 1
     tested = outcomes.total() - outcomes["needs"]
@@ -1766,9 +1766,6 @@ class Network:
     values: dict = field(default_factory=dict)  # {key: (21, ...)}
     pictures: dict = field(default_factory=dict)
 
-    def __getitem__(self, fact):
-        return getattr(self, fact)
-
     @property
     def role(self):
         """What parts of claims call it."""
@@ -1806,10 +1803,10 @@ def by_name(networks):
 
 def give_names(networks):
     """NAME, or role, with the size where networks differ in it."""
-    shapes = {network.shape for network in networks}
+    _, *other_shapes = {network.shape for network in networks}
     for network in networks:
         network.name = network.role
-        if len(shapes) > 1:
+        if other_shapes:
             image, patch, width, depth = network.shape
             network.name += f", {width} × {depth}, {image}/{patch} px"
         if network.given.lower() not in {"", *GIVEN}:
@@ -1841,9 +1838,9 @@ def analyse(options):
     figures = [FIGURES[name] for name in options.only]
     results = {"settings": vars(options), "networks": []}
     firsts = {}
-    for vit in vits:
+    for number, vit in enumerate(vits, 1):
         network = vit.facts
-        sslvit.say(network.name)
+        sslvit.say(f"{number} of {len(vits)}: {network.name}")
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
         vit.to(options.device).requires_grad_(False)
@@ -1892,7 +1889,6 @@ def read_results(paths):
                 first.values |= network.values
                 first.pictures |= network.pictures
         networks = list(runs.values())
-        require(networks, "no networks")
         give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         raise UserError(f"--from {paths}: {error!r}") from error
@@ -1905,7 +1901,7 @@ def title_of(name, claims):
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                text += f"\n{row['part']}: {words_of(row)}"
+                text = f"The paper: {text}\n{row['part']}: {words_of(row)}"
                 return f"{text}\nClaim {claim['claim']}: {claim['verdict']}"
     return text
 
@@ -1964,6 +1960,7 @@ def parse(argv):
     for name, default in FLAGS.items():
         add(f"--{name}", type=type(default), default=default)
     add("--alone", action="store_true")
+    add("--overwrite", action="store_true")
     add("--only", nargs="+", default=list(FIGURES), choices=FIGURES)
     answers = {"nargs": "+", "default": [None]}
     add("--heads", type=int, **answers)
@@ -1978,6 +1975,9 @@ def check(options):
     if not options.out:
         folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
+    is_taken = options.checkpoints and Path(options.out, "results.json").exists()
+    text = f"{options.out} holds an analysis: give --out or --overwrite"
+    require(options.overwrite or not is_taken, text)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
 

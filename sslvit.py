@@ -44,8 +44,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 # OpenMP's threads spin while they wait for each other. Beside another busy program that
-# cost the default run on two cores nine tenths of its speed (270 images/s alone, 15
-# beside a busy loop); with this setting, which must stand before torch, 282 and 148.
+# cost a run on two cores nine tenths of its speed, and half with this setting, which
+# must stand before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -101,7 +101,7 @@ def random_mask(batch, image_size, patch_size, unit, ratio, generator=None):
     """-> bool (B, N), True = masked: ceil(ratio × units) square units in each image.
 
     A unit is so large that the next visible pixel does not tell what it hides ([S]
-    section 3.2). Sizes in px; UserError, a ValueError, where they do not divide.
+    section 3.2). Sizes in px; UserError where they do not divide.
     """
     require(0 < ratio <= 1, f"mask ratio {ratio}: not in (0, 1]")
     sizes = f"patch size {patch_size}, mask unit {unit}, image size {image_size}"
@@ -724,7 +724,7 @@ def train(cfg, state, log):
     data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
     since = rows[-1]["step"]
-    batches = make_loader(cfg, data[0], range(since, total))  # which counts from 0
+    batches = make_loader(cfg, data[0], range(since, total))  # steps count from 0 there
     log.truncate(0)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     signals = catch_signals()

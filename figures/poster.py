@@ -4,8 +4,9 @@
 
 Four columns: how far tokens look, whether it matters which token asks, which
 frequencies stay, what a linear probe reads from each layer. A row for each
-results.json. Axes are drawn by analyze.py; below each question stands the first part of
-its claim, with its numbers: where the data disagree with the paper, so does the poster.
+results.json. Axes are drawn by analyze.py; below each question stand the first part of
+its claim, with its numbers, and the verdict on all parts: where the data disagree with
+the paper, so does the poster.
 """
 
 import argparse
@@ -36,12 +37,15 @@ COLUMNS = (
 
 
 def finding(name, claims):
-    """The first part of the figure in numbers, and whether it holds."""
+    """The first part of the figure in numbers, whether it holds, and its claim."""
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 values = [f"{role} {x:.2f}" for role, x in row["values"].items()]
-                return f"{', '.join(values)}:\n{row['outcome']}"
+                verdict = (
+                    f"{row['outcome']}; claim {claim['claim']}: {claim['verdict']}"
+                )
+                return f"{row['part']}:\n{', '.join(values)}\n{verdict}"
     return ""
 
 
@@ -72,7 +76,7 @@ def draw_row(row, path):
 
 
 def draw_poster(paths):
-    heights = [5.8] * len(paths) + [0.9]
+    heights = [6.1] * len(paths) + [0.9]
     figure = plt.figure(figsize=(20, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
     lines = {}

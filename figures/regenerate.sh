@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains and draws everything in figures/ anew; what is done is skipped, what was stopped goes on.
 #
-#   figures/regenerate.sh rates                            learning rates, on a seed that nothing reports
+#   figures/regenerate.sh rates                            learning rates, on a seed that no claim reports
 #   figures/regenerate.sh stimuli                          all networks of the built-in stimuli
 #   figures/regenerate.sh photographs CIFAR10              those of CIFAR-10: the folder that figures/cifar10.py makes
 #   figures/regenerate.sh draw CIFAR10 CUE_CONFLICT        analyses, reports, pictures, shipped checkpoints
@@ -145,7 +145,7 @@ model = {name: x.half() for name, x in state["model"].items() if name.startswith
 sslvit.save_checkpoint(sys.argv[2], {"config": state["config"], "data": state["data"], "step": state["step"], "model": model})
 PY
 }
-shrink() { # folders: their pictures with 256 colours, a third of the bytes, and so the reports
+shrink() { # folders: their pictures with 256 colours, a third of the bytes, and so the reports; 32-px images as such
   python - "$@" <<'PY'
 import json, sys
 from pathlib import Path
@@ -160,6 +160,11 @@ for folder in map(Path, sys.argv[1:]):
             if name != "maps": # which have many colours
                 Image.open(file).convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
     results = json.loads((folder / "results.json").read_text())
+    for network in results["networks"]:
+        for image in network["pictures"].get("photographs", []):
+            if len(image) == 64: # analyze.py has doubled it
+                image[:] = [row[::2] for row in image[::2]]
+    (folder / "results.json").write_text(json.dumps(results))
     analyze.write_report(results, files, folder)
 PY
 }
@@ -169,16 +174,17 @@ for objective in moco simmim hybrid; do
 done
 
 
+analyze() { python analyze.py "$@" --alone --overwrite; }
 photographs="--data $data --cue-conflict $cues --images 0"
 # equal work: the stimuli, the photographs, the decoder; equal images: sweep and sizes
-python analyze.py $(of moco simmim hybrid) --alone --out figures/stimuli
-python analyze.py $(of cifar10-{moco,simmim,hybrid}) --alone $photographs --out figures/photographs
+analyze $(of moco simmim hybrid) --out figures/stimuli
+analyze $(of cifar10-{moco,simmim,hybrid}) $photographs --out figures/photographs
 # of these the reports alone: claims 1, 2, 11 and 12, and the choice of learning rates
-python analyze.py $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --alone --only scaling --out figures/more/sizes
-python analyze.py $(of simmim decoder micro8) --alone --only decoder --out figures/more/decoder
-python analyze.py $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --alone --only accuracy sweep --out figures/more/sweep
+analyze $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --only scaling --out figures/more/sizes
+analyze $(of simmim decoder micro8) --only decoder --out figures/more/decoder
+analyze $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --only accuracy sweep --out figures/more/sweep
 rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
-python analyze.py $rates --alone --images 500 --only accuracy --out figures/more/rates
+analyze $rates --images 500 --only accuracy --out figures/more/rates
 shrink figures/stimuli figures/photographs figures/more/*
 rm figures/more/*/*.png
 cp runs/hybrid-10/masked.png figures/

@@ -44,7 +44,7 @@ def looked_at_keys(attn):
 
     Attention (..., N, N), rows sum to 1 -> (..., N). 0·log 0 is 0.
     Predict first: in the last layer of CL and of MIM, at how many of the 64 keys?
-    python tests/exercises.py looked_at_keys runs/micro-moco/ckpt.pt  prints it.
+    python tests/exercises.py looked_at_keys CHECKPOINT  prints it.
     """
     raise NotImplementedError
 
@@ -60,8 +60,7 @@ def test_looked_at_keys():
 def low_pass(images, cutoff):
     """Lesson 3. Images (B, 3, h, w) without the frequencies |ω| > cutoff (rad/px).
 
-    Predict first: without the upper half of the frequencies, which network's probe
-    loses more, CL's or MIM's?
+    Predict first: which network suffers more from fine noise, CL or MIM?
     """
     raise NotImplementedError
 
@@ -85,6 +84,7 @@ def cka(x, y):
     the images first: ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖), Frobenius norms -> 1: the same up to
     rotation and scale, 0: nothing in common. A mean may be far larger than the spread.
     Predict first: is MIM's layer 1 more like its own layer 6, or like CL's layer 1?
+    python tests/exercises.py cka CHECKPOINT CHECKPOINT  prints it.
     """
     raise NotImplementedError
 
@@ -122,18 +122,34 @@ def test_gradient_cosine():
     assert cosine == pytest.approx(0, abs=1e-6)
 
 
-def print_keys(path, images=200):
-    """Your looked_at_keys in every layer of a network, for stimuli it has not seen."""
+def layers_of(path, images):
+    """-> Records of a network's layers, for stimuli it has not seen."""
     vit = analyze.load_encoder(path)
     _, test = sslvit.find_data(sslvit.Config())
     crops = sslvit.CenterCrops(test, vit.facts.image_size)
     pixels = torch.stack([torch.from_numpy(crops[i][0]) for i in range(images)])
     with torch.no_grad():
         _, layers = vit((pixels / 255 - sslvit.MEAN) / sslvit.STD, record=True)
-    for number, layer in enumerate(layers, 1):
+    return layers
+
+
+def print_keys(path, images=200):
+    """Your looked_at_keys in every layer of a network."""
+    for number, layer in enumerate(layers_of(path, images), 1):
         attn = layer.attn[:, :, 1:, 1:]  # without CLS
         keys = looked_at_keys(attn / attn.sum(dim=-1, keepdim=True))
         print(f"layer {number}: {keys.mean():.1f} of {keys.shape[-1]} keys")
+
+
+def print_cka(*paths, images=400):
+    """Your cka of mean patch tokens, between all layers of two networks."""
+    layers = []
+    for path in paths:
+        layers.append([x.out[:, 1:].mean(dim=1) for x in layers_of(path, images)])
+    for one, other in ((0, 0), (1, 1), (0, 1)):
+        print(f"rows: layers of {paths[one]}, columns: of {paths[other]}")
+        for x in layers[one]:
+            print(" ".join(f"{float(cka(x, y)):.2f}" for y in layers[other]))
 
 
 def print_cosines(path, batches=10):
@@ -160,12 +176,22 @@ def print_cosines(path, batches=10):
         print(f"block {number}: {mean:+.3f} ± {spread:.3f} over {batches} batches")
 
 
+PRINTERS = {
+    "looked_at_keys": print_keys,
+    "cka": print_cka,
+    "gradient_cosine": print_cosines,
+}
+
 if __name__ == "__main__":
-    printers = {"looked_at_keys": print_keys, "gradient_cosine": print_cosines}
-    if len(sys.argv) != 3 or sys.argv[1] not in printers:
-        sys.exit("usage: exercises.py looked_at_keys|gradient_cosine CHECKPOINT")
+    name, files = "".join(sys.argv[1:2]), sys.argv[2:]
+    if name not in PRINTERS or len(files) != (2 if name == "cka" else 1):
+        sys.exit(
+            "usage: exercises.py looked_at_keys|gradient_cosine|cka CHECKPOINT ..."
+        )
     try:
-        printers[sys.argv[1]](sys.argv[2])
+        PRINTERS[name](*files)
     except sslvit.UserError as error:
         print(f"exercises.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except NotImplementedError:
+        sys.exit(f"exercises.py: fill in {name}() first")

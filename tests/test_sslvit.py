@@ -468,7 +468,10 @@ def test_four_steps_of_a_run_by_hand(tmp_path, monkeypatch, in_float64, words):
         return batches[-1]
 
     monkeypatch.setattr(sslvit, "augment", remember)
-    words += " --steps 4 --warmup 0.5 --lr 0.32 --momentum 0.6 --clip 0.2 --seed 3"
+    # four steps
+    words += (
+        " --epochs 0.0016 --warmup 0.5 --lr 0.32 --momentum 0.6 --clip 0.2 --seed 3"
+    )
     words += " --weight-decay 0.5 --knn-images 0"
     assert run(words, tmp_path) == 0
     cfg, _ = sslvit.parse([*QUICK, *words.split()])
@@ -855,12 +858,10 @@ def test_the_loss_falls_and_everything_is_written(tmp_path, capfd, objective, la
     assert re.search(r"\nknn_shape 0\.\d{3}, untrained 0\.\d{3}\n", out)
     assert out.splitlines()[-1].endswith(f"python analyze.py {tmp_path}/ckpt.pt")
     rows = log_of(tmp_path)
-    # the third step is the first that tells the time
     assert [row["step"] for row in rows] == [0, 3, 20, 30, 40]
     assert lam or rows[-1]["loss"] < 0.9 * rows[1]["loss"]
     assert [row["step"] for row in rows if "knn_shape" in row] == [0, 30, 40]
     assert checkpoint_of(tmp_path)["step"] == 40
-    # MoCo predicts no pixels
     assert (tmp_path / "masked.png").exists() == (lam < 1)
     if lam < 1:
         # rows of eight test images, 16 px enlarged ten times: as they are, the mean
@@ -946,11 +947,8 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path):
     stand_in = "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nos._exit(0)"
     (tmp_path / "torch.py").write_text(stand_in)
     path = f"PYTHONPATH={tmp_path}:{ROOT}"
-    for own, seen in (
-        ("A=", 1000),
-        ("GOMP_SPINCOUNT=7", 7),
-        ("OMP_WAIT_POLICY=x", None),
-    ):
+    cases = {"A=": 1000, "GOMP_SPINCOUNT=7": 7, "OMP_WAIT_POLICY=x": None}
+    for own, seen in cases.items():
         command = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY", path, own]
         command += [sys.executable, "-u", "-c", "import sslvit"]
         assert subprocess.check_output(command, text=True) == f"{seen}\n"
@@ -1065,6 +1063,14 @@ def test_an_image_is_what_its_file_shows(tmp_path, kind):
     assert abs(out - RAMP).max() <= (12 if ".jpg" in kind else 2)
 
 
+def test_shrinking_averages_pixels():
+    stripes = np.tile(np.uint8([0, 255]), (32, 16))
+    image = Image.fromarray(stripes)
+    crops = sslvit.random_crops(image, 16, [1.0], np.random.default_rng(0))
+    for crop in (*crops, sslvit.center_crop(image, 16)):
+        assert abs(crop[:, :, 1:-1] - 127.5).max() < 2
+
+
 def fill(folder, count, size=(9, 7)):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -1096,7 +1102,7 @@ def test_folders_are_splits_and_classes(tmp_path, layout, train, test, classes):
     assert sets[1] is None or sets[1].classes == sets[0].classes
 
 
-def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd):
+def test_linked_folders_are_followed_but_no_circles(tmp_path, capfd):
     fill(tmp_path / "store", 3)
     fill(tmp_path / "data" / "dog", 2)
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
@@ -1105,10 +1111,6 @@ def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd
     (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
     words = f"--data {tmp_path}/data --steps 1"
     assert "symbolic links" in refusal(words, tmp_path / "run", capfd)
-    # without a right to list a folder, which a test as root always has
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda p: scandir(p.replace("/dog", "/no/dog")))
-    assert "/no/dog" in refusal(words, tmp_path / "run", capfd)
 
 
 # a flat val/ (as ImageNet's comes), one with fewer classes, one with others
@@ -1140,10 +1142,7 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path, capfd):
 
 
 def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
-    """Zero bytes, half a JPEG, a bomb, a file that is gone; odd names are no harm.
-
-    What is no image, or lies in folders of masks or hidden ones, is counted.
-    """
+    """Zero bytes, half a JPEG, a bomb, a file that is gone; the rest is counted."""
     fill(tmp_path, 7)
     (tmp_path / "00.png").rename(tmp_path / "new\nline and blank.png")
     os.rename(tmp_path / "01.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
@@ -1172,6 +1171,10 @@ def test_knn_by_hand():
     for k, labels in ((1, [5, 0]), (3, [2, 1])):
         query = torch.tensor([[0.1, 0.011]])
         assert sslvit.knn(corners, says, query, k).tolist() == [labels]
+    # of twenty, nine say 0 and are nearest, eleven say 1
+    fan = torch.stack([torch.ones(40), torch.arange(40)], dim=1)
+    says = torch.tensor([0] * 9 + [1] * 11 + [2] * 20)[:, None]
+    assert sslvit.knn(fan, says, fan[:1]) == 1
     # more than are compared at once: each image is its own neighbour
     many = torch.randn(600, 8)
     names = torch.arange(600)[:, None]
