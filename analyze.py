@@ -519,9 +519,9 @@ after (full) the last attention. A network that works on whole images moves all 
 of one image together, in parallel lines; one that works on tokens moves each its own
 way. The paper saw the first in CL and the second in MIM.
 
-What to look at: whether a colour, which is an image, is an island, and whether its
-lines are parallel. Each network has a scale of its own, and the axes say how much of
-the variance they show: two directions can hide most of it. The next figure counts all.
+What to look at: whether the lines of a colour, which is an image, are parallel. Each
+network has a scale of its own, and the axes say how much of the variance they show: two
+directions can hide most of it. The next figure counts all.
 """
 
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
@@ -659,7 +659,8 @@ the diagonal from 0 to π per patch, minus its value at 0,
 The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
 have opposite signs; the public code stops short of it. A large mean token lowers Δ
 everywhere, so the middle panel compares π with the lowest frequency above 0. What to
-look at: attention (half layers) is a low-pass filter, the MLP is not. Is it a saw?"""
+look at: attention (half layers) is a low-pass filter, the MLP is not: is it a saw? In
+the middle panel the order may turn: is the claim about detail, or the mean token?"""
 
 
 def fourier_amplitude(tokens, grid):
@@ -1096,7 +1097,7 @@ taught is one of eight, so all eight are taught and averaged; images whose two c
 of one class are dropped. The paper saw CL nearer to shape, MIM to texture.
 
 What to look at: on which side of 0.5 a network is, and where the untrained one is,
-which has no opinion, only an architecture."""
+which has learnt nothing and may still prefer one."""
 
 
 def shape_bias(cues):
@@ -1265,7 +1266,7 @@ def end_fall(x):
 
 
 def plot_layers(axis, networks):
-    curves(axis, networks, itemgetter(POOLED), POOLED)
+    curves(axis, networks, itemgetter(POOLED), "accuracy of the pooled probe")
 
 
 FIGURES["layers"] = Figure(
@@ -1709,7 +1710,7 @@ def table_of(results):
         for row in claim["parts"]:
             line = f"   {row['part']:34} {words_of(row)}"
             for role, gain in row.get("gains", {}).items():
-                line += f"; {role} is above untrained by {between(*gain)}"
+                line += f"; {role} - untrained {between(*gain)}"
             lines.append(line)
             outcomes[row["outcome"].split()[0]] += 1
     tested = outcomes.total() - outcomes["needs"]
@@ -1724,8 +1725,8 @@ def words_of(row):
     """Values, difference [its interval], outcome."""
     if "values" not in row:
         return row["outcome"]
-    values = ", ".join(f"{role} {x:.3f}" for role, x in row["values"].items())
-    return f"{values}: {between(row['difference'], row['reach'])} {row['outcome']}"
+    values = ", ".join(f"{role}: {x:.3f}" for role, x in row["values"].items())
+    return f"{values}; {between(row['difference'], row['reach'])} {row['outcome']}"
 
 
 def between(difference, reach):
@@ -2059,7 +2060,8 @@ some hold, none is opposed; mixed: some hold, some are opposed; opposed: none ho
 some are opposed; undecided: the rest; not testable: a part lacks what it needs. The
 interval is over test images and, with three networks or more on both sides, over
 networks. One or two networks say how sure the images are, not whether another training
-would end alike.</p>
+would end alike. Early is the first third of the layers, late the last. Thin lines and
+circles are single networks, thick lines and bars their means.</p>
 {chapters}
 <h2>Networks and settings</h2>
 <pre>{facts}</pre>

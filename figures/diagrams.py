@@ -6,8 +6,7 @@ figures/stimuli.png  every shape in every texture
 figures/methods.png  MoCo v3, SimMIM and the hybrid, a strip of 16:9 each: views,
                      encoder, heads, loss
 
-The little pictures are real stimuli. What SimMIM predicts in the drawing is a blurred
-copy of the image; what a trained network really predicts is drawn by sslvit.py.
+The little pictures are real stimuli; what SimMIM predicts, the shipped network does.
 """
 
 import sys
@@ -90,21 +89,33 @@ def contrastive_views(photo):
     return first, second
 
 
+@torch.no_grad()
 def masked_view(photo, patch_size=12):
-    """The image without 60 % of its patches, and the image with those guessed."""
+    """The image without 60 % of its patches; in these, what a network predicts."""
+    state = sslvit.load_checkpoint(HERE / "checkpoints" / "micro-simmim.pt")
+    cfg = sslvit.Config(**state["config"])
+    model = sslvit.SSL(cfg).half()
+    model.load_state_dict(state["model"])
     generator = torch.Generator().manual_seed(3)
-    size = photo.size[0]
-    mask = sslvit.random_mask(1, size, patch_size, patch_size, 0.6, generator)
-    side = size // patch_size
+    mask = sslvit.draw_masks(1, cfg, generator)
+    small = np.array(photo.resize((cfg.image_size, cfg.image_size)))
+    view = (torch.from_numpy(small).permute(2, 0, 1) / 255 - sslvit.MEAN) / sslvit.STD
+    tokens = model.float().encoder(view[None], mask, mask_token=model.mask_token)
+    patches = model.decoder(tokens)[:, 1:].mT.unflatten(-1, (model.encoder.grid, -1))
+    image = sslvit.F.pixel_shuffle(patches, cfg.patch_size)[0]
+    image = 255 * (image * sslvit.STD + sslvit.MEAN).clamp(0, 1)
+    predicted = Image.fromarray(image.permute(1, 2, 0).byte().numpy()).resize(
+        photo.size
+    )
+    side = model.encoder.grid
     hidden = mask.view(side, side).numpy()
     hidden = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
     pixels = np.array(photo)
-    blurred = np.array(photo.filter(ImageFilter.GaussianBlur(3)))
     masked = np.where(hidden[..., None], 225, pixels).astype(np.uint8)
     # Thin lines between patches, so that neighbours are told apart.
     masked[::patch_size] = 255
     masked[:, ::patch_size] = 255
-    return masked, np.where(hidden[..., None], blurred, pixels)
+    return masked, np.where(hidden[..., None], predicted, pixels)
 
 
 # ==== The parts of a diagram ====
@@ -213,7 +224,7 @@ def draw_moco(axis, photo, top):
         put_arrow(axis, (PHOTO_X + 1.15, middle), (VIEW_X - 0.95, y))
     draw_branches(axis, photo, query_y, key_y, CL)
     put_box(axis, "ViT encoder", ENCODER_X, query_y, 2.4, 1.2, CL)
-    loss = "InfoNCE: each query\nfinds its own key"
+    loss = "InfoNCE: each query finds\nits own key, both ways"
     put_loss(axis, loss, middle - 1.0, CL)
 
 
@@ -253,7 +264,8 @@ def draw_hybrid(axis, photo, top):
     put_box(axis, "one ViT\nencoder", ENCODER_X, middle, 2.4, height, HYBRID)
     put_loss(axis, "(1 − λ) · L1", masked_y - 1.45, MIM)
     axis.text(LOSS_X, middle - 0.72, "+", fontsize=TITLE, ha="center", va="center")
-    put_loss(axis, "λ · InfoNCE", (query_y + key_y) / 2 - 0.85, CL)
+    loss = "λ · InfoNCE,\nboth ways"
+    put_loss(axis, loss, (query_y + key_y) / 2 - 0.85, CL)
 
 
 def draw_methods():

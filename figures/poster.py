@@ -70,7 +70,9 @@ def draw_row(row, path):
         axis.set_ylabel(axis.get_ylabel(), fontsize=SMALL)
         axis.tick_params(labelsize=SMALL)
         handles, labels = axis.get_legend_handles_labels()
-        labels = [roles.get(label, label) for label in labels]
+        labels = [
+            roles.get(label, "dotted: uniform attention, one map") for label in labels
+        ]
         lines |= dict(zip(labels, handles, strict=True))
     return lines
 
@@ -82,7 +84,7 @@ def draw_poster(paths):
     lines = {}
     for row, path in zip(rows[:-1], paths, strict=True):
         lines |= draw_row(row, path)
-    style = {"loc": "center", "ncols": 4, "fontsize": SMALL, "frameon": False}
+    style = {"loc": "center", "ncols": 5, "fontsize": SMALL, "frameon": False}
     rows[-1].legend(lines.values(), lines.keys(), **style)
     return figure
 
