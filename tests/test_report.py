@@ -113,7 +113,6 @@ def test_every_value_of_every_figure(runs, whole, no_drawing):
         # nine classes: eight shapes and the ground
         assert np.shape(entry["values"]["overlap, linear"]) == (21, 9, 2)
         assert entry["choices"]["fine-tuned"] == analyze.FINE_TUNING[0]
-        # two rows of maps are enough for the next test
         if entry["lam"] not in (0, 1):
             entry["pictures"] = {}
     (whole / "results.json").write_text(json.dumps(results), encoding="utf-8")
