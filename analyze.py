@@ -574,7 +574,7 @@ image gain no volume, and that MIM does the reverse.
 A network that only gets louder gains volume too. So the verdict divides each matrix by
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
 the right is not divided. What to look at: the last layer, and where the curves part.
-Layer 0 lies below the axes: 48 pixel values of a patch fill 48 directions at most."""
+Layer 0 may lie below the axes; 48 pixel values of a patch give images 48 directions."""
 
 
 def singular_spectrum(x):
@@ -1363,8 +1363,8 @@ FIGURES["sweep"] = Figure(
     parts=(
         Part("linear probe, mean of label sets", HYBRID, "CL", mean_probe),
         Part("linear probe, mean of label sets", HYBRID, "MIM", mean_probe),
-        Part("fine-tune accuracy, the same", HYBRID, "CL", mean_tuned),
-        Part("fine-tune accuracy, the same", HYBRID, "MIM", mean_tuned),
+        Part("fine-tune accuracy, mean of label sets", HYBRID, "CL", mean_tuned),
+        Part("fine-tune accuracy, mean of label sets", HYBRID, "MIM", mean_tuned),
         Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
         Part("Δ at π, early", HYBRID, "CL", early_high),
         Part("Δ at π, late", "MIM", HYBRID, late_high),
@@ -1804,10 +1804,10 @@ def by_name(networks):
 
 def give_names(networks):
     """NAME, or role, with the size where networks differ in it."""
-    _, *other_shapes = {network.shape for network in networks}
+    shapes = {network.shape for network in networks}
     for network in networks:
         network.name = network.role
-        if other_shapes:
+        if len(shapes) > 1:
             image, patch, width, depth = network.shape
             network.name += f", {width} × {depth}, {image}/{patch} px"
         if network.given.lower() not in {"", *GIVEN}:
@@ -1839,9 +1839,9 @@ def analyse(options):
     figures = [FIGURES[name] for name in options.only]
     results = {"settings": vars(options), "networks": []}
     firsts = {}
-    for number, vit in enumerate(vits, 1):
+    for vit in vits:
         network = vit.facts
-        sslvit.say(f"{number} of {len(vits)}: {network.name}")
+        sslvit.say(f"{1 + len(results['networks'])} of {len(vits)}: {network.name}")
         first = firsts.setdefault(network.name, network)
         network.choices = first.choices
         vit.to(options.device).requires_grad_(False)
@@ -1890,6 +1890,7 @@ def read_results(paths):
                 first.values |= network.values
                 first.pictures |= network.pictures
         networks = list(runs.values())
+        require(networks, "no networks")
         give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         raise UserError(f"--from {paths}: {error!r}") from error

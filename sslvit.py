@@ -899,7 +899,7 @@ def check_identity(cfg, train_set, state):
     require(
         cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set),
         f"--batch-size {cfg.batch_size} of {len(train_set)} images: in a batch an "
-        f"image needs others, and itself only once",
+        "image needs others, and itself only once",
     )
 
 
@@ -1514,9 +1514,8 @@ def random_crops(image, size, scales, rng):
 def center_crop(image, size):
     """The largest centred square -> uint8 (3, size, size)."""
     make_upright(image)
-    shape = size, size
-    image.draft("RGB", shape)
-    square = ImageOps.fit(to_rgb(image), shape, Image.Resampling.BILINEAR)
+    image.draft("RGB", (size, size))
+    square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BILINEAR)
     return np.array(square).transpose(2, 0, 1)
 
 
@@ -1812,8 +1811,8 @@ def finish(cfg, model, rows, data):
     for key in rows[0]:
         if key.startswith("knn") and key in rows[-1]:
             say(f"{key} {rows[-1][key]:.3f}, untrained {rows[0][key]:.3f}")
-    flag = " --data " * bool(cfg.data)
-    say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{flag}{cfg.data}")
+    data_flag = f" --data {cfg.data}" if cfg.data else ""
+    say(f"next, every figure: python analyze.py {cfg.out}/ckpt.pt{data_flag}")
 
 
 @torch.no_grad()

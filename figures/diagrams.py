@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 matplotlib.use("Agg")
@@ -94,20 +95,18 @@ def masked_view(photo, patch_size=12):
     """The image without 60 % of its patches; in these, what a network predicts."""
     state = sslvit.load_checkpoint(HERE / "checkpoints" / "micro-simmim.pt")
     cfg = sslvit.Config(**state["config"])
-    model = sslvit.SSL(cfg).half()
+    model = sslvit.SSL(cfg)
     model.load_state_dict(state["model"])
     generator = torch.Generator().manual_seed(3)
     mask = sslvit.draw_masks(1, cfg, generator)
     small = np.array(photo.resize((cfg.image_size, cfg.image_size)))
     view = (torch.from_numpy(small).permute(2, 0, 1) / 255 - sslvit.MEAN) / sslvit.STD
-    tokens = model.float().encoder(view[None], mask, mask_token=model.mask_token)
-    patches = model.decoder(tokens)[:, 1:].mT.unflatten(-1, (model.encoder.grid, -1))
-    image = sslvit.F.pixel_shuffle(patches, cfg.patch_size)[0]
-    image = 255 * (image * sslvit.STD + sslvit.MEAN).clamp(0, 1)
-    predicted = Image.fromarray(image.permute(1, 2, 0).byte().numpy()).resize(
-        photo.size
-    )
+    tokens = model.encoder(view[None], mask, mask_token=model.mask_token)
     side = model.encoder.grid
+    patches = model.decoder(tokens)[:, 1:].mT.unflatten(-1, (side, side))
+    image = F.pixel_shuffle(patches, cfg.patch_size)[0]
+    image = 255 * (image * sslvit.STD + sslvit.MEAN).clamp(0, 1)
+    image = Image.fromarray(image.permute(1, 2, 0).byte().numpy())
     hidden = mask.view(side, side).numpy()
     hidden = hidden.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
     pixels = np.array(photo)
@@ -115,7 +114,7 @@ def masked_view(photo, patch_size=12):
     # Thin lines between patches, so that neighbours are told apart.
     masked[::patch_size] = 255
     masked[:, ::patch_size] = 255
-    return masked, np.where(hidden[..., None], predicted, pixels)
+    return masked, np.where(hidden[..., None], image.resize(photo.size), pixels)
 
 
 # ==== The parts of a diagram ====

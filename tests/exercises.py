@@ -141,13 +141,13 @@ def print_keys(path, images=200):
         print(f"layer {number}: {keys.mean():.1f} of {keys.shape[-1]} keys")
 
 
-def print_cka(*paths, images=400):
+def print_cka(a, b, images=400):
     """Your cka of mean patch tokens, between all layers of two networks."""
-    layers = []
-    for path in paths:
-        layers.append([x.out[:, 1:].mean(dim=1) for x in layers_of(path, images)])
-    for one, other in ((0, 0), (1, 1), (0, 1)):
-        print(f"rows: layers of {paths[one]}, columns: of {paths[other]}")
+    layers = {}
+    for path in (a, b):
+        layers[path] = [x.out[:, 1:].mean(dim=1) for x in layers_of(path, images)]
+    for one, other in ((a, a), (b, b), (a, b)):
+        print(f"rows: layers of {one}, columns: of {other}")
         for x in layers[one]:
             print(" ".join(f"{float(cka(x, y)):.2f}" for y in layers[other]))
 

@@ -468,11 +468,8 @@ def test_four_steps_of_a_run_by_hand(tmp_path, monkeypatch, in_float64, words):
         return batches[-1]
 
     monkeypatch.setattr(sslvit, "augment", remember)
-    # four steps
-    words += (
-        " --epochs 0.0016 --warmup 0.5 --lr 0.32 --momentum 0.6 --clip 0.2 --seed 3"
-    )
-    words += " --weight-decay 0.5 --knn-images 0"
+    words += " --epochs 0.0016 --warmup 0.5 --lr 0.32 --momentum 0.6 --clip 0.2"
+    words += " --weight-decay 0.5 --knn-images 0 --seed 3"
     assert run(words, tmp_path) == 0
     cfg, _ = sslvit.parse([*QUICK, *words.split()])
     torch.manual_seed(3)
@@ -1065,8 +1062,7 @@ def test_an_image_is_what_its_file_shows(tmp_path, kind):
 
 
 def test_shrinking_averages_pixels():
-    stripes = np.tile(np.uint8([255, 0, 0, 0]), (64, 16))
-    image = Image.fromarray(stripes)
+    image = Image.fromarray(np.tile(np.uint8([255, 0, 0, 0]), (64, 16)))
     crops = sslvit.random_crops(image, 16, [1.0], np.random.default_rng(0))
     for crop in (*crops, sslvit.center_crop(image, 16)):
         assert abs(crop[:, :, 1:-1] - 63.75).max() < 2
@@ -1103,7 +1099,7 @@ def test_folders_are_splits_and_classes(tmp_path, layout, train, test, classes):
     assert sets[1] is None or sets[1].classes == sets[0].classes
 
 
-def test_linked_folders_are_followed_but_no_circles(tmp_path, capfd):
+def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd):
     fill(tmp_path / "store", 3)
     fill(tmp_path / "data" / "dog", 2)
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
@@ -1112,6 +1108,10 @@ def test_linked_folders_are_followed_but_no_circles(tmp_path, capfd):
     (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
     words = f"--data {tmp_path}/data --steps 1"
     assert "symbolic links" in refusal(words, tmp_path / "run", capfd)
+    # without a right to list a folder, which a test as root always has
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda p: scandir(p.replace("/dog", "/no/dog")))
+    assert "/no/dog" in refusal(words, tmp_path / "run", capfd)
 
 
 @pytest.mark.parametrize("val", [("",), ("dog",), ("cat", "emu")])
@@ -1171,9 +1171,8 @@ def test_knn_by_hand():
     for k, labels in ((1, [5, 0]), (3, [2, 1])):
         query = torch.tensor([[0.1, 0.011]])
         assert sslvit.knn(corners, says, query, k).tolist() == [labels]
-    # of twenty, nine say 0 and are nearest, eleven say 1
     fan = torch.stack([torch.ones(40), torch.arange(40)], dim=1)
-    says = torch.tensor([0] * 9 + [1] * 11 + [2] * 20)[:, None]
+    says = torch.tensor([0] * 9 + [1] * 11 + [2] * 20)[:, None]  # most of 20: 1
     assert sslvit.knn(fan, says, fan[:1]) == 1
     # more than are compared at once: each image is its own neighbour
     many = torch.randn(600, 8)
