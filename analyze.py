@@ -59,6 +59,8 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+# before torch, as it sets how threads wait for each other
+import sslvit
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -67,7 +69,6 @@ import torch.nn.functional as F
 from matplotlib.colors import LinearSegmentedColormap
 from torch.utils.data import DataLoader
 
-import sslvit
 from sslvit import MEAN, SIZES, STD
 from sslvit import Config, UserError, ViT, require, sincos_positions
 

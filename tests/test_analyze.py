@@ -137,13 +137,36 @@ def test_volume_by_hand():
     pooled = np.float32(triangles).swapaxes(0, 1)  # (3, 2, 2)
     rows = summarise({"features": pooled})
     assert close(rows["image volume"], [volume, -math.log(2) / 2])
+    assert close(rows["spectrum"], math.log(2) / 2)  # of the last state: √2 twice
+
+
+def test_the_plane_is_that_of_the_last_attention():
+    states = torch.randn(3, 5, 5, 2)
+    # four patches before it on one axis, after it on another
+    states[:, 2, 1:] = torch.tensor([[3.0, 0], [-3, 0]] * 2)
+    states[:, 3, 1:] = torch.tensor([[0.0, 1], [0, -1]] * 2)
+    picture = analyze.picture_plane(SimpleNamespace(states=states))
+    assert close(picture["plane"].abs(), torch.tensor([[3.0, 0]] * 4 + [[0, 1]] * 4))
+    assert close(picture["shares"], [0.9, 0.1])
+
+
+def test_outlines_lie_on_their_objects():
+    masks = np.zeros((3, 32, 32))
+    masks[:, :8] = 5  # the uppermost quarter is a star
+    one = network("CL", {})
+    one.pictures = {"maps": np.ones((8, 8, 8)), "labels": masks}
+    one.pictures["photographs"] = np.ones((3, 64, 64, 3))
+    axis = analyze.draw_maps([one]).axes[0]
+    [outline] = axis.collections[0].get_paths()
+    assert outline.vertices[:, 1] == pytest.approx(0.25, abs=0.02)
+    assert axis.get_ylim() == (1, 0)  # downwards
 
 
 def test_shape_bias_by_hand():
     # of four decisions two match the shape, one the texture, one neither
     assert analyze.shape_bias([[0.5, 0.25]]) == pytest.approx(2 / 3)
-    # two pairings, 3 of 4 and 1 of 4 decisions by shape
-    assert analyze.shape_bias([[0.3, 0.1], [0.1, 0.3]]) == pytest.approx(0.5)
+    # two pairings, 3 of 4 and 1 of 2 decisions by shape: not 4 of 6
+    assert analyze.shape_bias([[0.3, 0.1], [0.1, 0.1]]) == pytest.approx(0.625)
     assert math.isnan(analyze.shape_bias([[0, 0]]))
 
 
@@ -224,17 +247,6 @@ def test_states_begin_with_the_embedding():
     assert close(output[:, 1], tokens[:, 0])
 
 
-def test_attention_among_patches_is_a_share_of_what_cls_leaves():
-    vit = sslvit.ViT(**TINY, positions="none", rel_pos_bias=True).eval()
-    with torch.no_grad():
-        for block in vit.blocks:
-            block.attn.qkv.weight.zero_()
-        # every patch looks at CLS, but for 16 times exp(-35), which is 1e-14
-        vit.rel_pos_bias.relative_position_bias_table[-2] = 35
-        _, batch = analyze.look_inside(vit, torch.randn(1, 3, 16, 16))
-    assert close(batch.attn, 1 / 16)
-
-
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Figures are skipped, which costs nothing else."""
@@ -269,6 +281,7 @@ def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
     # another truth in the last quarter: chosen there, not learnt
     other = labels[:200].clone()
     other[150:] = (other[150:] + 1) % 3
+    x[199] = math.nan  # nor are means and deviations learnt there
     predicted, accuracy = analyze.linear_probe(x[:200], other, x[200:])
     assert accuracy == 0 and (predicted == labels[200:].numpy()).all()
     # 60 rows in 60 directions: weak regularisation learns noise by heart
@@ -322,6 +335,22 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     # standardised, both are as loud
     assert 0.3 < analyze.shape_bias(cues[:100].mean(axis=0)) < 0.7
     assert analyze.shape_bias(cues[100:].mean(axis=0)) > 0.9
+
+
+def test_layer_decay_by_hand():
+    vit = sslvit.ViT(**TINY, positions="learned")  # three blocks
+    network = torch.nn.ModuleDict({"vit": vit, "head": torch.nn.Linear(2, 2)})
+    groups = analyze.parameter_groups(network, lr=8, decay=0.5)
+    rates = {id(group["params"][0]): group["lr"] for group in groups}
+    for rate, weight in (
+        (1, vit.patch_embed.proj.weight),
+        (1, vit.pos_embed),
+        (2, vit.blocks[0].attn.qkv.bias),
+        (8, vit.blocks[2].mlp.fc2.weight),
+        (8, vit.norm.weight),
+        (8, network.head.bias),
+    ):
+        assert rates[id(weight)] == rate
 
 
 # ==== Values stored 21 times ========================================================
@@ -556,6 +585,23 @@ def test_what_a_claim_reads(name, key, cl, mim, differences):
     assert rows == pytest.approx(differences)
 
 
+def test_lines_lie_at_their_layers_and_lambdas():
+    # attention outputs have a neighbour from layer 2 on; states begin with layer 0
+    places = ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [n / 2 for n in range(13)])
+    for x in places:
+        one = network(analyze.HYBRID, {"distance": [0.5] * len(x)}, image_size=8)
+        _, [[axis]] = analyze.canvas(1)
+        analyze.plot_distance(axis, [one])
+        assert axis.lines[0].get_xdata().tolist() == x
+        assert axis.lines[0].get_linestyle() == "--"
+        # uniform attention on 2 × 2 patches of 4 px
+        assert axis.lines[-1].get_ydata()[0] == pytest.approx(2 + 2**0.5)
+    values = tuned(0.5) | {"nmi": layers(0, 0, 0), "fourier": at_pi(0, 0)}
+    networks = [network(role, values) for role in ("CL", "MIM", analyze.HYBRID)]
+    for axis in analyze.draw_sweep(networks).axes[:2]:
+        assert axis.lines[-1].get_xdata().tolist() == [0, 0.2, 1]
+
+
 # ---- Which networks are compared ----
 def tuned(number):
     return {"fine-tuned": [number] * 2, "linear probe": [number] * 2}
@@ -625,7 +671,10 @@ def test_claim_11_has_a_control_of_equal_depth():
         # as deep as encoder and decoder together
         network("MIM", values(0.8, 0.7, 0.9), depth=8),
     ]
-    rows = [row["difference"] for row in judged(networks, "decoder")[0]["parts"]]
+    networks += networks[:2]  # two seeds each, but one control
+    [claim] = judged(networks, "decoder")
+    rows = [row["difference"] for row in claim["parts"]]
     assert rows == pytest.approx([0.1 - -0.3, 0.1 - -0.1, 0.3 - 0.1])
+    assert claim["verdict"] == "agrees (1 network)"
     parts = judged(networks[:3], "decoder")[0]["parts"]
     assert "MIM as deep" in parts[1]["outcome"]

@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import sys
-import tarfile
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -228,17 +227,15 @@ def test_timm_is_an_oracle_too(tmp_path):
     models = pytest.importorskip("timm.models")
     sizes = {"img_size": 12, "patch_size": 4, "embed_dim": D, "depth": 2}
     sizes |= {"num_classes": 0, "init_values": 0.5, "global_pool": "token"}
-    plain = models.vision_transformer.VisionTransformer(num_heads=2, **sizes)
     biases = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
-    beit = models.beit.Beit(num_heads=4, **biases, **sizes)
+    beit = models.beit.Beit(num_heads=4, **biases, **sizes).eval()
+    for weight in beit.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    vit = analyze.load_encoder(write(tmp_path, beit.state_dict()))
     images = torch.randn(2, 3, 12, 12)
-    for oracle in (plain.eval(), beit.eval()):
-        for weight in oracle.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-        vit = analyze.load_encoder(write(tmp_path, oracle.state_dict()))
-        with torch.no_grad():
-            error = (vit(images) - oracle.forward_features(images)).abs().max()
-        assert error < 1e-4
+    with torch.no_grad():
+        error = (vit(images) - beit.forward_features(images)).abs().max()
+    assert error < 1e-4
 
 
 def test_heads_and_pixels_can_be_given(tmp_path, capsys):
@@ -272,7 +269,6 @@ OTHER_NETWORKS = [
     ({"cls_token": None}, "cls_token"),
     ({"blocks.1.mlp.fc1.bias": None}, "blocks.1.mlp.fc1.bias"),
     ({"blocks.0.mlp.fc1.bias": ONES}, "blocks.0.mlp.fc1.bias"),
-    ({"blocks.999999999.norm1.weight": ONES}, "blocks.*.norm1.weight"),
     ({"module.norm.weight": ONES}, "two tensors for norm.weight"),
     ({PATCHES: torch.ones(D, 3, 2, 4, 4)}, "videos"),
     ({FC1: torch.ones(MATRIX, dtype=torch.int8)}, f"{FC1} is torch.int8"),
@@ -314,14 +310,13 @@ def test_our_own_runs_tell_everything(tmp_path, capsys):
 
 
 # ---- a file is data ----
-def rewrite(path, old=b"", new=b"", compression=zipfile.ZIP_STORED):
-    """The same archive with other bytes in its pickle, or compressed."""
+def rewrite(path, compression=zipfile.ZIP_STORED):
+    """The same archive, or compressed."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, record in records.items():
-            is_pickle = name.endswith("data.pkl")
-            archive.writestr(name, record.replace(old, new) if is_pickle else record)
+            archive.writestr(name, record)
 
 
 @dataclass
@@ -352,18 +347,6 @@ def test_a_file_is_data(tmp_path):
     assert mark.exists()
 
 
-def test_a_file_cannot_change_how_the_next_is_read(tmp_path):
-    """Slot state set on the function that makes tensors: metadata {"neg": True}."""
-    state = timm_state()
-    path = write(tmp_path, {"model": state, "mark": 77})
-    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
-    slots = b"N}X\x0c\0\0\0__defaults__}X\x03\0\0\0neg\x88s\x85s\x86b"
-    rewrite(path, b"K\x4d", function + slots)
-    check_refused(path, "not readable as data alone")
-    assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
-    check_same(write(tmp_path, state), state)
-
-
 def test_damaged_archives_are_refused(tmp_path):
     state = timm_state()
     path = write(tmp_path, state)
@@ -380,7 +363,6 @@ def test_damaged_archives_are_refused(tmp_path):
         check_refused(path)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     path = tmp_path / "file.pth"
     check_refused(path, "No such file")
@@ -395,13 +377,6 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     for start, word in starts.items():
         path.write_bytes(start)
         check_refused(path, word)
-    with tarfile.open(path, "w") as archive:
-        archive.add(__file__)
-    check_refused(path, "tar format")
-    np.savez(tmp_path / "numbers.npz", a=np.zeros(2))
-    check_refused(tmp_path / "numbers.npz")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
-    check_refused(path, "TorchScript")
     check_refused(write(tmp_path, {"model": torch.nn.Linear(1, 1)}), "state_dict()")
     check_refused(write(tmp_path, [1, 2]), "no tensors")
     check_refused(write(tmp_path, torch.zeros(2)), "no patch_embed", PATCHES)

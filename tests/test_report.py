@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import shutil
 import weakref
 from functools import partial
 from html import unescape
@@ -33,7 +32,6 @@ RUNS = {
     "deep": {"lam": 0.0, "model": "tiny"},
     "wide": {"lam": 1.0, "model": "micro"},
     "relative": {"lam": 0.0, "positions": "relative"},
-    "coarse": {"lam": 0.0, "patch_size": 8, "mask_patch_size": 8},
 }
 
 
@@ -113,6 +111,7 @@ def test_every_value_of_every_figure(runs, whole, no_drawing):
         # nine classes: eight shapes and the ground
         assert np.shape(entry["values"]["overlap, linear"]) == (21, 9, 2)
         assert entry["choices"]["fine-tuned"] == analyze.FINE_TUNING[0]
+        assert entry["label_names"] == ["shape", "texture"]
         if entry["lam"] not in (0, 1):
             entry["pictures"] = {}
     (whole / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -181,21 +180,20 @@ def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
         analyze.curves(axis, networks, itemgetter("largest"), "weight")
 
     draw = partial(analyze.on_one_axis, plot)
-    toy = analyze.Figure("13", 13, "CL <b>looks</b> hard", "A <i>toy.", draw)
+    toy = analyze.Figure("13", 13, "CL looks hard", "A toy.", draw)
     toy.measure = (measure_largest,)
     read = analyze.of(analyze.last, "largest")
     toy.parts = (analyze.Part("largest weight", "CL", "MIM", read),)
     monkeypatch.setitem(analyze.FIGURES, "toy", toy)
     with pytest.raises(SystemExit):
         analyze.main(["--help"])
-    assert "CL <b>looks</b> hard" in capsys.readouterr().out
+    assert "CL looks hard" in capsys.readouterr().out
     files = [runs["moco"], runs["simmim"]]
     results, printed = analysed(tmp_path, files, "--only", "toy")
     assert [claim["claim"] for claim in results["claims"]] == [13]
     assert "largest weight" in printed
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<img" in report and not re.search("<[bi]>", report)
-    assert "A <i>toy." in unescape(report) and "largest weight" in report
+    assert "<img" in report and "A toy." in report and "largest weight" in report
 
 
 # ==== Which networks ================================================================
@@ -205,12 +203,6 @@ def test_equal_names_are_seeds_of_one_network(runs, tmp_path, no_drawing):
     assert "lr" in error and "NAME=" in error
     assert "NAME=" in fails(f"a={moco}", f"a={runs['simmim']}", *flags)
     assert "twice" in fails(moco, moco, *flags)
-
-
-def test_a_name_ends_at_the_first_equals_sign(runs, tmp_path, no_drawing):
-    file = shutil.copy(runs["moco"], tmp_path / "x-ep=399.ckpt")
-    results, _ = analysed(tmp_path, [f"mine={file}"], "--only", "nmi")
-    assert results["networks"][0]["name"] == "mine"
 
 
 def test_a_hybrid_of_another_lambda_is_called_so(runs, tmp_path, no_drawing):
@@ -232,14 +224,6 @@ def test_shipped_networks_stand_beside_one_of_the_same_data(tmp_path, no_drawing
     torch.save(content | {"data": "20 images (0123456789ab)"}, tmp_path / "other.pt")
     assert main(tmp_path / "other.pt", *flags)[0] == 0
     assert roles_in(read(tmp_path)) == ["MIM", "untrained"]
-
-
-def test_networks_of_two_grids_are_drawn(runs, tmp_path):
-    names = ["maps", "distance", "plane", "spectra", "fourier"]
-    files = [runs["moco"], runs["coarse"]]
-    results, printed = analysed(tmp_path, files, "--only", *names)
-    assert not re.search("^skipped", printed, re.MULTILINE)
-    assert {claim["verdict"] for claim in results["claims"]} == {"not testable"}
 
 
 # ==== results.json ==================================================================
@@ -266,14 +250,13 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
 FACTS = vars(network("CL", {}))
 EDITS = [
     {"networks": None},
-    {"networks": []},
     {"networks": [{"name": "a", "values": {}}]},
     {"networks": [FACTS | {"values": {"nmi": [[0.5]] * 20}}]},
     {"networks": [FACTS | {"values": {"nmi": "many"}}]},
 ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(5))
 def test_results_that_were_cut_or_edited_are_one_line(number, tmp_path):
     edit = [*EDITS, {}][number]
     flag, file = write_results(tmp_path, [network("CL", {})], edit)
@@ -372,8 +355,8 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
         assert cl["choices"] == {"fine-tuned": settings[1]}
         assert np.max(cl["values"]["fine-tuned"]) < 0.2
         assert np.max(cl["values"]["linear probe"]) < 0.2
-    # two trainings to choose and one to keep; the second seed shares the choice
-    assert len(trainings) == 2 * (3 + 1)  # of CL and of untrained networks
+    # two to choose, one to keep; the second seed shares the choice; CL and untrained
+    assert len(trainings) == 2 * (3 + 1)
     # an optimum at the grid's edge is said: here the largest rate
     assert f"{settings[1]}, best of {settings[0]} to {settings[1]}" in printed
 
@@ -398,9 +381,11 @@ def test_noise_is_clipped_and_the_same_for_all(runs, tmp_path, passes, no_drawin
     for vit, x in passes:
         images.setdefault(id(vit), []).append(x * sslvit.STD + sslvit.MEAN)
     cl, mim, untrained = [torch.cat(x) for x in images.values()]
-    # test images, those to learn from, clean and with ten rings of noise, pictures
-    assert len(cl) == 20 + 80 + 20 * 11 + 3
+    assert len(cl) == 20 + 80 + 20 * 11 + 3  # test, to learn from, ten rings, pictures
     assert cl.min() > -1e-4 and cl.max() < 1 + 1e-4
+    # a tenth of full brightness, less what was clipped
+    noise = cl[120:320].view(10, 20, 3, 16, 16) - cl[100:120]
+    assert 0.08 < noise.square().mean().sqrt() < 0.1
     assert torch.equal(cl, mim) and torch.equal(cl, untrained)
 
 
@@ -424,11 +409,14 @@ def test_masks_belong_to_their_images():
         assert np.array_equal(mask, inside * (1 + shape))
 
 
-def test_half_of_the_crops_are_mirrored():
+def test_half_of_the_crops_are_mirrored_and_none_is_small():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1)))
     crops = [analyze.random_crop(ramp, 16) for _ in range(40)]
     mirrored = sum(crop[0, 0, 0] > crop[0, 0, -1] for crop in crops)
     assert 10 < mirrored < 30
+    # from √(0.35·3/4) = 0.51 of the 64 columns on
+    spans = [np.ptp(crop[0, 0].astype(int)) for crop in crops]
+    assert 29 < min(spans) < 40
 
 
 def test_cue_conflict_images(runs, tmp_path, no_drawing):
