@@ -228,7 +228,7 @@ def points(axis, networks, read, label, fact="name"):
         x = getattr(network, fact)
         colour = style_of(network)["color"]
         axis.plot([x] * len(y), y, "o", ms=9, mfc="none", color=colour)
-        axis.plot(x, y.mean(), "_", ms=30, mew=3, color=colour)
+        axis.plot(x, y.mean(), "_", ms=18, mew=3, color=colour)
         places.append(x)
         means.append(y.mean())
     axis.margins(x=0.2)

@@ -164,7 +164,7 @@ for folder in map(Path, sys.argv[1:]):
         for image in network["pictures"].get("photographs", []):
             if len(image) == 64: # analyze.py has doubled it
                 image[:] = [row[::2] for row in image[::2]]
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results, separators=(",", ":")))
     analyze.write_report(results, files, folder)
 PY
 }
@@ -179,14 +179,14 @@ photographs="--data $data --cue-conflict $cues --images 0"
 # equal work: the stimuli, the photographs, the decoder; equal images: sweep and sizes
 analyze $(of moco simmim hybrid) --out figures/stimuli
 analyze $(of cifar10-{moco,simmim,hybrid}) $photographs --out figures/photographs
-# of these the reports alone: claims 1, 2, 11 and 12, and the choice of learning rates
+# of these the reports, and figure 12: claims 1, 2, 11 and 12, and the choice of learning rates
 analyze $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --only scaling --out figures/more/sizes
 analyze $(of simmim decoder micro8) --only decoder --out figures/more/decoder
 analyze $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --only accuracy sweep --out figures/more/sweep
 rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
 analyze $rates --images 500 --only accuracy --out figures/more/rates
 shrink figures/stimuli figures/photographs figures/more/*
-rm figures/more/*/*.png
+find figures/more -name "*.png" ! -path "*/sweep/fig12*" -delete
 cp runs/hybrid-10/masked.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/stimuli/results.json figures/photographs/results.json --out figures/poster.png

@@ -357,7 +357,7 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
         assert np.max(cl["values"]["linear probe"]) < 0.2
     # two to choose, one to keep; the second seed shares the choice; CL and untrained
     assert len(trainings) == 2 * (3 + 1)
-    # an optimum at the grid's edge is said: here the largest rate
+    # at the grid's edge
     assert f"{settings[1]}, best of {settings[0]} to {settings[1]}" in printed
 
 
@@ -394,8 +394,7 @@ def test_a_linear_head_leaves_the_network_frozen(runs, tmp_path, passes, no_draw
     analysed(tmp_path, [runs["moco"]], *flags)
     vits = {id(vit): vit for vit, _ in passes}
     weights = [vit.blocks[0].attn.qkv.weight for vit in vits.values()]
-    # the network; a copy to choose a linear head and one to keep; the same fine-tuned.
-    # Then the untrained one, which is equal
+    # the network, its copies with a linear head (to choose, to keep), and fine-tuned
     same = [torch.equal(weight, weights[0]) for weight in weights]
     assert same == [True, True, True, False, False] * 2
 
@@ -424,12 +423,11 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
         paint(tmp_path / "photos" / split, {"cat": "black", "dog": "red"})
     cues = tmp_path / "cues"
     cues.mkdir()
-    # black is a cat: three decisions by shape, one by texture; dog2-dog3 is congruent
+    # black is a cat: of five images three are so by shape, one by texture, one is none
     for name in ("cat1-dog1", "cat2-dog1", "cat3-dog2", "dog1-cat1", "dog2-dog3"):
         Image.new("RGB", (16, 16), "black").save(cues / f"{name}.png")
     flags = ["--data", tmp_path / "photos", "--cue-conflict", cues, "--only", "bias"]
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
-    # of five images
     assert results["networks"][0]["values"]["cues"][0] == [[0.6, 0.2]]
     Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
     assert "cow" in analysed(tmp_path, [runs["moco"]], *flags)[1]

@@ -395,9 +395,8 @@ def test_each_image_gets_the_colours_that_were_drawn_for_it():
     torch.testing.assert_close(x, expected)
 
 
-def test_colour_operations_by_hand():
-    # a point becomes exp(-½ (x/σ)²): at 3 px = 2σ e⁻² of the middle, either way; no
-    # matter how much its neighbour in the batch is blurred
+def test_blur_by_hand():
+    # a point becomes exp(-½ (x/σ)²): at 3 px = 2σ e⁻² of the middle; it ends at 4σ
     dot = torch.zeros(2, 3, 21, 21)
     dot[..., 10, 10] = 1
     blurred = sslvit.gaussian_blur(dot, column([1.5, 2.0]))[0, 0]
@@ -407,7 +406,6 @@ def test_colour_operations_by_hand():
     sigma = sslvit.draw_colours(np.random.default_rng(0), config(blur=0.0))[:, 11]
     same = sslvit.gaussian_blur(dot, column(sigma.tolist()))
     torch.testing.assert_close(same, dot)
-    # and it ends behind 4σ
     assert blurred[10, 17] > 0 == blurred[10, 18]
 
 
@@ -981,6 +979,9 @@ def test_stimuli_are_a_function_of_seed_split_and_index():
     again, outline = sets[0].render(7, shape, (texture + 1) % 8)
     assert np.array_equal(outline, mask)
     assert not np.array_equal(again, image)
+    stripes, mask = sets[0].render(7, shape, 1)  # of 0.3 and all of the light
+    dark, bright = np.quantile(stripes.max(axis=2)[mask], [0.2, 0.8])
+    assert dark / bright == pytest.approx(0.3, abs=0.02)
     # nor does the shape: chi² with 49 degrees of freedom, p = 0.001
     source = Stimuli(4000, 8)
     pairs = np.array([source[i][1:3] for i in range(4000)])
@@ -1014,7 +1015,6 @@ def test_areas_of_stimuli_by_hand():
 
 
 def test_a_crop_is_the_same_as_pillows(tmp_path, monkeypatch):
-    """Also of a large JPEG, which is decoded at 1/8: 480 px become 32."""
     y, x = np.mgrid[:800, :1200]
     waves = np.sin(np.stack([x / 50, y / 70, (x + y) / 90], axis=-1))
     photo = Image.fromarray((127 + 100 * waves).astype(np.uint8))
