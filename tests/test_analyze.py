@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_hex
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -590,17 +591,25 @@ def test_lines_lie_at_their_layers_and_lambdas():
     # attention outputs have a neighbour from layer 2 on; states begin with layer 0
     places = ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [n / 2 for n in range(13)])
     for x in places:
-        one = network(analyze.HYBRID, {"distance": [0.5] * len(x)}, image_size=8)
+        seeds = [
+            network(analyze.HYBRID, {"distance": [y] * len(x)}, image_size=8)
+            for y in (1, 4, 4)
+        ]
         _, [[axis]] = analyze.canvas(1)
-        analyze.plot_distance(axis, [one])
-        assert axis.lines[0].get_xdata().tolist() == x
-        assert axis.lines[0].get_linestyle() == "--"
-        # uniform attention on 2 × 2 patches of 4 px
-        assert axis.lines[-1].get_ydata()[0] == pytest.approx(2 + 2**0.5)
+        analyze.plot_distance(axis, seeds)
+        *thin, thick, uniform = axis.lines
+        assert [line.get_ydata()[0] for line in thin] == [1, 4, 4]
+        assert thick.get_ydata()[0] == 3 and thick.get_linestyle() == "--"
+        assert thick.get_xdata().tolist() == x
+        # 2 × 2 patches of 4 px
+        assert uniform.get_ydata()[0] == pytest.approx(2 + 2**0.5)
     values = tuned(0.5) | {"nmi": layers(0, 0, 0), "fourier": at_pi(0, 0)}
     networks = [network(role, values) for role in ("CL", "MIM", analyze.HYBRID)]
+    networks.append(network("CL", values | tuned(0.7)))
     for axis in analyze.draw_sweep(networks).axes[:2]:
-        assert axis.lines[-1].get_xdata().tolist() == [0, 0.2, 1]
+        lams, means = axis.lines[-1].get_data()
+        assert lams.tolist() == [0, 0.2, 1] and close(means, [0.5, 0.5, 0.6])
+        assert to_hex(axis.lines[0].get_color()) == "#0072b2"  # MIM is blue
 
 
 # ---- Which networks are compared ----

@@ -243,7 +243,10 @@ def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     path = write(tmp_path, state)
     check_same(path, state, 6)
     vit = check_same(path, state, 3, heads=3, pixels="half")
-    assert vit.facts.pixels == "half"
+    white = analyze.normalise(torch.full((1, 3, 12, 12), 255), vit)
+    assert vit.facts.pixels == "half" and (white == 1).all()
+    huge = analyze.find_sizes({PATCHES: torch.zeros(1280, 3, 14, 14)}, 16, None, "MAE")
+    assert huge == (224, 14, 1280, 1, 16)
     assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
     # sines that begin with x are MAE's, or of a MoCo v3 that was written anew
     state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
@@ -330,7 +333,6 @@ class Runs:
 
 
 def test_a_file_is_data(tmp_path):
-    """Objects of any kind do not disturb, and none of them does anything."""
     state, mark = timm_state(), tmp_path / "made"
     numbers = defaultdict(list, a=[np.float32(1), np.zeros(3)])
     objects = [NAMESPACE, Path("x"), NODE, numbers, {Path: 1}]

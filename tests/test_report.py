@@ -172,7 +172,7 @@ def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing
     assert cl != mim and cl in untrained and mim in untrained
 
 
-def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
+def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch):
     def measure_largest(batch):
         return {"largest": batch.attn.amax(dim=(2, 3, 4))}
 
@@ -185,9 +185,6 @@ def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
     read = analyze.of(analyze.last, "largest")
     toy.parts = (analyze.Part("largest weight", "CL", "MIM", read),)
     monkeypatch.setitem(analyze.FIGURES, "toy", toy)
-    with pytest.raises(SystemExit):
-        analyze.main(["--help"])
-    assert "CL looks hard" in capsys.readouterr().out
     files = [runs["moco"], runs["simmim"]]
     results, printed = analysed(tmp_path, files, "--only", "toy")
     assert [claim["claim"] for claim in results["claims"]] == [13]

@@ -233,8 +233,6 @@ def test_both_losses_are_the_papers_spelt_out(words):
     assert ("encoder.patch_embed.proj.weight" in ours) == (cfg.lam < 1)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-9, rtol=1e-7)
-    assert hasattr(model, "decoder") == (cfg.lam < 1)
-    assert hasattr(model, "momentum_encoder") == (cfg.lam > 0)
 
 
 def test_layers_and_how_they_start():
@@ -872,7 +870,7 @@ def test_nothing_is_overwritten_and_no_setting_changes(tmp_path, capfd, monkeypa
     assert run("--steps 1", tmp_path) == 0
     assert "features collapse" in capfd.readouterr().out
     before = (tmp_path / "ckpt.pt").read_bytes()
-    for words in ("", "--resume --model tiny", "--resume --seed 1"):
+    for words in ("", "--resume --model tiny", "--resume --seed 1", "--resume --lr 1"):
         refusal(f"--steps 1 {words}", tmp_path, capfd)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert len(log_of(tmp_path)) == 2
@@ -939,9 +937,11 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path, program):
 
 
 SETTINGS = """
-    --preset small32 --steps 7 --blur 1 : steps=7 epochs=0 blur=1 hue_shift=.1
+    --preset small32 --steps 7 --blur 1 : steps=7 epochs=0 blur=1 hue_shift=.1 lr=4e-3
+    --preset small32 --objective moco : epochs=137.5 batch_size=128 blur=.3 momentum=.99
     --lam 0.4 --seed 3 : lam=.4 seed=3 out=runs/micro-hybrid-seed3
-    : lam=.2 batch_size=64 steps=1500 lr=6e-3 out=runs/micro-hybrid
+    : lam=.2 batch_size=64 steps=1500 lr=6e-3 out=runs/micro-hybrid momentum=.97 blur=1
+        warmup=.1 weight_decay=.05 clip=5 crop_min=.2 hue_shift=.5 mask_patch_size=4
     --objective moco : lam=1 batch_size=128 steps=1032 lr=2e-3
     --objective simmim : lam=0 batch_size=64 steps=5500
     --data x --objective moco : preset=imagenet model=base image_size=224 patch_size=16
@@ -973,8 +973,8 @@ def test_stimuli_are_a_function_of_seed_split_and_index():
     sets = [Stimuli(50), Stimuli(50, seed=1), Stimuli(50, split="test")]
     assert len({source[i][0].tobytes() for source in sets for i in range(50)}) == 150
     image, shape, texture, mask = sets[0][7]
-    assert np.array_equal(image, Stimuli(50)[7][0])
-    assert image.shape == (*mask.shape, 3) == (32, 32, 3)
+    assert np.array_equal(image, sslvit.find_data(config(image_size=32))[0][7][0])
+    assert not np.array_equal(image, sslvit.find_data(Config(seed=1))[0][7][0])
     # the outline does not tell the texture
     again, outline = sets[0].render(7, shape, (texture + 1) % 8)
     assert np.array_equal(outline, mask)
@@ -1110,7 +1110,7 @@ def test_folders_are_splits_and_classes(tmp_path, layout, train, test, classes):
     assert sets[1] is None or sets[1].classes == sets[0].classes
 
 
-def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd):
+def test_linked_folders_are_followed_but_no_circles(tmp_path, capfd):
     fill(tmp_path / "store", 3)
     fill(tmp_path / "data" / "dog", 2)
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
@@ -1119,10 +1119,6 @@ def test_linked_folders_are_followed_but_no_circles(tmp_path, monkeypatch, capfd
     (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
     words = f"--data {tmp_path}/data --steps 1"
     assert "symbolic links" in refusal(words, tmp_path / "run", capfd)
-    # without a right to list a folder, which a test as root always has
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda p: scandir(p.replace("/dog", "/no/dog")))
-    assert "/no/dog" in refusal(words, tmp_path / "run", capfd)
 
 
 @pytest.mark.parametrize("val", [("",), ("dog",), ("cat", "emu")])
@@ -1164,14 +1160,13 @@ def test_unreadable_files_are_named_once_and_replaced(tmp_path, capfd):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     fill(tmp_path / "Masks", 4)
-    fill(tmp_path / ".thumbnails", 4)
     words = f"--data {tmp_path} --steps 3 --objective simmim --knn-images 0"
     assert run(words, tmp_path / ".run") == 0
     out, err = capfd.readouterr()
     for name in ("empty.png", "half.jpg", "bomb.png", "gone.png"):
         assert err.count(f"next one used: '{tmp_path}/{name}'") == 1, err
     assert len(err.splitlines()) == 4
-    for reason in ("2 x file .heic", "1 x file .txt", "3 x hidden, or named mask"):
+    for reason in ("2 x file .heic", "1 x file .txt", "2 x hidden, or named mask"):
         assert reason in out
 
 
