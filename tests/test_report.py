@@ -4,16 +4,14 @@ import contextlib
 import io
 import json
 import re
-import weakref
-from functools import partial
 from html import unescape
-from operator import itemgetter
+from types import SimpleNamespace
 
+from test_analyze import ROOT, analyze, network, no_drawing, similarities, sslvit
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_analyze import ROOT, analyze, network, no_drawing, similarities, sslvit
 
 __all__ = ["no_drawing"]
 SIZES = {
@@ -172,27 +170,6 @@ def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing
     assert cl != mim and cl in untrained and mim in untrained
 
 
-def test_a_new_figure_is_one_section(runs, tmp_path, monkeypatch):
-    def measure_largest(batch):
-        return {"largest": batch.attn.amax(dim=(2, 3, 4))}
-
-    def plot(axis, networks):
-        analyze.curves(axis, networks, itemgetter("largest"), "weight")
-
-    draw = partial(analyze.on_one_axis, plot)
-    toy = analyze.Figure("13", 13, "CL looks hard", "A toy.", draw)
-    toy.measure = (measure_largest,)
-    read = analyze.of(analyze.last, "largest")
-    toy.parts = (analyze.Part("largest weight", "CL", "MIM", read),)
-    monkeypatch.setitem(analyze.FIGURES, "toy", toy)
-    files = [runs["moco"], runs["simmim"]]
-    results, printed = analysed(tmp_path, files, "--only", "toy")
-    assert [claim["claim"] for claim in results["claims"]] == [13]
-    assert "largest weight" in printed
-    report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<img" in report and "A toy." in report and "largest weight" in report
-
-
 # ==== Which networks ================================================================
 def test_equal_names_are_seeds_of_one_network(runs, tmp_path, no_drawing):
     moco, flags = runs["moco"], ["--only", "nmi", "--out", tmp_path]
@@ -244,23 +221,14 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
         assert "other" in fails("--from", *files, "--out", tmp_path / "d")
 
 
-FACTS = vars(network("CL", {}))
-EDITS = [
-    {"networks": None},
-    {"networks": [{"name": "a", "values": {}}]},
-    {"networks": [FACTS | {"values": {"nmi": [[0.5]] * 20}}]},
-    {"networks": [FACTS | {"values": {"nmi": "many"}}]},
-]
-
-
-@pytest.mark.parametrize("number", range(5))
-def test_results_that_were_cut_or_edited_are_one_line(number, tmp_path):
-    edit = [*EDITS, {}][number]
-    flag, file = write_results(tmp_path, [network("CL", {})], edit)
-    if not edit:
-        file.write_text(file.read_text()[:-20])
-    error = fails(flag, file, "--only", "nmi", "--out", tmp_path / "out")
-    assert "results.json" in error
+def test_results_that_were_edited_are_one_line(tmp_path):
+    one = network("CL", {"nmi": [[0.5]] * 6})
+    one.values["nmi"] = one.values["nmi"][:20]  # not 21 rows
+    for changes in ({}, {"networks": None}, {"networks": [{"name": "a"}]}):
+        words = write_results(tmp_path, [one], changes)
+        assert "results.json" in fails(
+            *words, "--only", "nmi", "--out", tmp_path / "out"
+        )
 
 
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path, monkeypatch):
@@ -329,6 +297,28 @@ def test_few_photographs_without_classes(runs, tmp_path):
     assert "skipped accuracy" in printed and "skipped dense" in printed
     paint(tmp_path / "few", {"a": "red", "b": "blue"}, count=9)
     assert "20 are" in fails(runs["moco"], "--data", tmp_path / "few", "--overwrite")
+
+
+def test_settings_are_chosen_on_images_that_are_not_learnt(monkeypatch):
+    learnt, looked_at = [], []
+
+    def fit(network, images, epochs, lr):
+        learnt.append((lr, len(images), epochs))
+
+    def predict(network, images):
+        looked_at.append(list(images.indices))
+        return [1, int(len(learnt) == 2)]  # the second setting is right
+
+    for name, stand_in in (("Tuned", lambda *_: 0), ("fit", fit), ("predict", predict)):
+        monkeypatch.setattr(analyze, name, stand_in)
+    vit = SimpleNamespace(facts=SimpleNamespace(choices={}))
+    images, test = [analyze.Images(None, part, 32, 0) for part in (range(8), [99])]
+    study = SimpleNamespace(train=images, test=test, vit=vit)
+    study.options = SimpleNamespace(epochs=21)
+    analyze.tune(study, "mIoU", [{"lr": lr} for lr in (1, 2, 3)], is_dense=True)
+    # six of eight images; a quarter of 21 epochs, rounded up, to choose a third of that
+    assert learnt == [(1, 6, 2), (2, 6, 2), (3, 6, 2), (2, 6, 6)]
+    assert looked_at == [[6, 7]] * 3 + [[99]]
 
 
 def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_drawing):
@@ -403,6 +393,8 @@ def test_masks_belong_to_their_images():
         pixels, mask = images[i]
         assert np.array_equal(pixels.transpose(1, 2, 0), image)
         assert np.array_equal(mask, inside * (1 + shape))
+    [(_, shuffled)] = images.batches(20)
+    assert not torch.equal(shuffled[0], torch.from_numpy(images[0][1]))
 
 
 def test_half_of_the_crops_are_mirrored_and_none_is_small():
@@ -428,22 +420,6 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     assert results["networks"][0]["values"]["cues"][0] == [[0.6, 0.2]]
     Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
     assert "cow" in analysed(tmp_path, [runs["moco"]], *flags)[1]
-
-
-def test_images_do_not_stay_in_memory(runs, tmp_path, monkeypatch, no_drawing):
-    batches, alive = [], []
-
-    def watch(batch):
-        batches.append(weakref.ref(batch.states))
-        alive.append(sum(states() is not None for states in batches))
-        return {"mean": batch.states.mean(dim=(2, 3))}
-
-    monkeypatch.setattr(analyze.FIGURES["nmi"], "measure", (watch,))
-    flags = ["--only", "nmi", "--images", 300]
-    results, _ = analysed(tmp_path, [runs["moco"]], *flags)
-    # a batch, and perhaps the one before
-    assert len(alive) >= 5 and max(alive) <= 2
-    assert np.shape(results["networks"][0]["values"]["mean"]) == (21, 7)
 
 
 # ==== The report ====================================================================

@@ -1,7 +1,6 @@
 """Worked examples for sslvit.py, in its order: every expected number follows from
 paper and pencil, or from an independent library."""
 
-import io
 import json
 import math
 import multiprocessing
@@ -18,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import sslvit  # before torch
 import numpy as np
 import pytest
 import torch
@@ -27,8 +27,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import sslvit
 from sslvit import SSL, Config, Stimuli, TrainingViews, ViT
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -113,7 +111,6 @@ def test_tokens_records_and_shapes():
     tokens, records = vit(x, record=True)
     # the fused and the explicit attention are one function
     torch.testing.assert_close(tokens, vit(x))
-    # what is not computed was not needed
     torch.testing.assert_close(vit(x, cls_only=True), tokens[:, :1])
     assert [len(records), *tokens.shape] == [2, 2, 17, 24]
     shapes = [list(part.shape) for part in records[1]]
@@ -161,7 +158,8 @@ def test_positions_by_hand():
     bias = vit.rel_pos_bias(2, 2)
     assert torch.equal(bias, torch.stack([hand, hand + 100, hand + 200]))
     assert vit.rel_pos_bias(3, 4).shape == (3, 13, 13)
-    # all ways through attention add it
+    # bicubic: steps overshoot
+    assert sslvit.resize_grid(torch.eye(16)[:, 5:6], 8, 8).min() < 0
     x = torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(vit(x), vit(x, record=True)[0])
     torch.testing.assert_close(vit(x, cls_only=True), vit(x)[:, :1])
@@ -729,7 +727,7 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd, name, status):
     assert ("saves at the end of this step" in err) == (status > 0)
 
 
-def test_ctrl_c_twice_or_at_the_start_ends_at_once(tmp_path, monkeypatch, capfd):
+def test_ctrl_c_twice_ends_at_once(tmp_path, monkeypatch):
     def press(*_):
         signal.raise_signal(signal.SIGINT)
 
@@ -737,8 +735,6 @@ def test_ctrl_c_twice_or_at_the_start_ends_at_once(tmp_path, monkeypatch, capfd)
         at_step(patch, 2, lambda: (press(), press()))
         assert run("--steps 5", tmp_path) == 130
     assert not (tmp_path / "ckpt.pt").exists()
-    monkeypatch.setattr(sslvit, "SSL", press)
-    refusal("--steps 5 --overwrite", tmp_path, capfd, status=130)
 
 
 def test_the_end_of_a_job_saves_whoever_hears_it_or_reads_no_more(tmp_path):
@@ -844,6 +840,8 @@ def test_the_loss_falls_and_everything_is_written(tmp_path, capfd, objective, la
     assert f"{objective} (λ = {lam}): ViT-micro, 16 px" in out.splitlines()[0]
     assert re.search(r"\nknn_shape 0\.\d{3}, untrained 0\.\d{3}\n", out)
     assert out.splitlines()[-1].endswith(f"python analyze.py {tmp_path}/ckpt.pt")
+    sslvit.finish(config(lam=1.0), None, [{"knn_a": 0.1}, {"knn_a": 0.9}], None)
+    assert "knn_a 0.900, untrained 0.100" in capfd.readouterr().out
     rows = log_of(tmp_path)
     assert [row["step"] for row in rows] == [0, 3, 20, 30, 40]
     assert lam or rows[-1]["loss"] < 0.9 * rows[1]["loss"]
@@ -915,22 +913,12 @@ def test_bad_input_is_one_clear_line_and_status_2(tmp_path, bad, capfd, monkeypa
     assert len(line) > 25 and (bad != "--lam 1.5" or "not in 0 .. 1" in line)
 
 
-def test_a_console_need_not_have_a_lambda(tmp_path, monkeypatch):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", console)
-    assert run("--steps 1", tmp_path) == 0
-    console.flush()
-    assert b"(? = 0.2)" in console.buffer.getvalue()
-
-
 @pytest.mark.parametrize("program", ["sslvit", "analyze"])
 def test_threads_do_not_spin_unless_the_user_says_so(tmp_path, program):
-    """Before torch is imported: a stand-in for torch tells what it sees."""
     stand_in = "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nos._exit(0)"
     (tmp_path / "torch.py").write_text(stand_in)
     path = f"PYTHONPATH={tmp_path}:{ROOT}"
-    cases = {"A=": 1000, "GOMP_SPINCOUNT=7": 7, "OMP_WAIT_POLICY=x": None}
-    for own, seen in cases.items():
+    for own, seen in {"A=": 1000, "OMP_WAIT_POLICY=x": None}.items():
         command = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY", path, own]
         command += [sys.executable, "-u", "-c", f"import {program}"]
         assert subprocess.check_output(command, text=True) == f"{seen}\n"
@@ -974,7 +962,9 @@ def test_stimuli_are_a_function_of_seed_split_and_index():
     assert len({source[i][0].tobytes() for source in sets for i in range(50)}) == 150
     image, shape, texture, mask = sets[0][7]
     assert np.array_equal(image, sslvit.find_data(config(image_size=32))[0][7][0])
-    assert not np.array_equal(image, sslvit.find_data(Config(seed=1))[0][7][0])
+    both = [sslvit.find_data(Config(seed=n)) for n in (0, 1)]
+    for one, other in zip(*both, strict=True):
+        assert not np.array_equal(one[7][0], other[7][0])
     # the outline does not tell the texture
     again, outline = sets[0].render(7, shape, (texture + 1) % 8)
     assert np.array_equal(outline, mask)
@@ -1043,7 +1033,6 @@ VALUES = np.pad(RAMP, ((0, 0), (16, 16)), constant_values=99)
 SHOWN = Image.fromarray(VALUES)
 KINDS = {
     "16 bits.tiff": VALUES.astype(np.uint16) * 257,
-    "12 of 16 bits.png": VALUES.astype(np.uint16) * 16,
     "32 bits, 0 to 255.tiff": VALUES.astype(np.int32),
     "32 bits, CT.tiff": VALUES.astype(np.int32) * 12 - 1024,
     "float.tiff": VALUES.astype(np.float32) / 255,
@@ -1095,6 +1084,7 @@ def fill(folder, count, size=(9, 7)):
         (".=20", "0" * 18, "00", ""),
         (".=9", "0" * 9, "", ""),
         ("images=3 masks=4 .thumbnails=4", "000", "", ""),
+        ("cat/a=2 cat/b=1 dog/a=1", "0001", "", "cat dog"),
     ],
 )
 def test_folders_are_splits_and_classes(tmp_path, layout, train, test, classes):
@@ -1108,17 +1098,6 @@ def test_folders_are_splits_and_classes(tmp_path, layout, train, test, classes):
     assert len({*paths}) == len(paths)
     assert sets[0].classes == ((classes.split(),) if classes else ())
     assert sets[1] is None or sets[1].classes == sets[0].classes
-
-
-def test_linked_folders_are_followed_but_no_circles(tmp_path, capfd):
-    fill(tmp_path / "store", 3)
-    fill(tmp_path / "data" / "dog", 2)
-    (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
-    images = sslvit.ImageFolder(tmp_path / "data")
-    assert [labels for _, labels in images] == [[0], [0], [0], [1], [1]]
-    (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
-    words = f"--data {tmp_path}/data --steps 1"
-    assert "symbolic links" in refusal(words, tmp_path / "run", capfd)
 
 
 @pytest.mark.parametrize("val", [("",), ("dog",), ("cat", "emu")])
@@ -1189,7 +1168,12 @@ def test_knn_by_hand():
 def test_test_images_look_for_training_images():
     # of an image its last patch alone tells; what counts is the mean of all patches
     encoder = ViT(16, 4, **TINY)
-    encoder.forward = lambda x: F.pad(x[:, 0, :1, :1], (1, 0, 2, 0))
+
+    def forward(x):  # CLS says the opposite
+        last_patch = F.pad(x[:, 0, :1, :1], (1, 0))
+        return torch.cat([-last_patch, 0 * last_patch, last_patch], dim=1)
+
+    encoder.forward = forward
 
     def plain(*kinds):
         """(how many, brightness, class): sorted by class, as folders are."""
@@ -1231,6 +1215,4 @@ def test_the_plan_of_vit_base_by_hand(tmp_path, monkeypatch, capfd):
     for objective, flops in (("moco", 8 * 32.45e9), ("simmim", 3 * 34.895e9)):
         cfg, _ = sslvit.parse(["--data", "/imagenet", "--objective", objective])
         assert sslvit.flops_per_image(cfg) == pytest.approx(flops, rel=1e-4)
-    assert sslvit.main([*QUICK, "--steps", "9", *out]) == 0
-    assert "72 images" in capfd.readouterr().out
     assert not (tmp_path / "none").exists()
