@@ -530,8 +530,8 @@ def test_a_part_holds_with_its_whole_interval():
         assert claim["verdict"].startswith(verdict)
         assert claim["parts"][0]["values"]["CL"] == 1 + difference
     pair = [network(role, similarities(1, 1, 1) | {"nmi": [[1]] * 6}) for role in LAMS]
-    title = analyze.title_of("nmi", judged(pair, "similarity", "nmi"))
-    assert "NMI, late" in title
+    title = analyze.title_of("similarity", judged(pair, "similarity", "nmi"))
+    assert "cosine between heads" in title
     assert analyze.between(0.5, 0.25) == "+0.500 [+0.250, +0.750]"
 
 
@@ -668,6 +668,7 @@ def test_lines_lie_at_their_layers_and_lambdas():
     values = tuned(0.5) | {"nmi": layers(0, 0, 0), "fourier": at_pi(0, 0)}
     networks = [network(role, values) for role in ("CL", "MIM", analyze.HYBRID)]
     networks.append(network("CL", values | tuned(0.7)))
+    networks.append(network("CL", values | tuned(0.9), embed_dim=192))  # not drawn
     for axis in analyze.draw_sweep(networks).axes[:2]:
         lams, means = axis.lines[-1].get_data()
         assert lams.tolist() == [0, 0.2, 1] and close(means, [0.5, 0.5, 0.6])
