@@ -105,7 +105,6 @@ def test_fourier_finds_a_diagonal_wave(side, bin):
     wave = torch.tensor(np.cos(math.pi * bin / last * (y + x)).reshape(1, -1, 1))
     amplitude = analyze.fourier_amplitude(0.01 + wave, side)
     assert amplitude.shape == (1, last + 1) and amplitude[0].argmax() == bin
-    assert analyze.above_lowest({"fourier": np.array([[0, 5, 9, 3]])}) == 3 - 5
     if (side, bin) == (8, 4):  # a checkerboard of ±1 on a mean of 0.01
         assert close(amplitude[0, -1], math.log(1 / 0.01))
         # a second channel of ±3: the mean of logs
@@ -230,10 +229,12 @@ def measured(vit, x, *names):
 
 
 def test_attention_is_among_patches():
-    vit = sslvit.ViT(8, 4, 32, 2, 2).eval()
-    with torch.no_grad():  # attention of 1/5 for each of CLS and four patches
+    vit = sslvit.ViT(8, 4, 32, 2, 2, positions="none", rel_pos_bias=True).eval()
+    with torch.no_grad():
         for block in vit.blocks:
             block.attn.qkv.weight.zero_()
+        # every patch looks at CLS, but for four times exp(-35), which is 1e-15
+        vit.rel_pos_bias.relative_position_bias_table[-2] = 35
     values = measured(vit, torch.randn(2, 3, 8, 8), "distance", "nmi")
     # rows sum to 1 again: uniform on a 2 × 2 grid
     assert close(values["distance"], torch.full((2, 2, 2), 4 * (2 + 2**0.5) / 4))
@@ -529,6 +530,9 @@ def test_a_part_holds_with_its_whole_interval():
         [claim] = judged(pair, "similarity")
         assert claim["verdict"].startswith(verdict)
         assert claim["parts"][0]["values"]["CL"] == 1 + difference
+
+
+def test_a_figure_has_the_title_of_its_own_claim():
     pair = [network(role, similarities(1, 1, 1) | {"nmi": [[1]] * 6}) for role in LAMS]
     title = analyze.title_of("similarity", judged(pair, "similarity", "nmi"))
     assert "cosine between heads" in title
@@ -647,12 +651,8 @@ def test_lines_lie_at_their_layers_and_lambdas():
     # attention outputs have a neighbour from layer 2 on; states begin with layer 0
     places = ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [n / 2 for n in range(13)])
     for x in places:
-        seeds = [
-            network(
-                analyze.HYBRID, {"distance": [[y - 1, y + 1]] * len(x)}, image_size=8
-            )
-            for y in (1, 4, 4)
-        ]
+        rows = {y: {"distance": [[y - 1, y + 1]] * len(x)} for y in (1, 4)}
+        seeds = [network(analyze.HYBRID, rows[y], image_size=8) for y in (1, 4, 4)]
         for seed in seeds:
             seed.values["distance"][1:] = 9  # what leaves images out is not drawn
         _, [[axis]] = analyze.canvas(1)

@@ -7,6 +7,7 @@ import re
 from html import unescape
 from types import SimpleNamespace
 
+# first, as it imports sslvit before torch
 from test_analyze import ROOT, analyze, network, no_drawing, similarities, sslvit
 import numpy as np
 import pytest
