@@ -20,15 +20,16 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# before torch, as it sets how threads wait for each other
+import sslvit
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, default_collate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sslvit
 
 OBJECTIVES = {"moco": 1.0, "simmim": 0.0, "hybrid": 0.2}  # λ of each
 # ViT-B/16 at ImageNet's 224 px, or stimuli of 32 px

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import analyze
+import analyze  # before torch, as it sets how threads wait for each other
 import sslvit
+import torch
 
 
 def info_nce(q, k, temperature):
