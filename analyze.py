@@ -28,7 +28,9 @@ It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
 Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
 lesson, the metric, how it is measured and drawn, and an entry of the table FIGURES with
 the sentences of the claim that can be tested. To add a figure, add a section: help
-text, results, verdicts and report follow from the table.
+text, results, verdicts and report follow from the table. Behind the figures: the engine
+(images and one pass, verdicts, networks, results), the command line, the report, and
+checkpoints of other people.
 
 Glossary: B batch, N patch tokens (1+N with CLS), D width, H heads, d = D/H, L layers,
 F frequencies, n images, A[q,k] attention of query q to key k; CL contrastive learning,
@@ -69,8 +71,7 @@ import torch.nn.functional as F
 from matplotlib.colors import LinearSegmentedColormap
 from torch.utils.data import DataLoader
 
-from sslvit import MEAN, SIZES, STD
-from sslvit import Config, UserError, ViT, require, sincos_positions
+from sslvit import MEAN, SIZES, STD, Config, UserError, ViT, require, sincos_positions
 
 # ==== What a figure is ==============================================================
 
@@ -92,13 +93,13 @@ class Part(NamedTuple):
 class Figure:
     number: str  # the paper's
     claim: int
-    text: str  # what the claim says
+    text: str  # what the claim says; of a picture, what it shows
     lesson: str
     draw: Callable  # networks -> matplotlib figure
     parts: tuple = ()
     # measure(Batch of test images) -> {key: (B, ...)}
     measure: tuple = ()
-    # learn(study) -> {key: (n, ...)}: what must be trained first, for each test image
+    # learn(study) -> {key: (n, ...)}, for each test image: what needs training first
     learn: tuple = ()
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
@@ -143,11 +144,6 @@ def of(summary, key):
     return read
 
 
-def after_mlp(states):
-    """Values of 1+2L states -> those after the MLP of each layer (L, ...)."""
-    return states[2::2]
-
-
 # ==== How figures are drawn =========================================================
 
 STYLE = {
@@ -188,33 +184,34 @@ def readings(networks, read):
     pairs = []
     for seeds in by_name(networks):
         with contextlib.suppress(KeyError):
+            # row 0: of all test images
             pairs.append((seeds[0], numbers(read, seeds)[0]))
     require(pairs, "no network has its values (accuracies: classes in train and val?)")
     return pairs
 
 
-def curves(axis, networks, read, label, x=""):
+def curves(axis, networks, read, label, xlabel=""):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
-    read(values) -> (points,) or (points, heads). Of layers, or states (0: embedding,
-    half: after attention); fewer than there are layers belong to the last ones. With
-    `x`, of whatever this names, from 0 to 1.
+    read(values) -> (points,) or (points, heads). Of L layers: 1 to L. Of 1+2L states: 0
+    is the embedding, halves stand after attention. Of L-1 pairs of neighbours: 2 to L.
+    With `xlabel`, of whatever this names, from 0 to 1.
     """
     turns = Counter()
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.lam])
         turns[network.lam] += 1
-        depth = 1 if x else network.depth
+        depth = 1 if xlabel else network.depth
         count = y.shape[1]
         places = np.linspace(max(0, depth + 1 - count), depth, count)
         if y.ndim == 3:
-            heads = y.mean(axis=0)
+            heads = np.sort(y).mean(axis=0)  # the first: each seed's lowest
             band = heads.min(axis=1), heads.max(axis=1)
             axis.fill_between(places, *band, alpha=0.12, fc=style["color"])
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
-    axis.set(xlabel=x or "layer", ylabel=label)
+    axis.set(xlabel=xlabel or "layer", ylabel=label)
 
 
 def points(axis, networks, read, label, fact="name"):
@@ -279,7 +276,7 @@ def draw_maps(networks):
     pictures = networks[0].pictures
     masks = np.sign(pictures["labels"])  # of stimuli (3, S, S)
     maps = [network.pictures["maps"] for network in networks]
-    highest = max(np.percentile(row, 99) for row in maps)
+    highest = max(np.percentile(row, 95) for row in maps)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
     style = {"cmap": "magma", "vmin": 0, "vmax": highest, "extent": (0, 1, 1, 0)}
@@ -289,21 +286,21 @@ def draw_maps(networks):
         row, column = divmod(place, 8)
         image, query, layer = columns[column]
         shown = axis.imshow(rows[row][column], **style)
-        axis.plot(query, query, "wP", mec="black", ms=9)
+        axis.plot(query, query, "wP", mec="black", ms=7)
         if masks.ndim == 3:
             axis.contour(masks[image], [0.5], colors="w", extent=(0, 1, 0, 1))
         if row == 0:
             axis.set_title(layer)
         elif column == 0:
             axis.set_ylabel(networks[row - 1].name)
-    fig.colorbar(shown, ax=axes, label="attention / uniform")
+    fig.colorbar(shown, ax=axes, label="attention / uniform", extend="max")
     return fig
 
 
 FIGURES["maps"] = Figure(
     "2",
     4,
-    "Attention of two queries (crosses) in two images",
+    "Attention of two queries (crosses) in two images, one network each",
     maps_lesson,
     draw_maps,
     picture=picture_maps,
@@ -337,9 +334,8 @@ def attention_distance(attn, grid, patch_size):
 
 def grid_points(grid, like):
     """Row and column of every token of a grid -> (N, 2)."""
-    rows, cols = np.broadcast_to(grid, 2).tolist()
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(cols))
-    return places.to(like)
+    rows, cols = np.broadcast_to(grid, 2)
+    return torch.ones(rows, cols).nonzero().to(like)
 
 
 def measure_distance(batch):
@@ -494,7 +490,7 @@ COSINES = ("heads", "depths", "tokens")
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
     for axis, key in zip(axes, COSINES, strict=True):
-        curves(axis, networks, itemgetter(key), f"cosine between {key}")
+        curves(axis, networks, itemgetter(key), f"cosine between {key} (1: alike)")
     return fig
 
 
@@ -522,8 +518,7 @@ way. The paper saw the first in CL and the second in MIM.
 
 What to look at: whether the lines of a colour, which is an image, are parallel. Each
 network has a scale of its own, and the axes say how much of the variance they show: two
-directions can hide most of it. The next figure counts all.
-"""
+directions can hide most of it. The next figure counts all."""
 
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
@@ -540,8 +535,8 @@ def picture_plane(batch):
 
 def draw_plane(networks):
     networks = [n for n in networks if "plane" in n.pictures]
-    fig, [axes] = canvas(len(networks))
-    for axis, network in zip(axes, networks, strict=True):
+    fig, axes = canvas(2, rows=math.ceil(len(networks) / 2))
+    for axis, network in zip(axes.flat, networks, strict=False):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
@@ -556,7 +551,7 @@ def draw_plane(networks):
 FIGURES["plane"] = Figure(
     "6",
     7,
-    "Tokens of three images (colours), before (hollow) and after the last attention",
+    "Tokens of three images before (hollow) and after the last attention",
     plane_lesson,
     draw_plane,
     picture=picture_plane,
@@ -567,10 +562,10 @@ FIGURES["plane"] = Figure(
 
 spectra_lesson = """\
 Singular values σ of a centred matrix say how far its rows spread in each direction; the
-mean of their logarithms is the log of the volume that they fill. Two matrices: the
-tokens of one image (N × D, averaged over images) and the mean tokens of all images
-(images × D). The paper saw that CL's layers spread images apart while the tokens of an
-image gain no volume, and that MIM does the reverse.
+mean of their logarithms is the log of the volume that they fill, per direction. Two
+matrices: the tokens of one image (N × D, averaged over images) and the mean tokens of
+all images (images × D). The paper saw that CL's layers spread images apart while the
+tokens of an image gain no volume, and that MIM does the reverse.
 
 A network that only gets louder gains volume too. So the verdict divides each matrix by
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
@@ -613,10 +608,10 @@ def measure_features(batch):
 
 
 def image_spectra(rows):
-    """The same of the mean tokens of all images (n, D), and the last spectrum."""
+    """Log volume of all images' mean tokens, of every state; the last spectrum."""
     states = torch.from_numpy(rows["features"]).transpose(0, 1)  # (1+2L, n, D)
     log = singular_spectrum(states[-1:])
-    # as many values whatever is left out
+    # 32 values, however many images are left out
     spectrum = F.interpolate(log[None], 32, mode="linear", align_corners=True)
     return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
 
@@ -625,11 +620,11 @@ def draw_spectra(networks):
     fig, [axes] = canvas(3)
     for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
         curves(axis, networks, itemgetter(key), f"{key} (mean log σ)")
-        # what enters may be empty in half of the directions
+        # layer 0, the embedding, may be far below, with directions that are empty
         lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
         axis.set_ylim(bottom=lowest - 0.3)
     read, label = itemgetter("spectrum"), "log σ of images, last layer"
-    curves(axes[2], networks, read, label, x="rank, as a share")
+    curves(axes[2], networks, read, label, "rank, as a share")
     return fig
 
 
@@ -660,22 +655,27 @@ the diagonal from 0 to π per patch, minus its value at 0,
 The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
 have opposite signs; the public code stops short of it. A large mean token lowers Δ
 everywhere, so the middle panel compares π with the lowest frequency above 0. What to
-look at: attention (half layers) is a low-pass filter, the MLP is not: is it a saw? In
-the middle panel the order may turn: is the claim about detail, or the mean token?"""
+look at: is attention (half layers) a low-pass filter and the MLP not, so that every
+curve is a saw? In the middle panel the order may turn: is the claim about detail, or
+the mean token?"""
 
 
 def fourier_amplitude(tokens, grid):
     """Which frequencies does a token map keep?  Δ log amplitude, 0 … π ([P] figure 8).
 
-    On an even square grid these are the FFT's diagonal bins up to Nyquist; the sum
-    reaches π on odd grids too. tokens (..., N, D), grid (rows, cols) or a number ->
-    (..., F) at ω = π·j/(F - 1), F = short side // 2 + 1. First 0; last: far below 0 =
-    only low frequencies left (blurred), about 0 = as much detail as mean.
+    On an even square grid these are the FFT's diagonal bins up to Nyquist; on others
+    the sum reaches π too, without the mean token, which would leak into it.
+
+    tokens (..., N, D), grid (rows, cols) or a number -> (..., F) at ω = π·j/(F - 1), F
+    = short side // 2 + 1. First 0; last: far below 0 = only low frequencies left
+    (blurred), about 0 = as much detail as mean.
     """
     place = grid_points(grid, tokens).double().sum(dim=1)  # r + c: (N,)
     omega = np.linspace(0, math.pi, np.min(grid) // 2 + 1)
     phase = torch.from_numpy(omega).to(place)[:, None] * place  # (F, N)
     wave = torch.exp(-1j * phase).to(tokens.dtype.to_complex())
+    # takes off the mean token; on even square grids this mean is 0 anyway
+    wave[1:] -= wave[1:].mean(dim=1, keepdim=True)
     amplitude = (wave @ tokens.to(wave.dtype)).abs()  # (..., F, D)
     log = amplitude.clamp(min=1e-37).log().mean(dim=-1)  # keeps log 0 finite
     return log - log[..., :1]
@@ -694,11 +694,11 @@ def above_lowest(values):
 
 
 def early_high(values):
-    return early(after_mlp(high_frequencies(values)))
+    return early(high_frequencies(values)[2::2])  # after each MLP
 
 
 def late_high(values):
-    return late(after_mlp(high_frequencies(values)))
+    return late(high_frequencies(values)[2::2])
 
 
 def plot_high_frequencies(axis, networks):
@@ -708,9 +708,9 @@ def plot_high_frequencies(axis, networks):
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
-    curves(axes[1], networks, above_lowest, "the same, relative to lowest bin")
+    curves(axes[1], networks, above_lowest, "log amplitude, π - lowest above 0")
     read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
-    curves(axes[2], networks, read, label, x="frequency (π per patch)")
+    curves(axes[2], networks, read, label, "frequency (π per patch)")
     return fig
 
 
@@ -796,8 +796,8 @@ def probes(features, labels, test, device):
 
 
 def probe(*data):
-    """Of the token, pooled or CLS, that is better on validation: accuracy there,
-    predicted classes."""
+    """Probes the pooled token and CLS -> of the one that is better on validation:
+    accuracy there, predicted classes."""
     return max(probes(*data), key=itemgetter(0))
 
 
@@ -810,7 +810,7 @@ def learn_probe(study):
 FINE_TUNING = [
     {"lr": lr, "decay": decay} for lr in (3e-4, 1e-3, 3e-3) for decay in (0.75, 1.0)
 ]
-BATCH = 64
+BATCH_SIZE = 64
 
 
 class Tuned(nn.Module):
@@ -822,10 +822,11 @@ class Tuned(nn.Module):
         self.vit = deepcopy(study.vit).requires_grad_(not is_frozen)
         self.norm = nn.BatchNorm1d(self.vit.embed_dim, affine=False)
         self.is_dense = is_dense
-        self.classes, answers = study.classes, len(study.test.source.label_names)
+        self.classes = study.classes + is_dense  # segmentation has a ground
+        questions = len(study.test.source.label_names)
         if is_dense:
-            self.classes, answers = 1 + study.classes, self.vit.patch_size**2
-        self.head = nn.Linear(self.vit.embed_dim, self.classes * answers)
+            questions = self.vit.patch_size**2
+        self.head = nn.Linear(self.vit.embed_dim, self.classes * questions)
         self.to(study.device)
 
     def forward(self, pixels):
@@ -834,7 +835,7 @@ class Tuned(nn.Module):
         if not self.is_dense:
             tokens = tokens.mean(dim=1, keepdim=True)
         tokens = self.norm(tokens.mT).mT
-        logits = self.head(tokens).float().mT  # (B, classes · answers, N or 1)
+        logits = self.head(tokens).float().mT  # (B, classes · questions, N or 1)
         if self.is_dense:
             p = self.vit.patch_size
             return F.fold(logits, pixels.shape[2:], p, stride=p)
@@ -851,15 +852,15 @@ def random_crop(image, size):
     return crop[:, :, :: rng.choice((1, -1))].copy()
 
 
-def parameter_groups(network, lr, decay):
+def parameter_groups(model, lr, decay):
     """What is early is general and moves less (BEiT, SimMIM).
 
     Block l of L learns at lr·decay^(L - l), the embedding as block 0; the last norm,
     the head and position-bias tables as block L.
     """
-    depth = len(network.vit.blocks)
+    depth = len(model.vit.blocks)
     groups = []
-    for name, weight in network.named_parameters():
+    for name, weight in model.named_parameters():
         layer = depth
         if name.startswith("vit.blocks."):
             layer = 1 + int(name.split(".")[2])
@@ -869,32 +870,33 @@ def parameter_groups(network, lr, decay):
     return groups
 
 
-def fit(network, images, epochs, lr, decay=1.0):
+def fit(model, images, epochs, lr, decay=1.0):
     """Trains a Tuned on crops and flips of images; with masks, on whole ones."""
-    batches = replace(images, training=True).batches(BATCH)
-    solver = torch.optim.AdamW(parameter_groups(network, lr, decay), weight_decay=0.05)
+    batches = replace(images, training=True).batches(BATCH_SIZE)
+    solver = torch.optim.AdamW(parameter_groups(model, lr, decay), weight_decay=0.05)
     steps = epochs * len(batches)
+    # counts from 0, so that the first step moves nothing
     rates = partial(sslvit.lr_at, total=steps, warmup=steps / 10, peak=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(solver, rates)
-    device = network.head.weight.device.type
+    device = model.head.weight.device.type
     bf16 = sslvit.has_bf16(device == "cuda")
     for _ in range(epochs):
         for pixels, labels in batches:
             solver.zero_grad()
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                logits = network(pixels)
-            F.cross_entropy(logits, labels.to(device)).backward()
+                logits = model(pixels)
+            F.cross_entropy(logits, labels.to(logits.device)).backward()
             solver.step()
             schedule.step()
-    return network.eval()
+    return model.eval()
 
 
 @torch.no_grad()
-def predict(network, images):
+def predict(model, images):
     """-> predicted classes, true ones: (n, label sets), or (n, S, S) of pixels."""
     pairs = []
-    for pixels, labels in images.batches(BATCH):
-        pairs.append((network(pixels).argmax(dim=1).cpu(), labels))
+    for pixels, labels in images.batches(BATCH_SIZE):
+        pairs.append((model(pixels).argmax(dim=1).cpu(), labels))
     return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
 
 
@@ -914,8 +916,8 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
         epochs = math.ceil(epochs / 4)
 
     def accuracy(setting):
-        network = fit(make(), train, max(1, epochs // 3), **setting)
-        share = np.mean(np.equal(*predict(network, val)))
+        model = fit(make(), train, max(1, epochs // 3), **setting)
+        share = np.mean(np.equal(*predict(model, val)))
         sslvit.say(f"  {key}: {setting}: {share:.4f} on validation")
         return share
 
@@ -932,7 +934,7 @@ def learn_tuned(study):
 
 
 # claim 1 reads shape (of photographs: the class) and texture, other claims their mean
-shape, texture = itemgetter(0), itemgetter(1)
+shapes, textures = itemgetter(0), itemgetter(1)
 mean_probe = of(np.mean, "linear probe")
 mean_tuned = of(np.mean, "fine-tuned")
 
@@ -957,18 +959,18 @@ FIGURES["accuracy"] = Figure(
             "linear probe, last layer, shape or class",
             "CL",
             "MIM",
-            of(shape, "linear probe"),
+            of(shapes, "linear probe"),
         ),
         Part(
-            "fine-tune accuracy, shape or class", "MIM", "CL", of(shape, "fine-tuned")
+            "fine-tune accuracy, shape or class", "MIM", "CL", of(shapes, "fine-tuned")
         ),
         Part(
             "linear probe, last layer, texture",
             "CL",
             "MIM",
-            of(texture, "linear probe"),
+            of(textures, "linear probe"),
         ),
-        Part("fine-tune accuracy, texture", "MIM", "CL", of(texture, "fine-tuned")),
+        Part("fine-tune accuracy, texture", "MIM", "CL", of(textures, "fine-tuned")),
     ),
     learn=(learn_probe, learn_tuned),
 )
@@ -979,10 +981,10 @@ FIGURES["accuracy"] = Figure(
 scaling_lesson = """\
 Which objective to pretrain with may depend on how large the network is: the paper saw
 CL fine-tune better as ViT-Ti and MIM as ViT-L, and reads it as attention that does not
-collapse making use of more room. It trained every network on as many images; the table
-begins with those of each network here. The comparison is fair only where pretraining
-helped at all: each network must be above a new one of its size (grey), else the verdict
-is 'not testable'.
+collapse making use of more room. There every network saw equally many images; how many
+each saw here stands at the top of the table. The comparison is fair only where
+pretraining helped at all: each network must be above a new one of its size (grey), else
+the verdict is 'not testable'.
 
 What to look at: the slopes rather than the points, and grey's slope too."""
 
@@ -1008,6 +1010,7 @@ FIGURES["scaling"] = Figure(
     scaling_lesson,
     draw_scaling,
     parts=(
+        # True: both must be above a new network
         Part("fine-tuning, smallest size", "CL", "MIM", mean_tuned, True, SMALLEST),
         Part("fine-tuning, largest size", "MIM", "CL", mean_tuned, True, LARGEST),
     ),
@@ -1108,7 +1111,7 @@ def shape_bias(cues):
     that match shape, texture -> scalar in [0, 1], mean over the pairings. 1: always the
     shape, 0: always the texture; nan if no decision matches.
     """
-    shape, texture = torch.as_tensor(cues, dtype=torch.float64).T
+    shape, texture = torch.as_tensor(cues).T
     return (shape / (shape + texture)).mean().item()
 
 
@@ -1204,7 +1207,7 @@ def learn_noise(study):
     """-> noise (n, 1 + bands, label sets): is it correct? Clean first."""
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for pixels, _ in study.test.batches(BATCH):
+    for pixels, _ in study.test.batches(BATCH_SIZE):
         noises = [band_noise(pixels.shape, *band, generator) for band in BANDS]
         # a root mean square of 25.5 is a tenth of full brightness
         noisy = [(pixels + 25.5 * noise).clamp(0, 255) for noise in (0, *noises)]
@@ -1233,7 +1236,7 @@ FIGURES["noise"] = Figure(
     "high-frequency noise hurts MIM more",
     noise_lesson,
     partial(on_one_axis, plot_noise),
-    parts=(Part("noise: drop, high - low", "MIM", "CL", noise_slope),),
+    parts=(Part("noise: drop, high - low frequencies", "MIM", "CL", noise_slope),),
     learn=(learn_noise,),
 )
 
@@ -1246,7 +1249,7 @@ paper saw MIM ahead in early layers and best in the middle, its last layers a de
 pixels, while CL rises to the last. So a probe should say which layer and which token it
 reads: here the mean patch token after each MLP, and the mean over shape and texture.
 
-What to look at: does MIM fall in its last third, and random layers (grey) not?"""
+What to look at: does MIM fall in its last third, and more than random layers (grey)?"""
 
 
 POOLED = "probe of mean patch token"
@@ -1333,25 +1336,29 @@ L = (1 - λ)·L_MIM + λ·L_CL on one shared encoder. The two objectives ask for
 layers, so the paper expected no quarrel, and saw the sum beat both at λ = 0.2: masked
 early, contrastive late. An image costs the hybrid 11 encoder passes, CL 8 and MIM 3. So
 there are two fair comparisons: equal images, as in the paper, and equal work, which is
-images times passes. The table begins with the images of each training.
+images times passes. How many images each network saw stands at the top of the table.
 
-What to look at: whether λ = 0.2 is above both ends by more than the seeds scatter, and
-whether its NMI follows blue at first and orange at the end."""
+What to look at: whether λ = 0.2 is above both ends by more than the seeds (circles)
+scatter; in figures 4 and 8, whether the hybrid is like MIM at first and like CL at the
+end."""
 
 
 def draw_sweep(networks):
-    """Accuracy against λ; below, NMI and high frequencies."""
+    """Accuracy against λ; NMI and high frequencies are in figures 4 and 8."""
     shapes = {n.shape for n in networks if n.role == HYBRID}
     require(len(shapes) == 1, f"needs a {HYBRID}, of one size")
     swept = [n for n in networks if n.shape in shapes and n.lam is not None]
     swept.sort(key=attrgetter("lam"))
-    fig, axes = canvas(2, rows=2, height=3.6)
-    reads = {"linear probe": mean_probe, "fine-tuned": mean_tuned}
-    for axis, (label, read) in zip(axes[0], reads.items(), strict=True):
-        axis.plot(*points(axis, swept, read, label, "lam"), color="black")
-        axis.set_xlabel("λ (0: MIM, 1: CL)")
-    plot_nmi(axes[1, 0], networks)
-    plot_high_frequencies(axes[1, 1], networks)
+    fig, [axes] = canvas(2)
+    for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
+        read = of(np.mean, key)
+        for network, y in readings(networks, read):
+            if network.role == "untrained":
+                axis.axhline(y.mean(), label="untrained", **style_of(network))
+        axis.plot(*points(axis, swept, read, key, "lam"), color="black")
+        axis.set_xlabel(
+            f"λ (0: MIM, {swept[0].images} images; 1: CL, {swept[-1].images})"
+        )
     return fig
 
 
@@ -1379,7 +1386,7 @@ FIGURES["sweep"] = Figure(
 # Images are read by DataLoader's workers and are never all in memory; what grows with
 # their number are the values and features of each.
 
-FEATURES = {"output", "features", "labels"}  # for learners; not averaged
+NOT_AVERAGED = {"output", "features", "labels"}  # for learners and image_spectra
 PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
 
 
@@ -1387,12 +1394,12 @@ PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviati
 class Images:
     """Some images of a set (Stimuli, ImageFolder): centre squares, in an order.
 
-    training: in random order, cropped and mirrored. masks: of stimuli, whose pixels are
-    the labels: 0 for the ground, else 1 + the shape; neither cropped nor mirrored.
+    training: in random order, cropped and mirrored. masks: of stimuli alone, a label
+    for each pixel, 0 on the ground, else 1 + the shape; neither cropped nor mirrored.
     """
 
     source: object
-    indices: list  # or a range
+    indices: object  # numbers of images: an array or a range
     size: int
     workers: int
     training: bool = False
@@ -1428,9 +1435,9 @@ def normalise(pixels, vit):
     return ((pixels / 255 - mean) / std).to(vit.cls_token.device)
 
 
-# Some images in a network. attn: of all layers, among patches, rows renormalised to sum
-# 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d); states: of CLS and
-# patches (B, 1+2L, 1+N, D).
+# What happens to images inside a network. attn: of all layers, among patches, rows
+# renormalised to sum 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d);
+# states: of CLS and patches (B, 1+2L, 1+N, D).
 Batch = namedtuple("Batch", "vit attn heads states")
 
 
@@ -1464,9 +1471,7 @@ def attempt(function, *arguments):
     try:
         return function(*arguments)
     except Exception as error:
-        sslvit.warn_once(
-            f"  {getattr(function, '__name__', function)} left out: {error!r}"
-        )
+        sslvit.warn_once(f"  {function.__name__} left out: {error!r}")
         return {}
 
 
@@ -1474,7 +1479,7 @@ def one_pass(vit, images, measures=()):
     """One pass over images serves every measurement -> {key: (n, ...)}."""
     rows = []
     # attention grows with the square of the patches; pictures need three images
-    for pixels, labels in images.batches(min(BATCH, 3 + 2000 // vit.grid**2)):
+    for pixels, labels in images.batches(min(BATCH_SIZE, 3 + 2000 // vit.grid**2)):
         tokens, batch = look_inside(vit, normalise(pixels, vit))
         values = {"output": pooled_and_cls(tokens), "labels": labels}
         for measure in measures:
@@ -1484,11 +1489,10 @@ def one_pass(vit, images, measures=()):
 
 
 @cache
-def find_data(data, size):
+def find_sets(data, size):
     """-> training set, test set, number of classes; 0: nothing can be learnt.
 
-    Where 20 images are not left for a test, those for training are tested and none is
-    learnt from.
+    With fewer than 20 test images, training images are tested and nothing is learnt.
     """
     train, test = sslvit.find_data(Config(data=data, image_size=size))
     classes = 0
@@ -1506,9 +1510,9 @@ def sample(source, count, size, workers):
     return Images(source, order, size, workers)
 
 
-# What learns gets: a network, images to learn from and to be tested on, their number of
-# classes; examples: of the former, output (n, 2, D) and labels (n, label sets); rows:
-# what was measured of the latter.
+# What a learner gets: a network, images to learn from and to be tested on, their number
+# of classes; examples: of the former, output (n, 2, D) and labels (n, label sets);
+# rows: what was measured of the latter.
 Study = namedtuple("Study", "vit options device train test classes examples rows")
 
 
@@ -1516,7 +1520,7 @@ def measure_network(vit, options, figures):
     """Gives a network the values that the figures need -> train, test Images."""
     network = vit.facts
     size = network.image_size
-    train, test, classes = find_data(options.data, size)
+    train, test, classes = find_sets(options.data, size)
     network.label_names = test.label_names
     train = sample(train, options.labels, size, options.workers)
     test = sample(test, options.images, size, options.workers)
@@ -1563,7 +1567,7 @@ def leave_out(rows, whole=()):
         subset = {
             key: x[np.arange(len(x)) % GROUPS != group] for key, x in rows.items()
         }
-        means = subset.keys() - FEATURES
+        means = subset.keys() - NOT_AVERAGED
         values = {key: subset[key].mean(axis=0, dtype=float) for key in means}
         for summarise in whole:
             values |= attempt(summarise, subset)
@@ -1573,10 +1577,11 @@ def leave_out(rows, whole=()):
 
 def numbers(read, networks):
     """What is read of every row of the networks' values -> (21, networks, ...)."""
+    if not networks:
+        raise KeyError("untrained networks")
     columns = []
     for network in networks:
-        items = network.values.items()
-        rows = [{key: x[i] for key, x in items} for i in range(21)]
+        rows = [{key: x[i] for key, x in network.values.items()} for i in range(21)]
         columns.append([read(row) for row in rows])
     return np.stack(columns, axis=1, dtype=float)
 
@@ -1609,9 +1614,9 @@ def interval(more, less):
     """
     difference = more.mean(axis=1) - less.mean(axis=1)
     # 2.09: Student's t with 19 degrees of freedom, 95 % two-sided
-    images = 2.09 * math.sqrt(19 * difference[1:].var())
-    networks = welch(more[0], less[0])
-    return difference[0], math.hypot(images, networks)
+    image_reach = 2.09 * math.sqrt(19 * difference[1:].var())
+    network_reach = welch(more[0], less[0])
+    return difference[0], math.hypot(image_reach, network_reach)
 
 
 def sizes_of(networks):
@@ -1621,7 +1626,7 @@ def sizes_of(networks):
     and decoder together.
     """
     sizes = defaultdict(lambda: defaultdict(list))
-    for network in sorted(networks, key=attrgetter("shape")):
+    for network in sorted(networks, key=attrgetter("embed_dim", "depth")):
         sizes[network.shape][network.role].append(network)
     most = max(sizes.values(), key=len)
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
@@ -1635,25 +1640,31 @@ def sizes_of(networks):
     return groups
 
 
-def judge_part(part, sizes):
-    """-> a row of the table; IndexError if the images have no such label set."""
+def judge_part(part, sizes, networks):
+    """-> a row of the table; IndexError if the images have no such label set.
+
+    Gains are over untrained networks of the same architecture.
+    """
     row = {"part": part.text, "outcome": "undecided"}
-    values = {}
+    values, new = {}, {}
     try:
-        for role in filter(None, (part.more, part.less, "untrained")):
+        for role in filter(None, (part.more, part.less)):
             names = by_name(sizes[part.size][role])
             if len(names) != 1:
                 raise KeyError(f"{role}, of one name")
+            twin = "untrained", *names[0][0].architecture
+            twins = [n for n in networks if (n.role, *n.architecture) == twin]
             values[role] = numbers(part.read, names[0])
+            new[role] = numbers(part.read, twins)
     except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
     row["values"] = {role: x[0].mean() for role, x in values.items()}
-    new = values.pop("untrained")
-    gains = row["gains"] = {role: interval(x, new) for role, x in values.items()}
+    row["values"]["untrained"] = new[part.more][0].mean()
+    gains = row["gains"] = {role: interval(x, new[role]) for role, x in values.items()}
     more = values[part.more]
     difference, reach = interval(more, values.get(part.less, 0 * more))
-    networks = min(x.shape[1] for x in values.values())
-    row |= {"difference": difference, "reach": reach, "networks": networks}
+    fewest = min(x.shape[1] for x in values.values())
+    row |= {"difference": difference, "reach": reach, "networks": fewest}
     if math.isnan(reach):
         row["outcome"] = "needs a number"
     elif part.trained and any(gain <= its_reach for gain, its_reach in gains.values()):
@@ -1690,7 +1701,7 @@ def judge(networks, names):
     for name in names:
         for part in FIGURES[name].parts:
             with contextlib.suppress(IndexError):  # no such label set
-                row = judge_part(part, sizes) | {"figure": name}
+                row = judge_part(part, sizes, networks) | {"figure": name}
                 table[FIGURES[name].claim].append(row)
     claims = []
     for number, rows in sorted(table.items()):
@@ -1737,6 +1748,7 @@ def between(difference, reach):
 # ==== The engine: networks ==========================================================
 
 COMPANIONS = Path(__file__).resolve().parent / "figures/checkpoints"
+# what a shipped network must share with yours to stand beside it
 ALIKE = "data model image_size patch_size decoder_depth".split()
 GIVEN = {"cl": 1.0, "mim": 0.0, "hybrid": 0.2}  # λ of the names cl=, mim=, hybrid=
 # what seeds of one network may differ in
@@ -1784,12 +1796,16 @@ class Network:
         return self.image_size, self.patch_size, self.embed_dim, self.depth
 
     @property
+    def architecture(self):
+        return self.shape, self.look
+
+    @property
     def settings(self):
         """What seeds of one network share, as pairs (name, value).
 
         Files of other people do not tell: those that share a NAME are seeds.
         """
-        settings = self.config | {"shape": self.shape}
+        settings = self.config | {"shape": self.shape, "images": self.images}
         if not (self.config or self.given):
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
@@ -1886,7 +1902,7 @@ def read_results(paths):
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = (network.path, network.seed, network.shape, network.look)
+                run = network.path, network.seed, network.architecture
                 first = runs.setdefault(run, network)
                 first.values |= network.values
                 first.pictures |= network.pictures
@@ -1905,7 +1921,7 @@ def title_of(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 text = f"The paper: {text}\n{row['part']}: {words_of(row)}"
-                return f"{text}\nClaim {claim['claim']}: {claim['verdict']}"
+                return f"{text}\nClaim {claim['claim']}, all parts: {claim['verdict']}"
     return text
 
 
@@ -1981,6 +1997,7 @@ def check(options):
     is_taken = options.checkpoints and Path(options.out, "results.json").exists()
     text = f"{options.out} holds an analysis: give --out or --overwrite"
     require(options.overwrite or not is_taken, text)
+    # can we write there? better to know before hours of measuring
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
 
@@ -2092,7 +2109,7 @@ RENAMES = {
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's chunks of blocks
     r"\.gamma_([12])$": r".ls\1.gamma",  # LayerScale of BEiT, SimMIM and iBOT
 }
-# behind the encoder's prefix, and without a part in its tokens
+# stands behind the encoder's prefix, and does not change its tokens
 NOT_ENCODER = (
     r"^(head|fc|fc_norm|lm_head|mask_token|masked_embed|decoder\w*)(\.|$)"
     r"|(relative_position_index|num_batches_tracked)$"
@@ -2100,13 +2117,9 @@ NOT_ENCODER = (
 # the end of a key -> format, λ, pixels that the network was trained on
 MARKS = {
     "decoder_pos_embed": ("MAE", 0.0, "imagenet"),
-    "lm_head.weight": ("BEiT", 0.0, "half"),
+    "lm_head.weight": ("BEiT or data2vec", 0.0, None),
     "encoder.mask_token": ("SimMIM", 0.0, "imagenet"),
-}
-# what else is saved under the name of a checkpoint, by its first bytes
-NOT_CHECKPOINTS = {
-    b"version https://git-lfs": "a pointer of git LFS: run git lfs pull",
-    b"<": "a web page",
+    "attn.q_bias": ("of BEiT's family", None, None),
 }
 
 
@@ -2144,9 +2157,6 @@ def read_checkpoint(path):
     """What is in a file. Objects other than tensors, dicts and lists become Inert."""
     with open(path, "rb") as file:
         start = file.read(512)
-    require(start, "an empty file")
-    for first_bytes, what in NOT_CHECKPOINTS.items():
-        require(not start.startswith(first_bytes), f"no checkpoint, but {what}")
     if start[8:9] == b"{":  # a header behind its length
         from safetensors.torch import load_file  # not among our requirements
 
@@ -2181,14 +2191,8 @@ def find_config(content):
     config = content.get("config")
     if not isinstance(config, dict) or "objective" not in config:
         return {}
-    defaults = vars(Config())
-    config = defaults | config
-    for name, default in defaults.items():
-        value = config[name]
-        require(type(value) is type(default), f"in its config, {name} is {value!r}")
-    require(config["model"] in SIZES, f"in its config, model is {config['model']!r}")
-    # the training set's identity
-    return config | {"data": str(content.get("data", config["data"]))}
+    # of an older version, which had fewer settings; data: the training set's identity
+    return vars(Config()) | config | {"data": str(content.get("data"))}
 
 
 # ---- From their names to ours ----
@@ -2272,16 +2276,13 @@ def which_sines(weights, side):
     return ""
 
 
-def recognise(tensors, sines, content):
+def recognise(tensors, sines):
     """-> format, λ, pixels; None: nothing tells."""
-    # solo-learn writes its method into the file
-    if sines == "y" or "mocov3" in str(content.get("hyper_parameters")):
-        return "MoCo v3", 1.0, "imagenet"
     for mark, facts in MARKS.items():
         if any(key.endswith(mark) for key in tensors):
             return facts
-    if sines:
-        return "MoCo v3 or MAE", None, "imagenet"
+    if sines == "y":
+        return "MoCo v3", 1.0, "imagenet"
     return "timm", None, None
 
 
@@ -2292,7 +2293,7 @@ def find_sizes(weights, side, heads, form):
     embed_dim, _, _, patch_size = shape
     depth = sum(name.endswith(".norm1.weight") for name in weights)
     usual = {1280: 16}
-    if form.startswith("MoCo v3"):
+    if form == "MoCo v3":
         usual[384] = 12
     heads = heads or usual.get(embed_dim, max(1, embed_dim // 64))
     return side * patch_size, patch_size, embed_dim, depth or 1, heads
@@ -2303,13 +2304,13 @@ def find_sizes(weights, side, heads, form):
 
 def build(weights, sizes):
     """The ViT that has these weights and no others; UserError if there is none."""
-    options = {
+    design = {
         "positions": "sincos" if "pos_embed" in weights else "none",
         "rel_pos_bias": TABLE in weights,
         "layer_scale": 0.1 if "blocks.0.ls1.gamma" in weights else None,
     }
     with torch.device("meta"):  # shapes without memory
-        vit = ViT(*sizes, **options)
+        vit = ViT(*sizes, **design)
     # refused here, as torch would name the same key of each block
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
@@ -2317,7 +2318,7 @@ def build(weights, sizes):
     positions = weights.keys() & {"pos_embed", TABLE}
     require(positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
-    vit.options = options
+    vit.design = design
     return vit.eval()
 
 
@@ -2330,10 +2331,10 @@ def load_encoder(path, heads=None, pixels=None):
     """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
     What no tensor tells can be given: heads (else 64 wide each, 80 where 1,280 wide; 12
-    where 384 wide with fixed sines), pixels "imagenet" or "half", which is (x - 0.5) /
+    in MoCo v3's of 384), pixels "imagenet" or "half", which is (x - 0.5) /
     0.5 (else half for BEiT, ImageNet's mean and deviation for others). A table of
-    position biases and a config of sslvit.py count more. Learned positions might be of
-    a grid that is not square.
+    position biases and a config of sslvit.py override both. Learned positions might be
+    of a grid that is not square.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
     to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each
@@ -2349,8 +2350,8 @@ def load_encoder(path, heads=None, pixels=None):
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
         sines = which_sines(weights, side)
-        form, lam, usual_pixels = recognise(tensors, sines, content)
-        pixels = pixels or usual_pixels
+        form, lam, known_pixels = recognise(tensors, sines)
+        pixels = pixels or known_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
         run = {}
@@ -2364,10 +2365,14 @@ def load_encoder(path, heads=None, pixels=None):
     except Exception as error:  # a damaged file can raise anything
         reason = str(error) or repr(error)
         if isinstance(error, pickle.UnpicklingError):
-            reason = "not readable as data alone (of a module, save the state_dict())"
+            reason = (
+                "not readable as data alone: a web page, a pointer of git LFS? "
+                "Of a module, save the state_dict()"
+            )
         raise UserError(f"{path}: {in_one_line(reason)}") from error
-    facts = vit.facts = Network(str(path), lam, pixels or "imagenet", *sizes, **run)
-    facts.look = f"{facts.num_heads} heads, {facts.pixels} pixels, {vit.options}"
+    usual = "half" if form.startswith("BEiT") else "imagenet"
+    facts = vit.facts = Network(str(path), lam, pixels or usual, *sizes, **run)
+    facts.look = f"{facts.num_heads} heads, {facts.pixels} pixels, {vit.design}"
     answers = {"--heads": heads, "--pixels": pixels}
     answers["square grid"] = sines or config or TABLE in weights
     guesses = [guess for guess, answer in answers.items() if not answer]
@@ -2407,7 +2412,7 @@ def untrained_like(vit):
     facts = vit.facts
     torch.manual_seed(facts.seed or 0)
     sizes = *facts.shape, facts.num_heads
-    new = ViT(*sizes, **vit.options)
+    new = ViT(*sizes, **vit.design)
     new.facts = Network("", None, facts.pixels, *sizes, facts.seed, look=facts.look)
     return new
 
@@ -2429,7 +2434,7 @@ def load_networks(options):
         add_companions(vits)
     # the first seed chooses settings for the others, whatever the order of the files
     vits.sort(key=lambda vit: vit.facts.seed or 0)
-    twin = attrgetter("facts.shape", "facts.look", "facts.seed")
+    twin = attrgetter("facts.architecture", "facts.seed")
     twins = {twin(vit): vit for vit in vits}
     return [*vits, *map(untrained_like, twins.values())]
 

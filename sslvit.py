@@ -43,9 +43,9 @@ import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other. Beside another busy program that
-# cost a run on two cores nine tenths of its speed, and half with this setting, which
-# must stand before torch.
+# While OpenMP's threads wait for each other, they spin. Beside another busy program a
+# run on two cores then lost nine tenths of its speed; with this setting, half. It must
+# stand before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -58,13 +58,16 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 
-# torchrun starts a process for each GPU and tells it its number
+# torchrun starts a process for each GPU and gives it a number
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(ValueError, argparse.ArgumentTypeError):
-    """An error the user can fix: main() prints it as one line and returns status 2."""
+    """An error the user can fix: main() prints it as one line and returns status 2.
+
+    argparse shows the text of an ArgumentTypeError, and hides that of other errors.
+    """
 
 
 def require(condition, message):
@@ -244,9 +247,9 @@ class Block(nn.Module):
 
 
 def sincos_positions(embed_dim, rows, cols):
-    """Fixed positions ([M] section 4): sin x, cos x, sin y, cos y; CLS: zeros.
+    """Fixed positions ([M] section 4, in MAE's order): sin x, cos x, sin y, cos y.
 
-    A quarter of the channels each -> (1, 1+N, D).
+    A quarter of the channels each, zeros for CLS -> (1, 1+N, D).
     """
     quarter = embed_dim // 4
     frequency = 10000.0 ** -(torch.arange(quarter) / quarter)  # (D/4,)
@@ -280,7 +283,8 @@ class RelativePositionBias(nn.Module):
         """-> what to add to the attention logits, (H, 1+N, 1+N)."""
         table = self.relative_position_bias_table
         offsets = resize_grid(table[:-3], 2 * rows - 1, 2 * cols - 1)
-        # what a query adds for all keys is a window of the map, the last key first
+        # a bias depends on query - key: a query's biases for all keys are the window of
+        # the map that begins at the query's place, the last key first
         windows = F.unfold(offsets, (rows, cols))[0]  # (H·N, N)
         bias = windows.unflatten(0, (-1, rows * cols)).flip(1).mT  # (H, query, key)
         bias = F.pad(bias, (1, 0, 1, 0))  # a row and a column for CLS, in front
@@ -385,7 +389,7 @@ def mlp_head(*widths):
 
     BatchNorm spreads each channel over the batch, which counters collapse. The last one
     has no learned scale, which could shrink to 0. Heads are never evaluated: no running
-    statistics.
+    statistics, and no model.train() or model.eval() in this file.
     """
     layers = []
     for i in range(1, len(widths)):
@@ -431,7 +435,7 @@ class SSL(nn.Module):
     # 6. gradient step for the queries: train()                 7. update_average()
 
     def compare(self, query_cls, key_cls):
-        """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of a query."""
+        """CLS outputs (2, B, D) of a whole batch -> L_CL, feature_std() of view 1's."""
         # each view apart: BatchNorm would leak one view's statistics into the other
         q = [self.predictor(self.projector(cls)) for cls in query_cls]
         k = [self.momentum_projector(cls) for cls in key_cls]
@@ -452,8 +456,8 @@ class SSL(nn.Module):
     def forward(self, view1, view2, view_mim, mask):
         """Views (B, 3, h, w), mask bool (B, N) -> {"cl": L_CL, "mim": L_MIM, "std"}.
 
-        A loss that λ switches off is 0, and its views may be None. std, with CL alone:
-        feature_std() of the queries.
+        A loss that λ switches off is 0, and its views may be None. std, where λ > 0:
+        feature_std() of view 1's queries.
         """
         zero = torch.zeros((), device=mask.device)
         losses = {"cl": zero, "mim": zero}
@@ -723,8 +727,9 @@ def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
     data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
+    # step of the last line of the log; speed is measured from there
     since = rows[-1]["step"]
-    batches = make_loader(cfg, data[0], range(since, total))  # steps count from 0 there
+    batches = make_loader(cfg, data[0], range(since, total))  # its first step is 0
     log.truncate(0)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     signals = catch_signals()
@@ -748,10 +753,10 @@ def train(cfg, state, log):
         else:
             losses = backward_in_parts(model, views, cfg, scaler)
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
-        if is_whole:
+        if is_whole:  # else it is only for the log
             scaler.scale(loss).backward()
 
-        # step, average
+        # step, average; the scaler does nothing except with fp16
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         scaler.step(optimizer)
@@ -763,6 +768,8 @@ def train(cfg, state, log):
         stop_by = signal_of_any_rank(signals, step, cfg)
         is_saved = stop_by or step == total or step % cfg.save_every == 0
         if not is_saved and step != 3 and step % cfg.log_every != 0:
+            if step == 1:  # it starts loaders and compiles: no measure of speed
+                since, began = 1, time.perf_counter()
             continue
         row = {"step": step, "lr": lr, "momentum": momentum}
         for name, value in (losses | {"loss": loss, "norm": norm}).items():
@@ -874,7 +881,7 @@ def prepare(cfg, state):
         scaler.load_state_dict(state["scaler"])
     elif RANK == 0:
         rows[0] |= knn_scores(model.encoder, data, cfg)
-        # of a run that --overwrite ends
+        # an older run's, which --overwrite gives up
         Path(cfg.out, "ckpt.pt").unlink(missing_ok=True)
     if cfg.compile:
         # in place, so that the weights keep their names
@@ -887,7 +894,8 @@ def prepare(cfg, state):
 def check_identity(cfg, train_set, state):
     """UserError if ranks, or a run and its checkpoint, have different training sets.
 
-    The schedules and the order of images follow from the set.
+    The schedules and the order of images follow from the set. Also if CL's batch is one
+    image, or larger than the set.
     """
     identities = [train_set.identity()] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -898,8 +906,8 @@ def check_identity(cfg, train_set, state):
     require(len(set(identities)) == 1, message)
     require(
         cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set),
-        f"--batch-size {cfg.batch_size} of {len(train_set)} images: in a batch an "
-        "image needs others, and itself only once",
+        f"--batch-size {cfg.batch_size} of {len(train_set)} images: CL needs other "
+        "images in a batch, and no image twice",
     )
 
 
@@ -962,7 +970,8 @@ def positive(text):
     return value
 
 
-# The comments are the help texts of the flags: --help prints this class.
+# The comments are the help texts: --help prints this class. Behind the colon stands the
+# function that reads a flag's text.
 
 
 @dataclass
@@ -1003,7 +1012,7 @@ class Config:
     epochs: nonnegative = 0.0  # passes over the training set; 0: --steps counts
     steps: positive = 1500  # optimiser steps
     batch_size: positive = 64  # images per step, over all ranks and micro-batches
-    lr: nonnegative = 12e-3  # base learning rate; its peak is lr x batch_size / 256
+    lr: nonnegative = 12e-3  # base learning rate; the peak is lr x batch_size / 256
     weight_decay: nonnegative = 0.05  # AdamW's
     warmup: fraction = 0.1  # share of the steps in which the rate rises
     clip: nonnegative = 5.0  # largest gradient norm; 0: no clipping
@@ -1039,10 +1048,10 @@ CHOICES = {
     "positions": ("sincos", "relative"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
 }
-# Recipes: flags for every objective, then for one.
+# Recipes: flags of an objective, of a preset, of both together; the later ones count.
 PRESETS = {
-    "moco": "--lam 1 ",
-    "simmim": "--lam 0 ",
+    "moco": "--lam 1",
+    "simmim": "--lam 0",
     "hybrid": "",
     # stimuli, minutes on two cores; the encoder's work is equal: 1.056 million passes
     # (an image costs MoCo 2·3 + 2, SimMIM 3, the hybrid 11)
@@ -1064,7 +1073,8 @@ PRESETS = {
         --warmup 0.13333333 --momentum 0.99
         --crop-min 0.08 --hue-shift 0.1 --blur 2.0 --mask-patch-size 32""",
     "imagenet-moco": "--clip 0",
-    # SimMIM's ([S] section 4): learning rate 1e-4 for a batch of 512
+    # SimMIM's ([S] section 4): learning rate 1e-4 for a batch of 512; 100 epochs as its
+    # ablations, of which the published ViT-B has 800, with rates that fall in steps
     "imagenet-simmim": """
         --epochs 100 --batch-size 2048 --lr 0.5e-4 --weight-decay 0.05
         --warmup 0.1 --positions relative""",
@@ -1094,11 +1104,11 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = functools.partial(require, False)  # in one line, as all errors
-    for knob in fields(Config):
-        how = {"type": knob.type, "choices": CHOICES.get(knob.name)}
-        if knob.type is bool:
+    for flag in fields(Config):
+        how = {"type": flag.type, "choices": CHOICES.get(flag.name)}
+        if flag.type is bool:
             how = {"action": "store_true"}
-        parser.add_argument("--" + knob.name.replace("_", "-"), **how)
+        parser.add_argument("--" + flag.name.replace("_", "-"), **how)
     return parser
 
 
@@ -1108,7 +1118,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     objective = given.get("objective", "hybrid")
     preset = given.get("preset", "imagenet" if given.get("data") else "micro")
-    recipe = f"--preset {preset} {PRESETS[preset]} {PRESETS[objective]}"
+    recipe = f"--preset {preset} {PRESETS[preset]} {PRESETS[objective]} "
     recipe += PRESETS.get(f"{preset}-{objective}", "")
     if "steps" in given:
         recipe += " --epochs 0"
@@ -1152,13 +1162,14 @@ def has_bf16(on_gpu):
 def settle(cfg):
     """Replaces each "auto" by what this machine has; UserError if it does not fit."""
     if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
-        # before anything touches a GPU: each rank has its own
         cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(cfg.device)
     if cfg.device == "auto":
         cfg.device = "cpu"
-    torch.zeros(1, device=cfg.device)  # an error if there is none here
     on_gpu = "cuda" in cfg.device
+    if on_gpu and torch.cuda.is_available():
+        # before anything touches a GPU: each rank has its own
+        torch.cuda.set_device(cfg.device)
+    torch.zeros(1, device=cfg.device)  # an error if there is none here
     if cfg.dtype == "auto":
         cfg.dtype = "fp16" if on_gpu else "fp32"
         if has_bf16(on_gpu):
@@ -1193,10 +1204,11 @@ def open_run_folder(cfg):
         import fcntl
 
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # Windows: two runs in one folder are not noticed
     except BlockingIOError as error:
         raise UserError(f"another run writes into {folder}: give --out") from error
+    except (ImportError, OSError):
+        # Windows, file systems without locks: two runs in one folder are not noticed
+        pass
     is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
     text = f"{folder} holds a run: give --resume or --overwrite"
     require(is_empty or cfg.overwrite or cfg.resume, text)
@@ -1210,14 +1222,15 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console has a λ
     try:
-        # also torch's, which raises wherever it hears that a loading process has died
+        # puts the handlers of signals back at the end: of STOPS, which train() catches,
+        # and DEATHS, which torch catches and raises an error from wherever we are
         with contextlib.ExitStack() as handlers:
-            for number in (*STOPS, *DEATHS):
+            for number in STOPS + DEATHS:
                 handlers.callback(signal.signal, number, signal.getsignal(number))
             return run(argv)
     except KeyboardInterrupt:
         print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
-        return 130
+        status = 130
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         # a loading process sends its traceback, whose last line is the message
@@ -1225,10 +1238,11 @@ def main(argv=None):
         print(f"sslvit.py: {line}", file=sys.stderr)
         for process in torch.multiprocessing.active_children():
             process.kill()  # loading processes, which ignore softer signals
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 2
+    if dist.is_initialized():
+        # NCCL's end in order would wait for ranks that wait for this one
+        os._exit(status)
+    return status
 
 
 def run(argv):
@@ -1245,7 +1259,12 @@ def run(argv):
             backend = "nccl" if "cuda" in cfg.device else "gloo"
             # the others wait for the first rank's k-NN test
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
-        return train(cfg, state, log)
+        status = train(cfg, state, log)
+    if WORLD_SIZE > 1:
+        # the first rank may still save; torchrun kills it 30 s after another has ended
+        dist.barrier()
+        dist.destroy_process_group()
+    return status
 
 
 # ==== 8. Workshop: what the lecture takes for granted =================================
@@ -1298,8 +1317,9 @@ def texture_wave(texture, u, v):
 class Stimuli:
     """Images of one object, of 8 shapes in 8 textures, on smooth grey.
 
-    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S).
-    Everything is drawn from (seed, split, i). Shape and texture are independent.
+    stimuli[i] -> image uint8 (S, S, 3), shape 0..7, texture 0..7, mask bool (S, S),
+    True on the object (not MIM's mask). Everything is drawn from (seed, split, i).
+    Shape and texture are independent.
     """
 
     label_names = ("shape", "texture")
@@ -1468,7 +1488,7 @@ def crop_box(width, height, smallest, rng):
 
 
 def make_upright(image):
-    """Turns an opened image that its camera held otherwise; decodes only such."""
+    """Rotates an image as its EXIF entry says; only such an image is decoded here."""
     with contextlib.suppress(Exception):  # a broken EXIF block costs no pixels
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             ImageOps.exif_transpose(image, in_place=True)
@@ -1519,6 +1539,7 @@ def center_crop(image, size):
     return np.array(square).transpose(2, 0, 1)
 
 
+# a line that was printed is in the cache, and not printed again
 warn_once = functools.cache(print)
 
 
@@ -1635,9 +1656,9 @@ def knn_scores(encoder, data, cfg):
         return {}
     bank = mean_tokens(encoder, train_set, cfg.knn_images, cfg)
     features, labels = mean_tokens(encoder, test_set, cfg.knn_images // 4 + 1, cfg)
-    hits = (knn(*bank, features) == labels).double().mean(dim=0)
-    pairs = zip(train_set.label_names, hits.round(decimals=4).tolist(), strict=True)
-    return {f"knn_{name}": share for name, share in pairs}
+    accuracies = (knn(*bank, features) == labels).double().mean(dim=0)
+    pairs = zip(train_set.label_names, accuracies.tolist(), strict=True)
+    return {f"knn_{name}": round(accuracy, 4) for name, accuracy in pairs}
 
 
 # ---- Checkpoints ----
@@ -1669,7 +1690,7 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch's, if the disk is full
         beside.unlink(missing_ok=True)
         raise UserError(
-            f"{path} was not written, an earlier save is whole; then --resume"
+            f"{path} was not written; --resume goes on from the one before"
         ) from error
 
 
@@ -1690,11 +1711,12 @@ def load_checkpoint(path):
 
 # Ctrl-C, the end of a cluster job, a closed terminal
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+# a loading process died
 DEATHS = [s for s in signal.Signals if s.name == "SIGCHLD"]
 
 
 def catch_signals():
-    """-> list of the signals that will have come; a second Ctrl-C ends at once.
+    """-> a list that each signal joins when it comes; a second Ctrl-C ends at once.
 
     torchrun sends every signal twice, so there a second one means nothing.
     """
@@ -1743,8 +1765,8 @@ def flops_per_image(cfg):
     """FLOPs of a training step for an image; a product and a sum count as two.
 
     A block costs each of its T tokens 24D² in linear layers and 4TD in attention; where
-    only CLS asks, the last one 4D². A backward pass costs twice a forward pass. What is
-    left out, embedding, heads and decoder, is 1 %.
+    only CLS asks, the last one needs 4D². A backward pass costs twice a forward pass.
+    Left out are embedding, heads, decoder and queries that nobody uses: 1 to 2 %.
     """
     width, depth, _ = SIZES[cfg.model].values()
     tokens = 1 + (cfg.image_size // cfg.patch_size) ** 2
@@ -1824,7 +1846,8 @@ def draw_reconstruction(cfg, model, source):
     target = patchify(images, cfg.patch_size)  # (8, N, 3p²)
     hidden = mask[..., None]
     predicted = torch.where(hidden, model.decoder(tokens)[:, 1:], target)
-    patches = torch.stack([target, target * ~hidden, predicted]).cpu()
+    # 9 standard deviations are white
+    patches = torch.stack([target, torch.where(hidden, 9.0, target), predicted]).cpu()
     # back to their places: (3, 8, 3p², grid, grid), then (3, 8, 3, h, w)
     x = patches.mT.unflatten(-1, (model.encoder.grid, -1))
     x = F.pixel_shuffle(x, cfg.patch_size) * STD + MEAN

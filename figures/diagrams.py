@@ -66,7 +66,8 @@ def draw_stimuli():
                 axis.set_ylabel(shape, fontsize=12)
     title = "Stimuli: 8 shapes × 8 textures, independent of each other"
     figure.suptitle(title, fontsize=14)
-    save(figure, "stimuli.png")
+    # all colours: with fewer the smooth grey would have steps
+    figure.savefig(HERE / "stimuli.png", dpi=100)
 
 
 # ==== What the networks see ====
@@ -209,7 +210,7 @@ def draw_branches(axis, photo, query_y, key_y, colour):
 
     put_pairs(axis, LOSS_X, middle + 0.25, 1.8)
     put_arrow(axis, (HEAD_X + 1.2, query_y), (LOSS_X - 1.4, middle + 0.6))
-    put_arrow(axis, (HEAD_X + 1.2, key_y), (LOSS_X - 1.4, middle - 0.1))
+    put_arrow(axis, (HEAD_X + 1.2, key_y), (LOSS_X - 0.4, middle - 0.7))
     axis.text(HEAD_X + 1.9, query_y, "query", fontsize=SMALL, ha="center")
     axis.text(HEAD_X + 1.6, key_y, "key", fontsize=SMALL, ha="center", va="top")
 
@@ -223,8 +224,8 @@ def draw_moco(axis, photo, top):
         put_arrow(axis, (PHOTO_X + 1.15, middle), (VIEW_X - 0.95, y))
     draw_branches(axis, photo, query_y, key_y, CL)
     put_box(axis, "ViT encoder", ENCODER_X, query_y, 2.4, 1.2, CL)
-    loss = "InfoNCE: each query finds\nits own key, both ways"
-    put_loss(axis, loss, middle - 1.0, CL)
+    loss = "InfoNCE: each query\nfinds its own key,\nboth ways"
+    put_loss(axis, loss, key_y - 0.35, CL)
 
 
 def draw_prediction(axis, photo, y):
@@ -235,7 +236,7 @@ def draw_prediction(axis, photo, y):
     put_arrow(axis, (ENCODER_X + 1.2, y), (HEAD_X - 1.25, y))
     put_box(axis, "pixel head\n(one layer)", HEAD_X, y, 2.4, 1.2, MIM)
     put_arrow(axis, (HEAD_X + 1.2, y), (LOSS_X - 2.0, y))
-    put_picture(axis, guessed, LOSS_X - 1.05, y, VIEW, "prediction", MIM)
+    put_picture(axis, guessed, LOSS_X - 1.05, y, VIEW, "predicted under mask", MIM)
     axis.text(LOSS_X + 0.05, y, "−", fontsize=TITLE, ha="center", va="center")
     put_picture(axis, photo, LOSS_X + 1.15, y, VIEW, "image")
 
@@ -264,7 +265,7 @@ def draw_hybrid(axis, photo, top):
     put_loss(axis, "(1 − λ) · L1", masked_y - 1.45, MIM)
     axis.text(LOSS_X, middle - 0.72, "+", fontsize=TITLE, ha="center", va="center")
     loss = "λ · InfoNCE,\nboth ways"
-    put_loss(axis, loss, (query_y + key_y) / 2 - 0.85, CL)
+    put_loss(axis, loss, key_y - 0.35, CL)
 
 
 def draw_methods():

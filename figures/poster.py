@@ -30,7 +30,7 @@ ROLES = ("CL", "MIM", analyze.HYBRID, "untrained")
 # name in analyze.FIGURES, question, what draws it on an axis
 COLUMNS = (
     ("distance", "How far does a token look?", analyze.plot_distance),
-    ("nmi", "Does it matter who asks? Grey was there first", analyze.plot_nmi),
+    ("nmi", "Does it matter who asks?\nGrey was there first", analyze.plot_nmi),
     ("fourier", "Does detail survive?", analyze.plot_high_frequencies),
     ("layers", "What can be read out?", analyze.plot_layers),
 )
@@ -42,10 +42,9 @@ def finding(name, claims):
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
                 values = [f"{role} {x:.2f}" for role, x in row["values"].items()]
-                verdict = (
-                    f"{row['outcome']}; claim {claim['claim']}: {claim['verdict']}"
-                )
-                return f"{row['part']}:\n{', '.join(values)}\n{verdict}"
+                verdict = f"claim {claim['claim']}, all parts: {claim['verdict']}"
+                part = f"{row['part']} ({row['outcome']}):\n{', '.join(values)}"
+                return f"{part}\n{verdict}"
     return ""
 
 
@@ -54,7 +53,13 @@ def draw_row(row, path):
     results, networks = analyze.read_results([path])
     networks = [n for n in networks if n.role in ROLES]
     name = "stimuli" if len(networks[0].label_names) > 1 else "photographs"
-    row.suptitle(name, fontsize=TITLE, weight="bold", x=0.01, ha="left")
+    row.suptitle(
+        f"What CL and MIM learnt: {name}",
+        fontsize=TITLE,
+        weight="bold",
+        x=0.01,
+        ha="left",
+    )
     claims = analyze.judge(networks, [column[0] for column in COLUMNS])
     roles = {network.name: network.role for network in networks}
     lines = {}
@@ -70,9 +75,8 @@ def draw_row(row, path):
         axis.set_ylabel(axis.get_ylabel(), fontsize=SMALL)
         axis.tick_params(labelsize=SMALL)
         handles, labels = axis.get_legend_handles_labels()
-        labels = [
-            roles.get(label, "dotted: uniform attention, one map") for label in labels
-        ]
+        dotted = "uniform attention; one map for all queries"
+        labels = [roles.get(label, dotted) for label in labels]
         lines |= dict(zip(labels, handles, strict=True))
     return lines
 

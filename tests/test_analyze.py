@@ -112,9 +112,12 @@ def test_fourier_finds_a_diagonal_wave(side, bin):
         assert close(both[0, -1], math.log(1 / 0.01) + math.log(3) / 2)
         flat = analyze.fourier_amplitude(torch.ones(1, 64, 2), side)
         assert flat.isfinite().all() and (flat[0, 1:] < -10).all()
+    # a checkerboard of ±1 on 5, without the mean: X(π) = 9 - 1/9 where X(0) = 46
+    odd = 5 + torch.tensor([1.0, -1] * 4 + [1]).view(1, 9, 1)
+    assert close(analyze.fourier_amplitude(odd, 3)[0, 1], math.log((9 - 1 / 9) / 46))
 
 
-def test_singular_spectrum_by_hand():
+def test_singular_spectrum_and_volume_by_hand():
     x = torch.zeros(1, 4, 3)
     # √18, √8, 0; the same offset for all rows changes nothing
     x[0, 0, 0], x[0, 1, 0], x[0, 2, 1], x[0, 3, 1] = 3, -3, 2, -2
@@ -122,10 +125,7 @@ def test_singular_spectrum_by_hand():
     assert log.shape == (1, 3)
     assert close(log[0, :2], [math.log(18) / 2, math.log(8) / 2]) and log[0, 2] < -15
     assert analyze.singular_spectrum(torch.zeros(1, 3, 3)).isfinite().all()
-
-
-def test_volume_by_hand():
-    # patch tokens ±3 on the first axis, ±4 on the second, all moved by 7: singular
+    # volume: patch tokens ±3 on one axis, ±4 on the other, all moved by 7: singular
     # values 3√2 and 4√2, Frobenius norm √(18 + 32). CLS is far away, and no patch
     box = torch.tensor([[999.0, 999], [10, 7], [4, 7], [7, 11], [7, 3]])
     volume = math.log(3 * 4 * 2) / 2 - math.log(50) / 2
@@ -143,7 +143,7 @@ def test_volume_by_hand():
     assert close(rows["spectrum"], math.log(2) / 2)  # of the last state: √2 twice
 
 
-def test_the_plane_is_that_of_the_last_attention():
+def test_pictures_are_of_the_last_attention():
     states = torch.randn(3, 5, 5, 2)
     # four patches before it on one axis, after it on another
     states[:, 2, 1:] = torch.tensor([[3.0, 0], [-3, 0]] * 2)
@@ -151,9 +151,7 @@ def test_the_plane_is_that_of_the_last_attention():
     picture = analyze.picture_plane(SimpleNamespace(states=states))
     assert close(picture["plane"].abs(), torch.tensor([[3.0, 0]] * 4 + [[0, 1]] * 4))
     assert close(picture["shares"], [0.9, 0.1])
-
-
-def test_maps_are_of_two_queries_in_the_first_and_the_last_layer():
+    # maps: of two queries, in the first and the last layer
     attn = torch.full((3, 3, 2, 4, 4), 0.25)
     attn[:, 2] = torch.eye(4)
     batch = SimpleNamespace(vit=SimpleNamespace(grid=2), attn=attn)
@@ -415,8 +413,7 @@ def test_each_row_leaves_out_another_twentieth():
     assert sorted(sum(absent, [])) == list(range(40))
     assert close(values[1:].max(axis=1), np.full(20, 1 / 38))
 
-
-def test_what_is_no_mean_is_computed_again():
+    # what is no mean is computed again
     def spread(rows):
         return {"spread": rows["x"].max() - rows["x"].min()}
 
@@ -532,19 +529,15 @@ def test_a_part_holds_with_its_whole_interval():
         assert claim["parts"][0]["values"]["CL"] == 1 + difference
 
 
-def test_a_figure_has_the_title_of_its_own_claim():
-    pair = [network(role, similarities(1, 1, 1) | {"nmi": [[1]] * 6}) for role in LAMS]
-    title = analyze.title_of("similarity", judged(pair, "similarity", "nmi"))
-    assert "cosine between heads" in title
-    assert analyze.between(0.5, 0.25) == "+0.500 [+0.250, +0.750]"
-
-
 def test_what_is_missing_is_not_testable_and_is_named():
     values = similarities(1, 1, 1)
     coarse = network("MIM", values, patch_size=8)  # other patches: not comparable
     [claim] = judged([network("CL", values), coarse], "similarity")
     assert claim["verdict"] == "not testable"
     assert "MIM" in claim["parts"][0]["outcome"]
+    two = [network(role, values, images=x) for role, x in (("CL", 1), ("CL", 2))]
+    [claim] = judged([*two, network("MIM", values)], "similarity")
+    assert "needs CL, of one name" in claim["parts"][0]["outcome"]
     del values["depths"]
     [claim] = judged([network(role, values) for role in ("CL", "MIM")], "similarity")
     assert claim["verdict"] == "not testable"
@@ -580,6 +573,12 @@ def test_the_distance_from_untrained_stands_in_the_row():
     networks = [network(role, similarities(x, 0, 0)) for role, x in roles.items()]
     gains = judged(networks, "similarity")[0]["parts"][0]["gains"]
     assert [gains["CL"][0], gains["MIM"][0]] == pytest.approx([0.1, -0.4])
+    # MIM of another architecture, and its own untrained network
+    networks += [network("untrained", similarities(-0.3, 0, 0), look="relative")]
+    networks[1].look = "relative"
+    row = judged(networks, "similarity")[0]["parts"][0]
+    gains = [row["gains"][role][0] for role in ("CL", "MIM")]
+    assert gains == pytest.approx([0.1, 0.3]) and row["values"]["untrained"] == 0.4
 
 
 # ---- What each claim reads: six layers, so that early and late are two ----
@@ -653,8 +652,9 @@ def test_lines_lie_at_their_layers_and_lambdas():
     for x in places:
         rows = {y: {"distance": [[y - 1, y + 1]] * len(x)} for y in (1, 4)}
         seeds = [network(analyze.HYBRID, rows[y], image_size=8) for y in (1, 4, 4)]
-        for seed in seeds:
-            seed.values["distance"][1:] = 9  # what leaves images out is not drawn
+        seeds[2].values["distance"] = seeds[2].values["distance"][..., ::-1]
+        for seed in seeds:  # what leaves images out is not drawn
+            seed.values["distance"][1:] = 9
         _, [[axis]] = analyze.canvas(1)
         analyze.plot_distance(axis, seeds)
         *thin, thick, uniform = axis.lines
@@ -662,17 +662,23 @@ def test_lines_lie_at_their_layers_and_lambdas():
         assert thick.get_ydata()[0] == 3 and thick.get_linestyle() == "--"
         assert thick.get_xdata().tolist() == x
         band = axis.collections[0].get_paths()[0].vertices[:, 1]
-        assert (band.min(), band.max()) == (2, 4)
+        assert (band.min(), band.max()) == (
+            2,
+            4,
+        )  # lowest heads, whatever their numbers
         # 2 × 2 patches of 4 px
         assert uniform.get_ydata()[0] == pytest.approx(2 + 2**0.5)
-    values = tuned(0.5) | {"nmi": layers(0, 0, 0), "fourier": at_pi(0, 0)}
-    networks = [network(role, values) for role in ("CL", "MIM", analyze.HYBRID)]
-    networks.append(network("CL", values | tuned(0.7)))
-    networks.append(network("CL", values | tuned(0.9), embed_dim=192))  # not drawn
-    for axis in analyze.draw_sweep(networks).axes[:2]:
+    networks = [network(role, tuned(0.5)) for role in ("CL", "MIM", analyze.HYBRID)]
+    networks[1].images = 9
+    networks.append(network("CL", tuned(0.7)))
+    networks.append(network("CL", tuned(0.9), embed_dim=192))  # not drawn
+    networks += [network("untrained", tuned(x), x) for x in (0.1, 0.2)]
+    for axis in analyze.draw_sweep(networks).axes:
         lams, means = axis.lines[-1].get_data()
         assert lams.tolist() == [0, 0.2, 1] and close(means, [0.5, 0.5, 0.6])
-        assert to_hex(axis.lines[0].get_color()) == "#0072b2"  # MIM is blue
+        assert axis.lines[0].get_ydata()[0] == pytest.approx(0.15)
+        assert to_hex(axis.lines[1].get_color()) == "#0072b2"  # MIM is blue
+        assert axis.get_xlabel() == "λ (0: MIM, 9 images; 1: CL, 0)"
 
 
 def test_panels_show_what_their_labels_say():
@@ -692,6 +698,10 @@ def test_panels_show_what_their_labels_say():
     axis = analyze.draw_plane(networks).axes[0]
     assert (axis.get_xlabel()[:3], axis.get_ylabel()[:3]) == ("90%", "10%")
     assert axis.lines[-1].get_xydata().tolist() == [[5, 6]]  # after: full
+    pair = [network(role, similarities(1, 1, 1) | {"nmi": [[1]] * 6}) for role in LAMS]
+    title = analyze.title_of("similarity", judged(pair, "similarity", "nmi"))
+    assert "cosine between heads" in title
+    assert analyze.between(0.5, 0.25) == "+0.500 [+0.250, +0.750]"
 
 
 # ---- Which networks are compared ----
@@ -709,7 +719,8 @@ def test_claims_2_and_3_need_networks_that_are_better_than_new_ones():
     networks = []
     for width, row in numbers.items():
         for role, number in zip(("CL", "MIM", "untrained"), row, strict=True):
-            facts = {"embed_dim": width, "images": 10}
+            # the smallest has the largest patches
+            facts = {"embed_dim": width, "images": 10, "patch_size": 400 // width}
             networks += [network(role, tuned(number), **facts)] if number else []
     [claim] = judged(networks, "scaling")
     small, large = claim["parts"]
@@ -727,14 +738,6 @@ def test_claims_2_and_3_need_networks_that_are_better_than_new_ones():
     dense = {"overlap, linear": overlap(0.5), "overlap, fine-tuned": overlap(0.5)}
     [claim] = judged([network(role, dense) for role in ("CL", "MIM")], "dense")
     assert all("not above a new" in row["outcome"] for row in claim["parts"])
-
-
-def test_two_kinds_of_one_role_are_not_mixed():
-    networks = [network(role, tuned(0.5), images=1) for role in ("CL", "MIM")]
-    networks += [network("CL", tuned(0.9), images=2)]
-    [claim] = judged(networks, "accuracy")
-    assert "needs CL, of one name" in claim["parts"][0]["outcome"]
-    assert claim["verdict"] == "not testable"
 
 
 def test_claim_12_reads_where_the_hybrid_changes():
