@@ -84,7 +84,7 @@ class Part(NamedTuple):
     less: str  # another role, or "" for 'above 0'
     # {key: value} of one network -> a number
     read: Callable
-    # can be tested only if both are above a new network of their size
+    # can be tested only if both are above a new network of their architecture
     trained: bool = False
     size: str = ""  # SMALLEST or LARGEST, else the one that has most roles
 
@@ -535,8 +535,9 @@ def picture_plane(batch):
 
 def draw_plane(networks):
     networks = [n for n in networks if "plane" in n.pictures]
-    fig, axes = canvas(2, rows=math.ceil(len(networks) / 2))
-    for axis, network in zip(axes.flat, networks, strict=False):
+    rows = 2 - len(networks) % 2  # an odd number in one row
+    fig, axes = canvas(len(networks) // rows, rows)
+    for axis, network in zip(axes.flat, networks, strict=True):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
@@ -1339,26 +1340,24 @@ there are two fair comparisons: equal images, as in the paper, and equal work, w
 images times passes. How many images each network saw stands at the top of the table.
 
 What to look at: whether λ = 0.2 is above both ends by more than the seeds (circles)
-scatter; in figures 4 and 8, whether the hybrid is like MIM at first and like CL at the
-end."""
+scatter; in figures 4 and 8 (nmi, fourier), whether the hybrid is like MIM at first and
+like CL at the end."""
 
 
 def draw_sweep(networks):
     """Accuracy against λ; NMI and high frequencies are in figures 4 and 8."""
-    shapes = {n.shape for n in networks if n.role == HYBRID}
-    require(len(shapes) == 1, f"needs a {HYBRID}, of one size")
-    swept = [n for n in networks if n.shape in shapes and n.lam is not None]
-    swept.sort(key=attrgetter("lam"))
+    roles = sizes_of(networks)[""]
+    require(HYBRID in roles, f"needs a {HYBRID}")
+    new = roles.pop("untrained")
+    swept = sorted(sum(roles.values(), []), key=attrgetter("lam"))
+    images = {network.images for network in swept}
     fig, [axes] = canvas(2)
     for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
         read = of(np.mean, key)
-        for network, y in readings(networks, read):
-            if network.role == "untrained":
-                axis.axhline(y.mean(), label="untrained", **style_of(network))
+        mean = numbers(read, new)[0].mean()
+        axis.axhline(mean, label="untrained", **style_of(new[0]))
         axis.plot(*points(axis, swept, read, key, "lam"), color="black")
-        axis.set_xlabel(
-            f"λ (0: MIM, {swept[0].images} images; 1: CL, {swept[-1].images})"
-        )
+        axis.set_xlabel(f"λ (0: MIM, 1: CL)\ntraining images: {images}")
     return fig
 
 
@@ -1626,7 +1625,7 @@ def sizes_of(networks):
     and decoder together.
     """
     sizes = defaultdict(lambda: defaultdict(list))
-    for network in sorted(networks, key=attrgetter("embed_dim", "depth")):
+    for network in sorted(networks, key=attrgetter("embed_dim", "shape")):
         sizes[network.shape][network.role].append(network)
     most = max(sizes.values(), key=len)
     both = [roles for roles in sizes.values() if {"CL", "MIM"} <= roles.keys()]
@@ -1643,7 +1642,8 @@ def sizes_of(networks):
 def judge_part(part, sizes, networks):
     """-> a row of the table; IndexError if the images have no such label set.
 
-    Gains are over untrained networks of the same architecture.
+    Gains are over untrained networks of the same architecture; of these, the value that
+    is shown is that of the first role.
     """
     row = {"part": part.text, "outcome": "undecided"}
     values, new = {}, {}
@@ -2333,8 +2333,8 @@ def load_encoder(path, heads=None, pixels=None):
     What no tensor tells can be given: heads (else 64 wide each, 80 where 1,280 wide; 12
     in MoCo v3's of 384), pixels "imagenet" or "half", which is (x - 0.5) /
     0.5 (else half for BEiT, ImageNet's mean and deviation for others). A table of
-    position biases and a config of sslvit.py override both. Learned positions might be
-    of a grid that is not square.
+    position biases overrides heads, a config of sslvit.py both. Learned positions might
+    be of a grid that is not square.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
     to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each
@@ -2356,7 +2356,7 @@ def load_encoder(path, heads=None, pixels=None):
             heads = weights[TABLE].shape[1]
         run = {}
         if config:
-            form, lam, pixels = "sslvit", config["lam"], "imagenet"
+            form, lam, pixels = "sslvit", float(config["lam"]), "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
             images = int(content["step"]) * config["batch_size"]
             run = {"seed": config["seed"], "config": config, "images": images}

@@ -727,7 +727,7 @@ def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
     data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
-    # step of the last line of the log; speed is measured from there
+    # speed is measured from this step: the last in the log, then 1
     since = rows[-1]["step"]
     batches = make_loader(cfg, data[0], range(since, total))  # its first step is 0
     log.truncate(0)
@@ -1048,7 +1048,7 @@ CHOICES = {
     "positions": ("sincos", "relative"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
 }
-# Recipes: flags of an objective, of a preset, of both together; the later ones count.
+# Recipes: flags of a preset, of an objective, of both together; the later ones count.
 PRESETS = {
     "moco": "--lam 1",
     "simmim": "--lam 0",

@@ -133,8 +133,8 @@ fi
 
 unset OMP_NUM_THREADS
 export PYTHONPATH=$PWD
-of() { # names of runs -> their files, for every seed that was trained
-  for name in "$@"; do ls runs/$name-1[0-4]/ckpt.pt; done
+of() { # names of runs -> their files, for every seed whose training is done
+  for name in "$@"; do grep -x "$name-1[0-4]" runs/done.txt | sed "s|.*|runs/&/ckpt.pt|"; done
 }
 ship() { # run, file: encoder and pixel head in half precision
   python - "runs/$1/ckpt.pt" "figures/checkpoints/$2" <<'PY'
@@ -180,14 +180,13 @@ photographs="--data $data --cue-conflict $cues --images 0 --labels 10000"
 # equal work: the stimuli, the photographs, the decoder; equal images: sweep and sizes
 analyze $(of moco simmim hybrid) --out figures/stimuli
 analyze $(of cifar10-{moco,simmim,hybrid}) $photographs --out figures/photographs
-# of these the reports, and figure 12: claims 1, 2, 11 and 12, and the choice of learning rates
+# claims 1, 2, 11 and 12, and the choice of learning rates
 analyze $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --only scaling --out figures/more/sizes
 analyze $(of simmim decoder micro8) --only decoder --out figures/more/decoder
 analyze $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --only accuracy sweep --out figures/more/sweep
 rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
 analyze $rates --images 500 --only accuracy --out figures/more/rates
 shrink figures/stimuli figures/photographs figures/more/*
-find figures/more -name "*.png" ! -path "*/sweep/fig12*" -delete
 cp runs/hybrid-10/masked.png figures/
 python figures/diagrams.py
 python figures/poster.py figures/stimuli/results.json figures/photographs/results.json --out figures/poster.png

@@ -662,10 +662,8 @@ def test_lines_lie_at_their_layers_and_lambdas():
         assert thick.get_ydata()[0] == 3 and thick.get_linestyle() == "--"
         assert thick.get_xdata().tolist() == x
         band = axis.collections[0].get_paths()[0].vertices[:, 1]
-        assert (band.min(), band.max()) == (
-            2,
-            4,
-        )  # lowest heads, whatever their numbers
+        # the lowest and the highest head of each, whatever their numbers
+        assert (band.min(), band.max()) == (2, 4)
         # 2 × 2 patches of 4 px
         assert uniform.get_ydata()[0] == pytest.approx(2 + 2**0.5)
     networks = [network(role, tuned(0.5)) for role in ("CL", "MIM", analyze.HYBRID)]
@@ -673,12 +671,13 @@ def test_lines_lie_at_their_layers_and_lambdas():
     networks.append(network("CL", tuned(0.7)))
     networks.append(network("CL", tuned(0.9), embed_dim=192))  # not drawn
     networks += [network("untrained", tuned(x), x) for x in (0.1, 0.2)]
+    networks += [network("untrained", tuned(0.3), embed_dim=192)]
     for axis in analyze.draw_sweep(networks).axes:
         lams, means = axis.lines[-1].get_data()
         assert lams.tolist() == [0, 0.2, 1] and close(means, [0.5, 0.5, 0.6])
         assert axis.lines[0].get_ydata()[0] == pytest.approx(0.15)
         assert to_hex(axis.lines[1].get_color()) == "#0072b2"  # MIM is blue
-        assert axis.get_xlabel() == "λ (0: MIM, 9 images; 1: CL, 0)"
+        assert axis.get_xlabel() == "λ (0: MIM, 1: CL)\ntraining images: {0, 9}"
 
 
 def test_panels_show_what_their_labels_say():
@@ -690,7 +689,8 @@ def test_panels_show_what_their_labels_say():
         return [axis.lines[0].get_ydata()[-1] for axis in fig.axes]
 
     assert shown(analyze.draw_accuracy(networks)) == [0.1, 0.2, 0.3, 0.5]
-    assert shown(analyze.draw_sweep(networks))[:2] == pytest.approx([0.15, 0.4])
+    sweep = analyze.draw_sweep([*networks, network("untrained", values)])
+    assert shown(sweep) == pytest.approx([0.15, 0.4])
     assert shown(analyze.draw_fourier(networks)) == [-4, -4 - 9, -4]
     networks[1] = network("CL", values, embed_dim=192)
     assert shown(analyze.draw_scaling(networks)) == [0.4]
