@@ -387,9 +387,10 @@ class ViT(nn.Module):
 def mlp_head(*widths):
     """Projector or predictor: Linear, BatchNorm, ReLU, ... ([M] section 4).
 
-    BatchNorm spreads each channel over the batch, which counters collapse. The last one
-    has no learned scale, which could shrink to 0. Heads are never evaluated: no running
-    statistics, and no model.train() or model.eval() in this file.
+    BatchNorm spreads each channel over the batch, which counters collapse: the batch of
+    all ranks, each view apart, as MoCo v3's SyncBatchNorm. The last one has no learned
+    scale, which could shrink to 0. Heads are never evaluated: no running statistics,
+    and no model.train() or model.eval() in this file.
     """
     layers = []
     for i in range(1, len(widths)):
@@ -472,7 +473,10 @@ class SSL(nn.Module):
 
     @torch.no_grad()
     def update_average(self, momentum):
-        """key ← m·key + (1 - m)·query, for the keys of the next step."""
+        """key ← m·key + (1 - m)·query, for the keys of the next step.
+
+        [M] does it at the start of that step, which is the same.
+        """
         if not self.use_cl:
             return
         keys = [*self.momentum_encoder.parameters()]
@@ -802,7 +806,8 @@ def train(cfg, state, log):
 # ranks; the heads' BatchNorm and InfoNCE need all images at once. Gradient caching [G]
 # has both: collect the encoder's outputs, take the loss of them all, and send its
 # gradient at the outputs back through the encoder, part by part. Only the first --keep
-# parts keep their graph, for want of memory; the others are encoded a second time.
+# parts keep their graph, for want of memory; the others are encoded a second time, with
+# the same outputs, as nothing in the encoder is random.
 
 
 def backward_in_parts(model, parts, cfg, scaler):
@@ -824,24 +829,24 @@ def backward_in_parts(model, parts, cfg, scaler):
         with autocast(cfg):
             losses["cl"], losses["std"] = model.compare(outputs, gather(key_cls))
         scaler.scale(cfg.lam * losses["cl"]).backward()
-        # the mean over ranks below divides by WORLD_SIZE, but an image is on one rank
+        # the mean over ranks below is right for the heads, whose gradient is whole on
+        # every rank; the encoder's shares are summed, so this undoes its division
         gradient = outputs.grad.chunk(WORLD_SIZE, dim=1)[RANK] * WORLD_SIZE
     for part, views in enumerate(parts):
-        loss = 0.0
         if model.use_cl:
             if part >= cfg.keep:
                 with autocast(cfg):
                     query_cls[part] = encode_views(model.encoder, *views[:2])
-            # a sum whose gradient at the outputs is the one that was collected
+            # a sum whose gradient at the outputs is the one that was collected, which
+            # the scaler has scaled
             at_outputs = gradient.chunk(len(parts), dim=1)[part]
-            loss = (query_cls[part] * at_outputs).sum()
+            (query_cls[part] * at_outputs).sum().backward()
         if model.use_mim:
             with autocast(cfg):
                 # all images have equally many masked patches: a mean of means is exact
                 mim = model.reconstruct(*views[2:]) / len(parts)
             losses["mim"] = losses["mim"] + mim.detach()
-            loss += scaler.scale((1 - cfg.lam) * mim)
-        loss.backward()
+            scaler.scale((1 - cfg.lam) * mim).backward()
     if WORLD_SIZE > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         for shared in (losses["mim"], *gradients):
@@ -907,7 +912,7 @@ def check_identity(cfg, train_set, state):
     require(
         cfg.lam == 0 or 1 < cfg.batch_size <= len(train_set),
         f"--batch-size {cfg.batch_size} of {len(train_set)} images: CL needs other "
-        "images in a batch, and no image twice",
+        "images in a batch",
     )
 
 
@@ -1073,8 +1078,9 @@ PRESETS = {
         --warmup 0.13333333 --momentum 0.99
         --crop-min 0.08 --hue-shift 0.1 --blur 2.0 --mask-patch-size 32""",
     "imagenet-moco": "--clip 0",
-    # SimMIM's ([S] section 4): learning rate 1e-4 for a batch of 512; 100 epochs as its
-    # ablations, of which the published ViT-B has 800, with rates that fall in steps
+    # SimMIM's ViT-B ([S] section 4): learning rate 1e-4 for a batch of 512. Published
+    # are 800 epochs, with rates that fall in steps; here 100, as its ablations (of
+    # Swin-B, at twice this rate), falling to 0
     "imagenet-simmim": """
         --epochs 100 --batch-size 2048 --lr 0.5e-4 --weight-decay 0.05
         --warmup 0.1 --positions relative""",
@@ -1143,7 +1149,7 @@ def resume(cfg, given):
     for name in given.keys() - MAY_CHANGE:
         message = f"{path} has {name} = {config[name]}, which cannot change"
         require(given[name] == config[name], message)
-    of_this_machine = {"device": "auto", "workers": -1, "accum": 0, "out": cfg.out}
+    of_this_machine = {"device": "auto", "workers": -1, "out": cfg.out}
     return Config(**(config | of_this_machine | given)), state
 
 
@@ -1215,36 +1221,6 @@ def open_run_folder(cfg):
     return log
 
 
-def main(argv=None):
-    """Runs a command line -> exit status: 0; 2 after an error that the user can fix;
-    128 and its number after a signal."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # not every console has a λ
-    try:
-        # puts the handlers of signals back at the end: of STOPS, which train() catches,
-        # and DEATHS, which torch catches and raises an error from wherever we are
-        with contextlib.ExitStack() as handlers:
-            for number in STOPS + DEATHS:
-                handlers.callback(signal.signal, number, signal.getsignal(number))
-            return run(argv)
-    except KeyboardInterrupt:
-        print("sslvit.py: ended at once; what was saved before stays", file=sys.stderr)
-        status = 130
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        # a loading process sends its traceback, whose last line is the message
-        line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        print(f"sslvit.py: {line}", file=sys.stderr)
-        for process in torch.multiprocessing.active_children():
-            process.kill()  # loading processes, which ignore softer signals
-        status = 2
-    if dist.is_initialized():
-        # NCCL's end in order would wait for ranks that wait for this one
-        os._exit(status)
-    return status
-
-
 def run(argv):
     """Reads a command line, then plans or trains -> exit status."""
     cfg, given = parse(argv)
@@ -1264,6 +1240,36 @@ def run(argv):
         # the first rank may still save; torchrun kills it 30 s after another has ended
         dist.barrier()
         dist.destroy_process_group()
+    return status
+
+
+def main(argv=None, run=run, program="sslvit.py"):
+    """Runs a command line -> exit status: run's; 2 after an error that the user can
+    fix, in one line; 128 and its number after a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # not every console has a λ
+    try:
+        # puts the handlers of signals back at the end: of STOPS, which train() catches,
+        # and DEATHS, which torch catches and raises an error from wherever we are
+        with contextlib.ExitStack() as handlers:
+            for number in STOPS + DEATHS:
+                handlers.callback(signal.signal, number, signal.getsignal(number))
+            return run(argv)
+    except KeyboardInterrupt:
+        print(f"{program}: ended at once; what was saved before stays", file=sys.stderr)
+        status = 130
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        # a loading process sends its traceback, whose last line is the message
+        line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+        print(f"{program}: {line}", file=sys.stderr)
+        for process in torch.multiprocessing.active_children():
+            process.kill()  # loading processes, which ignore softer signals
+        status = 2
+    if dist.is_initialized():
+        # NCCL's end in order would wait for ranks that wait for this one
+        os._exit(status)
     return status
 
 
@@ -1565,7 +1571,8 @@ def image_keys(cfg, length, steps):
     """(epoch, index) of this rank's images, one after the other.
 
     They follow from the step alone, so a resumed run goes on where it stopped, and any
-    number of ranks and micro-batches sees the same images in the same step.
+    number of ranks and micro-batches sees the same images in the same step. Nothing is
+    dropped: a batch that spans two epochs may hold an image twice.
     """
     share = cfg.batch_size // WORLD_SIZE
     for step in steps:
@@ -1777,7 +1784,9 @@ def flops_per_image(cfg):
     if cfg.lam < 1:
         flops += 3 * full_pass
     if cfg.lam > 0:
-        flops += (2 * 3 + 2) * cls_pass  # two views trained, two keys
+        # what --keep leaves out is encoded a second time
+        again = 2 * max(0, cfg.accum - cfg.keep) / max(1, cfg.accum)
+        flops += (2 * 3 + 2 + again) * cls_pass  # two views trained, two keys
     return flops
 
 
@@ -1791,8 +1800,16 @@ def plan(cfg):
     flops = flops_per_image(cfg)
     model = SSL(cfg).to(cfg.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # training steps on this machine, of as many images as take a CPU some seconds
-    size = min(128, 2 + int(2e12 / flops))
+    say(
+        f"{images:.4g} images of {flops / 1e9:.4g} GFLOP, "
+        f"{trained * 16 / 2**30:.2g} GiB of weights, gradients and Adam's averages\n"
+        f"{WORLD_SIZE} x H100, at 26 % of its bf16 peak of 989 TFLOP/s: "
+        f"{images * flops / H100_SPEED / 3600 / WORLD_SIZE:.3g} h"
+    )
+    # steps on this machine, of a micro-batch, or of as many images as take some seconds
+    size = cfg.batch_size // WORLD_SIZE // cfg.accum
+    if cfg.device == "cpu":
+        size = min(size, 2 + int(2e12 / flops))
     views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
     mask = draw_masks(size, cfg).to(cfg.device)
     for _ in range(3):
@@ -1804,11 +1821,8 @@ def plan(cfg):
         loss.item()  # waits for a GPU
     seconds = (time.perf_counter() - began) / size
     say(
-        f"{images:.4g} images of {flops / 1e9:.4g} GFLOP, "
-        f"{trained * 16 / 2**30:.2g} GiB of weights, gradients and Adam's averages\n"
-        f"one H100, at 26 % of its bf16 peak of 989 TFLOP/s: "
-        f"{images * flops / H100_SPEED / 3600:.3g} h\n"
-        f"here: {1 / seconds:.4g} images/s, {images * seconds / 3600:.3g} h"
+        "here, on one device, without --compile and optimiser: "
+        f"{1 / seconds:.4g} images/s, {images * seconds / 3600:.3g} h"
     )
     return 0
 
@@ -1851,6 +1865,7 @@ def draw_reconstruction(cfg, model, source):
     # back to their places: (3, 8, 3p², grid, grid), then (3, 8, 3, h, w)
     x = patches.mT.unflatten(-1, (model.encoder.grid, -1))
     x = F.pixel_shuffle(x, cfg.patch_size) * STD + MEAN
+    x = F.pad(x, (0, 1, 0, 1))  # black lines between images
     x = x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3h, 8w, 3)
     picture = Image.fromarray((255 * x.clamp(0, 1)).byte().numpy())
     picture = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)

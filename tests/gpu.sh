@@ -28,6 +28,10 @@ within() {
 beside=$("$python" -c "import xdist" 2>/dev/null && echo "-n 6")
 # shellcheck disable=SC2086
 within 210 "$python" -m pytest -q $beside -k test_cuda tests/test_sslvit.py
+if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
+    within 60 "$python" -m torch.distributed.run --nproc_per_node 2 sslvit.py \
+        --steps 50 --accum 2 --overwrite --out "$(mktemp -d)" # two ranks, over NCCL
+fi
 for compile in "" --compile; do
     for objective in hybrid moco simmim; do
         # shellcheck disable=SC2086
