@@ -16,7 +16,8 @@
   --cue-conflict FOLDER of Geirhos' images, <shape><n>-<texture><n>.png; shape and
                         texture are names of class folders of --data
   --images N            test images; 0: all [1000]
-  --labels N            training images to learn from [four times --images]
+  --labels N            training images to learn from [four times --images, so all
+                        with --images 0]
   --epochs N            of fine-tuning; segmentation has a quarter [10]
   --device NAME         [cuda, if there is one]
   --workers N           processes that read images [0]
@@ -49,6 +50,7 @@ import os
 import pickle
 import re
 import sys
+import textwrap
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
@@ -135,13 +137,15 @@ def rise(x):
     return late(x) - early(x)
 
 
-def of(summary, key):
-    """What a part reads: of(late, "nmi") takes late(values["nmi"])."""
+def of(summary, source):
+    """What a part reads: of(late, "nmi") takes late(values["nmi"]), and
+    of(rise, noise_drop) takes rise(noise_drop(values))."""
+    read = source if callable(source) else itemgetter(source)
 
-    def read(values):
-        return summary(values[key])
+    def summary_of(values):
+        return summary(read(values))
 
-    return read
+    return summary_of
 
 
 # ==== How figures are drawn =========================================================
@@ -184,7 +188,7 @@ def readings(networks, read):
     pairs = []
     for seeds in by_name(networks):
         with contextlib.suppress(KeyError):
-            # row 0: of all test images
+            # row 0 of the 21 rows that the engine keeps: of all test images
             pairs.append((seeds[0], numbers(read, seeds)[0]))
     require(pairs, "no network has its values (accuracies: classes in train and val?)")
     return pairs
@@ -193,32 +197,34 @@ def readings(networks, read):
 def curves(axis, networks, read, label, xlabel=""):
     """A curve per name. Seeds are thin lines, and heads, if there are any, a band.
 
-    read(values) -> (points,) or (points, heads). Of L layers: 1 to L. Of 1+2L states: 0
-    is the embedding, halves stand after attention. Of L-1 pairs of neighbours: 2 to L.
-    With `xlabel`, of whatever this names, from 0 to 1.
+    read(values) -> (points,) or (points, heads). The last stands at L: of L layers 1 to
+    L, of L-1 pairs of neighbours 2 to L; of 1+2L states 0 to L, where 0 is the
+    embedding and halves stand after attention. With `xlabel`, of whatever this names,
+    from 0 to 1.
     """
     turns = Counter()
     for network, y in readings(networks, read):
         style = style_of(network, turns[network.lam])
         turns[network.lam] += 1
-        depth = 1 if xlabel else network.depth
         count = y.shape[1]
-        places = np.linspace(max(0, depth + 1 - count), depth, count)
+        step = 1 if count <= network.depth else 0.5
+        places = network.depth - step * np.arange(count)[::-1]
+        if xlabel:
+            places = np.linspace(0, 1, count)
         if y.ndim == 3:
             heads = np.sort(y).mean(axis=0)  # the first: each seed's lowest
-            band = heads.min(axis=1), heads.max(axis=1)
-            axis.fill_between(places, *band, alpha=0.12, fc=style["color"])
+            low, high = heads.min(axis=1), heads.max(axis=1)
+            axis.fill_between(places, low, high, alpha=0.12, fc=style["color"])
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
-    axis.set(xlabel=xlabel or "layer", ylabel=label)
+    axis.set(xlabel=xlabel or "layer (thin lines: single networks)", ylabel=label)
 
 
 def points(axis, networks, read, label, fact="name"):
     """A circle for each seed, a bar at their mean -> places, means of the names.
 
-    The place is a fact of the network, a number or its name. An axis that does not
-    begin at 0 enlarges differences: it says so.
+    The place is a fact of the network, a number or its name.
     """
     places, means = [], []
     for network, y in readings(networks, read):
@@ -228,11 +234,9 @@ def points(axis, networks, read, label, fact="name"):
         axis.plot(x, y.mean(), "_", ms=18, mew=3, color=colour)
         places.append(x)
         means.append(y.mean())
-    axis.margins(x=0.2)
     if fact == "name":
-        axis.tick_params(axis="x", labelrotation=90)
-    low, high = axis.get_ylim()
-    axis.set_ylabel(f"{label}\n(axis: {low:.2f} to {high:.2f})")
+        axis.tick_params(axis="x", labelrotation=30)
+    axis.set_ylabel(label)
     return places, means
 
 
@@ -247,13 +251,15 @@ def on_one_axis(plot, networks):
 
 maps_lesson = """\
 Before any number, look. Attention is a row of weights for each query token: how much it
-takes from every other, A[q,k] = softmax(q·k / √d), without the class token CLS and
-averaged here over the heads. The paper saw that late layers of contrastive networks
-draw the outline of the object whatever the query is, and that masked networks look near
-the query.
+takes from every token, A[q,k] = softmax(q·k / √d), without the class token CLS and
+averaged here over the heads, of one network each. White is uniform attention, red more,
+blue less: one unit is a factor of two. The paper saw that late layers of contrastive
+networks draw the outline of the object whatever the query is, and that masked networks
+look near the query.
 
 What to look at: are the maps of two queries (crosses) of one network equal? Do they
-follow the white outline? And how much of that does the untrained network have?"""
+follow the object (of stimuli, the black outline)? And how much of that does the
+untrained network have?"""
 
 
 # Two places on the diagonal, as shares of the side: near the middle, near a corner.
@@ -275,25 +281,23 @@ def draw_maps(networks):
     networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
     masks = np.sign(pictures["labels"])  # of stimuli (3, S, S)
-    maps = [network.pictures["maps"] for network in networks]
-    highest = max(np.percentile(row, 95) for row in maps)
-    rows = [np.repeat(pictures["photographs"][:2], 4, axis=0), *maps]
+    rows = [np.repeat(pictures["photographs"][:2], 4, axis=0)]
+    # 0: uniform; 1e-6 is what results.json rounds to
+    rows += [np.log2(np.add(n.pictures["maps"], 1e-6)) for n in networks]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
-    style = {"cmap": "magma", "vmin": 0, "vmax": highest, "extent": (0, 1, 1, 0)}
-    columns = list(product(range(2), QUERIES, ("first layer", "last layer")))
+    style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "extent": (0, 1, 1, 0)}
     # pixels, patches and outlines in the same coordinates: shares of the image
-    for place, axis in enumerate(axes.flat):
-        row, column = divmod(place, 8)
-        image, query, layer = columns[column]
-        shown = axis.imshow(rows[row][column], **style)
-        axis.plot(query, query, "wP", mec="black", ms=7)
-        if masks.ndim == 3:
-            axis.contour(masks[image], [0.5], colors="w", extent=(0, 1, 0, 1))
-        if row == 0:
-            axis.set_title(layer)
-        elif column == 0:
-            axis.set_ylabel(networks[row - 1].name)
-    fig.colorbar(shown, ax=axes, label="attention / uniform", extend="max")
+    columns = product(range(2), QUERIES, ("first layer", "last layer"))
+    for column, (image, query, layer) in enumerate(columns):
+        axes[0, column].set_title(layer)
+        for row, axis in zip(rows, axes[:, column], strict=True):
+            shown = axis.imshow(row[column], **style)
+            axis.plot(query, query, "wP", mec="black", ms=7)
+            if masks.ndim == 3:
+                axis.contour(masks[image], [0.5], colors="k", extent=(0, 1, 0, 1))
+    for network, axis in zip(networks, axes[1:, 0], strict=True):
+        axis.set_ylabel(network.name)
+    fig.colorbar(shown, ax=axes, label="log2 (attention / uniform)", extend="both")
     return fig
 
 
@@ -310,14 +314,15 @@ FIGURES["maps"] = Figure(
 # ==== Figure 3. How far does a token look? ==========================================
 
 distance_lesson = """\
-The map as one number: the mean distance between a token and what it looks at,
-d = mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that attends everywhere alike has
-the mean distance of all pairs of grid points, the dotted line. The paper saw CL far
-above MIM, most in later layers, which is why CL would see shapes and MIM textures.
+The map as one number: the mean distance between a token and what it looks at, d =
+mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that attends everywhere alike has the
+mean distance of all pairs of grid points, the dotted line. The paper saw CL far above
+MIM, most in later layers, which is why CL would see shapes and MIM textures.
 
 Read it against grey: an untrained network attends almost uniformly, so training mostly
-shortens. What to look at: whether the gap widens with depth, and the band,
-which are the heads: one layer can hold near and far ones."""
+shortens. What to look at: whether the gap widens with depth, and the band, from the
+nearest head to the farthest (each averaged over the networks): one layer can hold near
+and far ones."""
 
 
 def attention_distance(attn, grid, patch_size):
@@ -325,7 +330,7 @@ def attention_distance(attn, grid, patch_size):
 
     attn (B, H, N, N), rows sum to 1; grid (rows, cols), or one number for a square ->
     (B, H) in px. 0: every token looks at itself. Uniform attention: the mean distance
-    between grid points. [P] figure 3.
+    between grid points.
     """
     x = grid_points(grid, attn) * patch_size
     distance = (x[:, None] - x).norm(dim=-1)  # (N, N)
@@ -346,10 +351,10 @@ def measure_distance(batch):
 def plot_distance(axis, networks):
     label = "attention distance (px; band: heads)"
     curves(axis, networks, itemgetter("distance"), label)
-    image_size, patch_size, *_ = networks[0].shape
-    patches = grid_points(image_size // patch_size, torch.ones(1))
-    far = torch.cdist(patches, patches).mean().item() * patch_size
-    axis.axhline(far, color="black", ls=":", label="uniform attention")
+    for image_size, patch_size in {network.shape[:2] for network in networks}:
+        patches = grid_points(image_size // patch_size, torch.ones(1))
+        far = torch.cdist(patches, patches).mean().item() * patch_size
+        axis.axhline(far, color="black", ls=":", label="uniform attention")
 
 
 FIGURES["distance"] = Figure(
@@ -372,7 +377,8 @@ nmi_lesson = """\
 If all queries get the same map, attention has collapsed: the layer adds the same vector
 to every token. Mutual information says how much the map tells about the query,
 
-    I = Σ p(q) A[q,k] log(A[q,k] / p(k)),   NMI = I / √(H(q)·H(k)),
+    I = Σ p(q) A[q,k] log(A[q,k] / p(k)) = H(k) - mean_q H(A[q]),
+    NMI = I / √(H(q)·H(k)),
 
 with p(q) = 1/N and p(k) = mean_q A[q,k]. The paper saw CL's late layers near 0 and
 MIM's far above. Grey is near 0 as well: attention need not collapse under training, it
@@ -429,10 +435,11 @@ FIGURES["nmi"] = Figure(
 # ==== Figure 5. Do heads, layers and tokens say different things? ===================
 
 similarity_lesson = """\
-Heads that say the same are one head. Three mean cosines of what attention adds:
-between heads at one token, between neighbouring layers at one token, between the tokens
-of an image. 1: all alike, 0: orthogonal. The paper saw CL near 1 in late layers for all
-three, MIM lower. Tokens near 1 is where an untrained network starts (grey).
+Heads that say the same are one head. Three mean cosines of what attention adds: between
+heads at one token, between neighbouring layers at one token, between the tokens of an
+image. 1: all alike, 0: orthogonal. The paper saw CL near 1 in late layers for all
+three, MIM lower. Tokens near 1 is where an untrained network starts (grey). What to
+look at: the axes' ranges, which differ, and the last layer, which may jump.
 
 Heads are compared as A_h·V_h·W_h, where W_h is the head's slice of the output matrix:
 what each adds to the token. A_h·V_h itself would compare coordinate 5 of one head with
@@ -472,13 +479,13 @@ def depth_similarity(a, b):
 def measure_similarity(batch):
     states = batch.states[:, :, 1:]
     added = states[:, 1::2] - states[:, :-1:2]  # by attention (B, L, N, D)
-    heads = batch.heads[:, :, :, ::4]  # H times as large as tokens: a quarter is enough
-    # W, and LayerScale where there is one: (L, D, D), input first
-    weights = [block.ls1(block.attn.proj.weight.mT) for block in batch.vit.blocks]
-    slices = torch.stack(weights).unflatten(1, (heads.shape[2], -1))  # (L, H, d, D)
-    heads = heads @ slices  # A_h·V_h·W_h: (B, L, H, N/4, D)
+    heads = []
+    for block, x in zip(batch.vit.blocks, batch.heads.unbind(1), strict=True):
+        # W, and LayerScale where there is one, input first: (H, d, D)
+        weight = block.ls1(block.attn.proj.weight.mT).unflatten(0, (x.shape[1], -1))
+        heads.append(head_similarity(x @ weight))  # A_h·V_h·W_h: (B, H, N, D)
     return {
-        "heads": head_similarity(heads),
+        "heads": torch.stack(heads, dim=1),
         "depths": depth_similarity(added[:, :-1], added[:, 1:]),
         "tokens": token_similarity(added),
     }
@@ -516,9 +523,10 @@ after (full) the last attention. A network that works on whole images moves all 
 of one image together, in parallel lines; one that works on tokens moves each its own
 way. The paper saw the first in CL and the second in MIM.
 
-What to look at: whether the lines of a colour, which is an image, are parallel. Each
-network has a scale of its own, and the axes say how much of the variance they show: two
-directions can hide most of it. The next figure counts all."""
+What to look at: are the lines of a colour, which is an image, parallel, and more so
+than in the untrained network? If all of them look parallel, the plane has not found
+what the paper saw: each network has its own axes, which say how much of the variance
+they show, and two directions can hide most of it. The next figure counts all."""
 
 IMAGE_COLOURS = ("#009E73", "#CC79A7", "#E6A800")  # not those of the objectives
 
@@ -541,11 +549,10 @@ def draw_plane(networks):
         planes = np.array(network.pictures["plane"])
         for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
-            axis.plot(x, y, "o-", color=colour, lw=0.5, ms=3.5, mfc="none")  # N lines
-            axis.plot(x[1], y[1], "o", color=colour, ms=3.5)
+            axis.plot(x, y, "o-", color=colour, lw=0.8, ms=4.5, mfc="none")  # N lines
+            axis.plot(x[1], y[1], "o", color=colour, ms=4.5)
         x, y = [f"{share:.0%} of the variance" for share in network.pictures["shares"]]
         axis.set(xlabel=x, ylabel=y, title=network.name)
-        axis.axis("equal")
     return fig
 
 
@@ -570,8 +577,9 @@ tokens of an image gain no volume, and that MIM does the reverse.
 
 A network that only gets louder gains volume too. So the verdict divides each matrix by
 its Frobenius norm: what remains is how evenly directions are filled. The spectrum on
-the right is not divided. What to look at: the last layer, and where the curves part.
-Layer 0 may lie below the axes; 48 pixel values of a patch give images 48 directions."""
+the right is not divided, so a louder network lies higher there. What to look at: the
+last layer, and where the curves part. Layer 0, the embedding, is left out: the pixels
+of a patch may give images fewer directions than tokens are wide."""
 
 
 def singular_spectrum(x):
@@ -611,7 +619,8 @@ def measure_features(batch):
 def image_spectra(rows):
     """Log volume of all images' mean tokens, of every state; the last spectrum."""
     states = torch.from_numpy(rows["features"]).transpose(0, 1)  # (1+2L, n, D)
-    log = singular_spectrum(states[-1:])
+    # n rows around their mean have n - 1 directions at most
+    log = singular_spectrum(states[-1:])[..., : states.shape[1] - 1]
     # 32 values, however many images are left out
     spectrum = F.interpolate(log[None], 32, mode="linear", align_corners=True)
     return {"image volume": log_volume(states), "spectrum": spectrum[0, 0]}
@@ -620,12 +629,11 @@ def image_spectra(rows):
 def draw_spectra(networks):
     fig, [axes] = canvas(3)
     for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
-        curves(axis, networks, itemgetter(key), f"{key} (mean log σ)")
-        # layer 0, the embedding, may be far below, with directions that are empty
-        lowest = min(curve.get_ydata()[1:].min() for curve in axis.lines)
-        axis.set_ylim(bottom=lowest - 0.3)
-    read, label = itemgetter("spectrum"), "log σ of images, last layer"
-    curves(axes[2], networks, read, label, "rank, as a share")
+        # without layer 0, which may be far below, with directions that are empty
+        read = of(itemgetter(slice(1, None)), key)
+        curves(axis, networks, read, f"{key}: mean log (σ / norm)")
+    label = "log σ of images, last layer (not divided)"
+    curves(axes[2], networks, itemgetter("spectrum"), label, "rank, as a share")
     return fig
 
 
@@ -655,10 +663,10 @@ the diagonal from 0 to π per patch, minus its value at 0,
 
 The paper saw CL keep low frequencies and MIM high ones. 'High' is π, where neighbours
 have opposite signs; the public code stops short of it. A large mean token lowers Δ
-everywhere, so the middle panel compares π with the lowest frequency above 0. What to
-look at: is attention (half layers) a low-pass filter and the MLP not, so that every
-curve is a saw? In the middle panel the order may turn: is the claim about detail, or
-the mean token?"""
+everywhere, so the middle panel compares π with the lowest frequency above 0. Logarithms
+are natural. What to look at: is attention (the points between whole layers) a low-pass
+filter and the MLP not, so that every curve is a saw? In the middle panel the order may
+turn: is the claim about detail, or the mean token?"""
 
 
 def fourier_amplitude(tokens, grid):
@@ -694,12 +702,8 @@ def above_lowest(values):
     return high_frequencies(values) - values["fourier"][:, 1]
 
 
-def early_high(values):
-    return early(high_frequencies(values)[2::2])  # after each MLP
-
-
-def late_high(values):
-    return late(high_frequencies(values)[2::2])
+def after_mlp(values):
+    return high_frequencies(values)[2::2]
 
 
 def plot_high_frequencies(axis, networks):
@@ -710,8 +714,8 @@ def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
     curves(axes[1], networks, above_lowest, "log amplitude, π - lowest above 0")
-    read, label = of(itemgetter(-1), "fourier"), "Δ log amplitude, last layer"
-    curves(axes[2], networks, read, label, "frequency (π per patch)")
+    spectrum = of(itemgetter(-1), "fourier")
+    curves(axes[2], networks, spectrum, "Δ, last layer", "frequency (π per patch)")
     return fig
 
 
@@ -721,7 +725,7 @@ FIGURES["fourier"] = Figure(
     "CL keeps low frequencies, MIM high ones",
     fourier_lesson,
     draw_fourier,
-    parts=(Part("Δ log amplitude at π, late", "MIM", "CL", late_high),),
+    parts=(Part("Δ log amplitude at π, late", "MIM", "CL", of(late, after_mlp)),),
     measure=(measure_fourier,),
 )
 
@@ -732,14 +736,16 @@ accuracy_lesson = """\
 Two questions to a trained network. The linear probe freezes it and asks what a
 hyperplane can read from its output: mean cross-entropy + strength/2·|W|². The strength,
 and CLS or the mean patch token, are chosen on validation images. Fine-tuning trains all
-weights further and asks what the network is a good start for; learning rate and layer
-decay are chosen on validation images, in trainings of a third of the epochs, and seeds
-of a network share the first one's choice. The paper saw CL win the first and MIM the
-second.
+weights further and asks what the network is a good start for: it reads the mean patch
+token, also of CL, whose loss read CLS; learning rate and layer decay are chosen on
+validation images, in trainings of a third of the epochs, and seeds of a network share
+the first one's choice. The paper saw CL win the first and MIM the second.
 
 Grey is a new network: what fine-tuning reaches from scratch, and a probe of random
-weights. What to look at: is the gap larger than the scatter of seeds, is anything above
-grey, and does shape say the same as texture?"""
+weights. Chance is one in as many as there are classes: 0.125 for the stimuli. What to
+look at: is the gap larger than the scatter of seeds (circles) where there are several,
+and is anything above grey? The axes begin where the data do: compare their ranges. Of
+stimuli, does shape say the same as texture?"""
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
@@ -797,14 +803,14 @@ def probes(features, labels, test, device):
 
 
 def probe(*data):
-    """Probes the pooled token and CLS -> of the one that is better on validation:
-    accuracy there, predicted classes."""
-    return max(probes(*data), key=itemgetter(0))
+    """Probes the pooled token and CLS -> predicted classes of the one that is better on
+    validation."""
+    _, predicted = max(probes(*data), key=itemgetter(0))
+    return predicted
 
 
 def learn_probe(study):
-    accuracy, predicted = probe(*study.examples, study.rows["output"], study.device)
-    print(f"  linear probe: {accuracy:.4f} on validation")
+    predicted = probe(*study.examples, study.rows["output"], study.device)
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -1023,10 +1029,11 @@ FIGURES["scaling"] = Figure(
 
 dense_lesson = """\
 Segmentation asks every token for the classes of its own p × p pixels: one of eight
-shapes, or ground. One linear layer does it, on a frozen network or trained with it, the
-learning rate chosen by the pixels that are right in validation, in a quarter of the
-epochs; the paper used COCO boxes and Mask R-CNN, which need a GPU for days. The score,
-with sums over all test images, is the mean over classes of
+shapes, or ground. One linear layer does it, on a frozen network or trained with it, in
+a quarter of the epochs of figure 1 left; the learning rate, and layer decay, are chosen
+by the pixels that are right in validation. The paper used COCO boxes and Mask R-CNN,
+which need a GPU for days. The score, with sums over all test images, is the mean over
+classes of
 
     IoU(c) = Σ|predicted c and true c| / Σ|predicted c or true c|.
 
@@ -1126,9 +1133,10 @@ def learn_bias(study):
         test, cues = cue_conflict(study)
     pairings = []
     for offset in offsets:
-        # taught: class c is shape c with texture c + offset; tested: all other pairs
+        # taught: class c is shape c with texture c + offset; tested: all other pairs,
+        # as, for offset 3, shape 0 with texture 5, which are of classes 0 and 2
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        _, decisions = probe(features[taught], labels[taught, :1], test, study.device)
+        decisions = probe(features[taught], labels[taught, :1], test, study.device)
         classes = (cues - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
@@ -1140,12 +1148,11 @@ def cue_conflict(study):
     folder = study.options.cue_conflict
     require(folder, "shape bias needs the stimuli or --cue-conflict")
     images, classes = sslvit.ImageFolder(folder), study.test.source.classes[0]
-    cues = []
-    for path, _ in images:
+    for i, (path, _) in enumerate(images):
         words = re.findall("[a-z]+", Path(path).stem)
-        cues.append([classes.index(word) for word in words])
-    images = replace(study.test, source=images, indices=range(len(cues)))
-    return one_pass(study.vit, images)["output"], np.array(cues)
+        images[i] = path, [classes.index(word) for word in words]
+    images = replace(study.test, source=images, indices=range(len(images)))
+    return itemgetter("output", "labels")(one_pass(study.vit, images))
 
 
 def plot_bias(axis, networks):
@@ -1167,14 +1174,16 @@ FIGURES["bias"] = Figure(
 # ==== Figure 9 right. Which frequencies does recognition need? ======================
 
 noise_lesson = """\
-Noise of one ring of spatial frequencies and of fixed energy is added to test images,
-and the probe of clean images decides: relative drop = 1 - accuracy(noisy) /
-accuracy(clean). A network that reads texture needs what lies under high-frequency
-noise. The paper saw it hurt MIM more; that must mean more than 'noise hurts MIM more',
-so the claim compares the drop in the upper third of the rings minus that in the lower
-third (four of ten, rounded up).
+Noise of one ring of spatial frequencies, a tenth of full brightness strong, is added to
+test images (clipped to valid pixels, which spreads some of it to other rings), and the
+probe of clean images decides: relative drop = 1 - accuracy(noisy) / accuracy(clean). A
+network that reads texture needs what lies under high-frequency noise. The paper saw it
+hurt MIM more; that must mean more than 'noise hurts MIM more', so the claim compares
+the drop in the upper third of the rings minus that in the lower third (four of ten,
+rounded up).
 
-What to look at: which ring hurts most, and whether the curves cross."""
+What to look at: which ring hurts most, whether the curves cross, and who moves: the
+difference may come from MIM's rise, or from CL's fall."""
 
 BANDS = list(pairwise(0.1 * math.pi * np.arange(11)))  # from, to: rad/px
 
@@ -1214,7 +1223,7 @@ def learn_noise(study):
         noisy = [(pixels + 25.5 * noise).clamp(0, 255) for noise in (0, *noises)]
         outputs = [pooled_and_cls(study.vit(normalise(x, study.vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
-    _, predicted = probe(*study.examples, torch.cat(rows), study.device)
+    predicted = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1222,12 +1231,8 @@ def noise_drop(values):
     return band_noise_drop(values["noise"].mean(axis=1))
 
 
-def noise_slope(values):
-    return rise(noise_drop(values))
-
-
 def plot_noise(axis, networks):
-    x = "ring of the noise; 0: up to 0.1 π per pixel, 1: from 0.9 π to π"
+    x = "ring of noise (0: to 0.1 π per px, 1: from 0.9 π); compared: 4 last - 4 first"
     curves(axis, networks, noise_drop, "relative accuracy drop", x)
 
 
@@ -1237,7 +1242,9 @@ FIGURES["noise"] = Figure(
     "high-frequency noise hurts MIM more",
     noise_lesson,
     partial(on_one_axis, plot_noise),
-    parts=(Part("noise: drop, high - low frequencies", "MIM", "CL", noise_slope),),
+    parts=(
+        Part("noise: drop, high - low frequencies", "MIM", "CL", of(rise, noise_drop)),
+    ),
     learn=(learn_noise,),
 )
 
@@ -1248,9 +1255,11 @@ layers_lesson = """\
 A linear probe of every layer: where in the network does a class become a direction? The
 paper saw MIM ahead in early layers and best in the middle, its last layers a decoder of
 pixels, while CL rises to the last. So a probe should say which layer and which token it
-reads: here the mean patch token after each MLP, and the mean over shape and texture.
+reads: here the mean patch token after each MLP; of stimuli, the mean over shape and
+texture.
 
-What to look at: does MIM fall in its last third, and more than random layers (grey)?"""
+What to look at: does MIM fall from its middle third to the last layer, and more than
+random layers (grey)? Do the curves cross?"""
 
 
 POOLED = "probe of mean patch token"
@@ -1307,10 +1316,9 @@ DECODED = "MIM with decoder"
 
 def draw_decoder(networks):
     require(any(n.role == DECODED for n in networks), f"needs {DECODED}")
-    fig, [axes] = canvas(3)
+    fig, [axes] = canvas(2)
     plot_layers(axes[0], networks)
     plot_nmi(axes[1], networks)
-    plot_high_frequencies(axes[2], networks)
     return fig
 
 
@@ -1325,7 +1333,7 @@ FIGURES["decoder"] = Figure(
         Part("the same, as deep", "MIM as deep", DECODED, of(end_fall, POOLED)),
         Part("NMI, last layer", DECODED, "MIM", of(last, "nmi")),
     ),
-    measure=(measure_nmi, measure_features, measure_fourier),
+    measure=(measure_nmi, measure_features),
     learn=(learn_layers,),
 )
 
@@ -1340,8 +1348,8 @@ there are two fair comparisons: equal images, as in the paper, and equal work, w
 images times passes. How many images each network saw stands at the top of the table.
 
 What to look at: whether λ = 0.2 is above both ends by more than the seeds (circles)
-scatter; in figures 4 and 8 (nmi, fourier), whether the hybrid is like MIM at first and
-like CL at the end."""
+scatter; a bar with one circle is one network. Whether the hybrid is like MIM at first
+and like CL at the end, --only nmi fourier draws (figures 4 and 8)."""
 
 
 def draw_sweep(networks):
@@ -1349,15 +1357,17 @@ def draw_sweep(networks):
     roles = sizes_of(networks)[""]
     require(HYBRID in roles, f"needs a {HYBRID}")
     new = roles.pop("untrained")
+    for other in (DECODED, "MIM as deep", "other"):
+        roles.pop(other, None)
     swept = sorted(sum(roles.values(), []), key=attrgetter("lam"))
-    images = {network.images for network in swept}
     fig, [axes] = canvas(2)
     for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
         read = of(np.mean, key)
-        mean = numbers(read, new)[0].mean()
-        axis.axhline(mean, label="untrained", **style_of(new[0]))
-        axis.plot(*points(axis, swept, read, key, "lam"), color="black")
-        axis.set_xlabel(f"λ (0: MIM, 1: CL)\ntraining images: {images}")
+        grey = numbers(read, new)[0].mean()
+        axis.axhline(grey, label="untrained", **style_of(new[0]))
+        line = points(axis, swept, read, f"{key}, mean of label sets", "lam")
+        axis.plot(*line, color="black")
+        axis.set_xlabel("λ (0: MIM, 1: CL)")
     return fig
 
 
@@ -1373,8 +1383,8 @@ FIGURES["sweep"] = Figure(
         Part("fine-tune accuracy, mean of label sets", HYBRID, "CL", mean_tuned),
         Part("fine-tune accuracy, mean of label sets", HYBRID, "MIM", mean_tuned),
         Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
-        Part("Δ at π, early", HYBRID, "CL", early_high),
-        Part("Δ at π, late", "MIM", HYBRID, late_high),
+        Part("Δ at π, early", HYBRID, "CL", of(early, after_mlp)),
+        Part("Δ at π, late", "MIM", HYBRID, of(late, after_mlp)),
     ),
     measure=(measure_nmi, measure_fourier),
     learn=(learn_probe, learn_tuned),
@@ -1382,8 +1392,8 @@ FIGURES["sweep"] = Figure(
 
 
 # ==== The engine: images and one pass ===============================================
-# Images are read by DataLoader's workers and are never all in memory; what grows with
-# their number are the values and features of each.
+# Images are read by DataLoader's workers and are never all in memory (but for small
+# stimuli); what grows with their number are the values and features of each.
 
 NOT_AVERAGED = {"output", "features", "labels"}  # for learners and image_spectra
 PIXELS = {"imagenet": (MEAN, STD), "half": (0.5, 0.5)}  # mean, standard deviation
@@ -1540,8 +1550,7 @@ def look_at_three(vit, test, figures):
     wide, and their labels, of stimuli the masks."""
     is_stimuli = isinstance(test.source, sslvit.Stimuli)
     images = replace(test, indices=test.indices[:3], masks=is_stimuli)
-    measures = [figure.picture for figure in figures if figure.picture]
-    pictures = one_pass(vit, images, measures)
+    pictures = one_pass(vit, images, [f.picture for f in figures if f.picture])
     [(pixels, _)] = images.batches(3)
     pictures["photographs"] = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
     return pictures
@@ -1555,6 +1564,9 @@ def unique(figures, slot):
 # ==== The engine: verdicts ==========================================================
 # Every value is stored 21 times: row 0 is of all test images, row g of those without
 # the g-th twentieth. Verdicts compare numbers that are read from all rows.
+#
+# What a network is called: its role ("CL", "MIM") in claims; its name, under which its
+# seeds count together; its architecture, which it shares with its untrained twin.
 
 GROUPS = 20
 
@@ -1582,7 +1594,7 @@ def numbers(read, networks):
     for network in networks:
         rows = [{key: x[i] for key, x in network.values.items()} for i in range(21)]
         columns.append([read(row) for row in rows])
-    return np.stack(columns, axis=1, dtype=float)
+    return np.stack(columns, axis=1)
 
 
 def welch(more, less):
@@ -1598,7 +1610,8 @@ def welch(more, less):
     if total == 0:
         return 0.0
     freedom = total**2 / np.sum(variances**2 / (counts - 1))
-    # Student's 97.5 % quantile: with t = √f·tan(a), the density is cos(a)^(f - 1)
+    # Student's t, two-sided: t = √f·tan(a) turns its density (1 + t²/f)^(-(f+1)/2) dt
+    # into cos(a)^(f - 1) da, of which 95 % of the positive half lie below the quantile
     angle = np.linspace(0, math.pi / 2, 100_001)
     area = np.cumsum(np.cos(angle) ** (freedom - 1))
     tangent = math.tan(np.interp(0.95, area / area[-1], angle))
@@ -1642,29 +1655,35 @@ def sizes_of(networks):
 def judge_part(part, sizes, networks):
     """-> a row of the table; IndexError if the images have no such label set.
 
-    Gains are over untrained networks of the same architecture; of these, the value that
-    is shown is that of the first role.
+    Values and gains stand under networks' names, which tell the size where there are
+    several. Gains are over untrained networks of the same architecture; of these, the
+    value that is shown is that of the first role.
     """
     row = {"part": part.text, "outcome": "undecided"}
-    values, new = {}, {}
+    values, untrained, means, gains = [], [], {}, {}
     try:
         for role in filter(None, (part.more, part.less)):
-            names = by_name(sizes[part.size][role])
-            if len(names) != 1:
+            seeds = sizes[part.size][role]
+            if len(by_name(seeds)) != 1:
                 raise KeyError(f"{role}, of one name")
-            twin = "untrained", *names[0][0].architecture
-            twins = [n for n in networks if (n.role, *n.architecture) == twin]
-            values[role] = numbers(part.read, names[0])
-            new[role] = numbers(part.read, twins)
+            first = seeds[0]
+            like = "untrained", first.architecture
+            twins = [n for n in networks if (n.role, n.architecture) == like]
+            values.append(numbers(part.read, seeds))
+            untrained.append(numbers(part.read, twins))
+            means[first.name] = values[-1][0].mean()
+            gains[first.name] = interval(values[-1], untrained[-1])
     except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
-    row["values"] = {role: x[0].mean() for role, x in values.items()}
-    row["values"]["untrained"] = new[part.more][0].mean()
-    gains = row["gains"] = {role: interval(x, new[role]) for role, x in values.items()}
-    more = values[part.more]
-    difference, reach = interval(more, values.get(part.less, 0 * more))
-    fewest = min(x.shape[1] for x in values.values())
-    row |= {"difference": difference, "reach": reach, "networks": fewest}
+    means["untrained"] = untrained[0][0].mean()
+    difference, reach = interval(*[*values, 0 * values[0]][:2])
+    row |= {
+        "values": means,
+        "gains": gains,
+        "difference": difference,
+        "reach": reach,
+        "networks": min(x.shape[1] for x in values),
+    }
     if math.isnan(reach):
         row["outcome"] = "needs a number"
     elif part.trained and any(gain <= its_reach for gain, its_reach in gains.values()):
@@ -1695,14 +1714,14 @@ def verdict_of(rows):
 
 
 def judge(networks, names):
-    """-> the table: a claim after the other."""
+    """-> the table: all parts of the claims of these figures."""
     sizes = sizes_of(networks)
-    table = defaultdict(list)
-    for name in names:
-        for part in FIGURES[name].parts:
+    table = {FIGURES[name].claim: [] for name in names}
+    for name, figure in FIGURES.items():
+        for part in figure.parts * (figure.claim in table):
             with contextlib.suppress(IndexError):  # no such label set
                 row = judge_part(part, sizes, networks) | {"figure": name}
-                table[FIGURES[name].claim].append(row)
+                table[figure.claim].append(row)
     claims = []
     for number, rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
@@ -1728,7 +1747,8 @@ def table_of(results):
     tested = outcomes.total() - outcomes["needs"]
     lines.append(
         f"{tested} parts were tested, {outcomes['holds']} hold; if nothing were true, "
-        f"{tested / 40:.1f} would by chance (one in forty)"
+        f"{tested / 40:.1f} would by chance (one in forty; with fewer than three "
+        "networks more, as intervals do not know how trainings scatter)"
     )
     return "\n".join(lines)
 
@@ -1812,10 +1832,10 @@ class Network:
 
 
 def by_name(networks):
-    """-> lists of the networks of one name, which are its seeds."""
+    """-> lists of the networks of one name and look, which are its seeds."""
     names = defaultdict(list)
     for network in networks:
-        names[network.name].append(network)
+        names[network.name, network.look].append(network)
     return list(names.values())
 
 
@@ -1838,8 +1858,7 @@ def check_seeds(networks):
     first = networks[0]
     runs = set()
     for network in networks:
-        run = network.path if network.seed is None else network.seed
-        runs.add((run, network.look))
+        runs.add(network.path if network.seed is None else network.seed)
         differ = dict(first.settings ^ network.settings)
         files = f"{first.path} and {network.path}, both {first.name},"
         require(not differ, f"{files} differ in {sorted(differ)}: give NAME=FILE")
@@ -1859,19 +1878,15 @@ def analyse(options):
     for vit in vits:
         network = vit.facts
         sslvit.say(f"{1 + len(results['networks'])} of {len(vits)}: {network.name}")
-        first = firsts.setdefault(network.name, network)
+        first = firsts.setdefault((network.name, network.look), network)
         network.choices = first.choices
         vit.to(options.device).requires_grad_(False)
         train, test = measure_network(vit, options, figures)
         if network is first:
             network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
-        results["data"] = [
-            test.source.identity(),
-            len(test),
-            len(train),
-            options.epochs,
-        ]
+        images = [(x.source.identity(), len(x)) for x in (test, train)]
+        results["data"] = [*images, options.epochs]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()
@@ -1902,9 +1917,15 @@ def read_results(paths):
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = network.path, network.seed, network.architecture
+                run = (
+                    network.path,
+                    network.seed,
+                    network.architecture,
+                    str(network.config),
+                )
                 first = runs.setdefault(run, network)
                 first.values |= network.values
+                first.choices |= network.choices
                 first.pictures |= network.pictures
         networks = list(runs.values())
         require(networks, "no networks")
@@ -1915,13 +1936,16 @@ def read_results(paths):
 
 
 def title_of(name, claims):
-    """What the claim says; the first part's numbers and outcome; the verdict."""
+    """What the claim says; its parts in this figure; the verdict on all parts."""
     text = FIGURES[name].text
+    parts = []
     for claim in claims:
         for row in claim["parts"]:
-            if row["figure"] == name and "values" in row:
-                text = f"The paper: {text}\n{row['part']}: {words_of(row)}"
-                return f"{text}\nClaim {claim['claim']}, all parts: {claim['verdict']}"
+            if row["figure"] == name:
+                parts.append(f"{row['part']}: {words_of(row)}")
+        if parts:
+            text = f"The paper: {text}\n{textwrap.fill(' · '.join(parts), 125)}"
+            return f"{text}\nClaim {claim['claim']}, all parts: {claim['verdict']}"
     return text
 
 
@@ -1988,45 +2012,38 @@ def parse(argv):
 
 
 def check(options):
-    """Whatever would fail late fails here."""
+    """What can be known to fail late fails here."""
     files = options.checkpoints or options.results
     options.labels = options.labels or 4 * options.images
     if not options.out:
         folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
-    is_taken = options.checkpoints and Path(options.out, "results.json").exists()
-    text = f"{options.out} holds an analysis: give --out or --overwrite"
-    require(options.overwrite or not is_taken, text)
+    path = Path(options.out, "results.json")
+    is_own = options.results == [str(path)]  # is drawn again
+    is_free = options.overwrite or is_own or not path.exists()
+    require(is_free, f"{options.out} holds an analysis: give --out or --overwrite")
     # can we write there? better to know before hours of measuring
     Path(options.out).mkdir(parents=True, exist_ok=True)
     Path(options.out, "results.new").write_text("")
 
 
+def run(argv):
+    options = parse(argv)
+    check(options)
+    results, networks = read_results(options.results or [analyse(options)])
+    claims = results["claims"] = judge(networks, options.only)
+    results["networks"] = list(map(vars, networks))
+    write_results(results, options.out)
+    print(table_of(results))
+    pictures = draw_figures(networks, options.only, claims, options.out)
+    write_report(results, pictures, options.out)
+    print(f"what was computed and drawn is in {options.out}; --from draws it again")
+    return 0
+
+
 def main(argv=None):
-    """Runs the command line -> exit status: 0; 130 after Ctrl-C; 2 with one line on
-    what is wrong."""
-    try:
-        options = parse(argv)
-        check(options)
-        results, networks = read_results(options.results or [analyse(options)])
-        claims = results["claims"] = judge(networks, options.only)
-        results["networks"] = list(map(vars, networks))
-        write_results(results, options.out)
-        print(table_of(results))
-        pictures = draw_figures(networks, options.only, claims, options.out)
-        write_report(results, pictures, options.out)
-        print(f"what was computed and drawn is in {options.out}")
-        return 0
-    except KeyboardInterrupt:
-        text = "analyze.py: interrupted; --from draws what results.json in --out has"
-        print(text, file=sys.stderr)
-        return 130
-    # of ours, of files, and of torch: memory, a device that is not there
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # a loading process sends its traceback, whose last line is the message
-        text = str(error).strip() or repr(error)
-        print(f"analyze.py: {text.splitlines()[-1]}", file=sys.stderr)
-        return 2
+    """Runs a command line -> exit status."""
+    return sslvit.main(argv, run, "analyze.py")
 
 
 # ==== The report: one page with the claims, their figures and their lessons =========
@@ -2078,9 +2095,10 @@ opposed when the interval lies below 0. A claim agrees when every part holds; pa
 some hold, none is opposed; mixed: some hold, some are opposed; opposed: none holds,
 some are opposed; undecided: the rest; not testable: a part lacks what it needs. The
 interval is over test images and, with three networks or more on both sides, over
-networks. One or two networks say how sure the images are, not whether another training
-would end alike. Early is the first third of the layers, late the last. Thin lines and
-circles are single networks, thick lines and bars their means.</p>
+networks: then one part in forty would hold if nothing were true. One or two networks
+say how sure the images are, not whether another training would end alike. Early is the
+first third of the layers, late the last. Thin lines and circles are single networks,
+thick lines and bars their means.</p>
 {chapters}
 <h2>Networks and settings</h2>
 <pre>{facts}</pre>
@@ -2267,12 +2285,12 @@ def find_side(weights):
 def which_sines(weights, side):
     """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
     if "pos_embed" in weights:
-        positions = weights["pos_embed"]
-        embed_dim = positions.shape[-1]
+        embed_dim = weights["pos_embed"].shape[-1]
         sines = sincos_positions(embed_dim, side, side)
-        for first, shift in {"x": 0, "y": embed_dim // 2}.items():
-            if positions.allclose(sines.roll(shift, dims=-1), atol=1e-3):
+        for first in "xy":
+            if sines.allclose(weights["pos_embed"], atol=1e-3):
                 return first
+            sines = sines.roll(embed_dim // 2, dims=-1)
     return ""
 
 
@@ -2302,10 +2320,13 @@ def find_sizes(weights, side, heads, form):
 # ---- From weights to a network ----
 
 
-def build(weights, sizes):
+def build(weights, sizes, sines):
     """The ViT that has these weights and no others; UserError if there is none."""
+    positions = "none"
+    if "pos_embed" in weights:
+        positions = "sincos" if sines else "learned"
     design = {
-        "positions": "sincos" if "pos_embed" in weights else "none",
+        "positions": positions,
         "rel_pos_bias": TABLE in weights,
         "layer_scale": 0.1 if "blocks.0.ls1.gamma" in weights else None,
     }
@@ -2315,8 +2336,8 @@ def build(weights, sizes):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    positions = weights.keys() & {"pos_embed", TABLE}
-    require(positions, "no positions: no tensor tells how they are computed")
+    has_positions = positions != "none" or TABLE in weights
+    require(has_positions, "no positions: no tensor tells how they are computed")
     vit.load_state_dict(weights, assign=True)
     vit.design = design
     return vit.eval()
@@ -2361,7 +2382,7 @@ def load_encoder(path, heads=None, pixels=None):
             images = int(content["step"]) * config["batch_size"]
             run = {"seed": config["seed"], "config": config, "images": images}
         sizes = find_sizes(weights, side, heads, form)
-        vit = build(weights, sizes)
+        vit = build(weights, sizes, sines)
     except Exception as error:  # a damaged file can raise anything
         reason = str(error) or repr(error)
         if isinstance(error, pickle.UnpicklingError):

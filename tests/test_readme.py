@@ -160,6 +160,21 @@ def test_the_table_says_what_results_json_says():
                 assert row in TEXT, row
 
 
+def test_every_interval_stands_in_results_json():
+    """Of a part, or of a gain over untrained networks, this way round or the other."""
+    intervals = {("0.155", "0.022", "0.287")}  # bullet 8's: in no protocol
+    for path in ROOT.glob("figures/**/results.json"):
+        claims = json.loads(path.read_text())["claims"]
+        for part in sum([claim["parts"] for claim in claims], []):
+            pairs = [*part.get("gains", {}).values()]
+            pairs += [(part.get("difference", 0), part.get("reach", 0))]
+            for x, reach in pairs + [(-x, reach) for x, reach in pairs]:
+                intervals.add(tuple(map(number, (x, x - reach, x + reach))))
+    triple = r"(−?\d\.\d{3})[^\[\d]*\[(−?\d\.\d{3}), (−?\d\.\d{3})\]"
+    stated = re.findall(triple, TEXT)
+    assert len(stated) > 40 and set(stated) <= intervals
+
+
 def test_cifar10_becomes_folders(tmp_path):
     (tmp_path / "batches.meta.txt").write_text("plane\ncar\nbird\n\n")
     red = np.uint8([2] + [255] * 1024 + [0] * 2048)  # a red bird

@@ -169,6 +169,8 @@ def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing
     # where these runs stand, too
     cl, mim, *untrained = [entry["values"]["nmi"] for entry in results["networks"]]
     assert cl != mim and cl in untrained and mim in untrained
+    networks = [analyze.Network(**entry) for entry in results["networks"]]
+    assert len(analyze.by_name(networks)) == 4  # no mean of two architectures is drawn
 
 
 # ==== Which networks ================================================================
@@ -216,12 +218,26 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
     assert read(tmp_path / "d")["claims"] == together["claims"]
     # other figures of one network
     analysed(tmp_path / "b", [cl], "--only", "maps")
-    assert main("--from", *files, *only, "--out", tmp_path / "d")[0] == 0
+    joined = ["--from", *files, *only, "--out", tmp_path / "d"]
+    assert "--overwrite" in fails(*joined) and "--overwrite" in fails(*joined[:-2])
+    assert main(*joined, "--overwrite")[0] == 0
     first = read(tmp_path / "d")["networks"][0]
     assert "nmi" in first["values"] and "maps" in first["pictures"]
+    # a file that was trained again is not the same network; choices come along
+    again = network("CL", {"nmi": [[0.5]] * 6}, config={"lr": 2}, choices={"a": 1})
+    (tmp_path / "e").mkdir()
+    data = {"data": read(tmp_path / "a")["data"]}
+    for config, status in (({"lr": 2}, 0), ({"lr": 3}, 2)):
+        first = network("CL", {}, config=config)
+        for name, one in {"e": again, "b": first}.items():
+            write_results(tmp_path / name, [one], data)
+        joined[1] = tmp_path / "e" / "results.json"
+        assert main(*joined, "--overwrite")[0] == status
+    assert read(tmp_path / "d")["networks"][0]["choices"] == {"a": 1}
+    joined[1] = files[0]
     for flags in (["--images", 30], ["--labels", 50]):  # other images to test or learn
         analysed(tmp_path / "b", [cl1], *only, *flags)
-        assert "other" in fails("--from", *files, "--out", tmp_path / "d")
+        assert "other" in fails(*joined, "--overwrite")
 
 
 def test_results_that_were_edited_are_one_line(tmp_path):
@@ -411,6 +427,10 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     flags = ["--data", tmp_path / "photos", "--cue-conflict", cues, "--only", "bias"]
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
     assert results["networks"][0]["values"]["cues"][0] == [[0.6, 0.2]]
+    # one that cannot be read is replaced with its cues
+    (cues / "cat3-dog2.png").write_text("no image")
+    results, _ = analysed(tmp_path, [runs["moco"]], *flags)
+    assert results["networks"][0]["values"]["cues"][0] == [[0.4, 0.4]]
     Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
     assert "cow" in analysed(tmp_path, [runs["moco"]], *flags)[1]
 
