@@ -131,8 +131,7 @@ class PlainSSL(nn.Module):
                 k2 = self.key_projector(self.keys(view2)[:, 0])
             loss = lam * (self.info_nce(q1, k2) + self.info_nce(q2, k1))
         if lam < 1:
-            tokens = self.encoder(view_mim, mask, self.mask_token)
-            pixels = self.decoder(tokens)[:, 1:]
+            pixels = self.decoder(self.encoder(view_mim, mask, self.mask_token))[:, 1:]
             p = self.cfg.patch_size
             target = F.unfold(view_mim, p, stride=p).transpose(1, 2)
             loss = loss + (1 - lam) * (pixels - target).abs()[mask].mean()

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 # before torch, or beside a busy program its threads wait for each other for minutes
 import sslvit
@@ -51,8 +52,7 @@ def test_attention_nmi_by_hand():
     assert nmi([[0.7, 0.2, 0.1, 0]] * 4) == pytest.approx(0, abs=1e-12)
     assert nmi([[0, 1, 0]] * 3) == 0
     # two blocks of two: I = log 2, H(q) = H(k) = log 4, so NMI = 1/2
-    block = np.kron(np.eye(2), np.full((2, 2), 0.5))
-    assert nmi(block) == pytest.approx(0.5, abs=1e-12)
+    assert nmi(np.kron(np.eye(2), [[0.5, 0.5]] * 2)) == pytest.approx(0.5, abs=1e-12)
     # two queries on key 0, two on key 1: H(q) = log 4, H(k) = I = log 2
     pairs = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
     assert nmi(pairs) == pytest.approx(1 / math.sqrt(2), abs=1e-12)
@@ -85,13 +85,9 @@ def test_heads_are_compared_by_what_they_add_to_a_token():
     [measure] = analyze.FIGURES["similarity"].measure
     # LayerScale makes (3, 4) a (3, 3), and the cosine -1/√2; CLS does not count
     for ls1, cosine in ((torch.nn.Identity(), -0.6), (scale, -(0.5**0.5))):
-        block = SimpleNamespace(attn=attn, ls1=ls1)
-        heads = torch.tensor([1.0, -2])[None, None, :, None, None]
-        batch = SimpleNamespace(
-            vit=SimpleNamespace(blocks=[block]),
-            heads=heads.expand(1, 1, 2, 4, 1),
-            states=torch.randn(1, 3, 5, 2),
-        )
+        vit = SimpleNamespace(blocks=[SimpleNamespace(attn=attn, ls1=ls1)])
+        heads = torch.tensor([1.0, -2]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 1)
+        batch = SimpleNamespace(vit=vit, heads=heads, states=torch.randn(1, 3, 5, 2))
         values = measure(batch)
         assert close(values["heads"], cosine)
         batch.states[:, 1, 0] += 99
@@ -253,8 +249,7 @@ def test_states_begin_with_the_embedding():
     for place, state in enumerate(states):
         patches = state[:, 1:]
         assert close(values["features"][:, place], patches.mean(dim=1))
-        amplitude = analyze.fourier_amplitude(patches, 4)
-        assert close(values["fourier"][:, place], amplitude)
+        assert close(values["fourier"][:, place], analyze.fourier_amplitude(patches, 4))
     # what probes read of the whole network: mean patch token, and CLS
     output = analyze.pooled_and_cls(values["tokens"])
     assert close(output[:, 0], tokens[:, 1:].mean(dim=1))
@@ -301,10 +296,8 @@ def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
     # 60 rows in 60 directions: weak regularisation learns noise by heart
     x = torch.randn(80, 60)
     labels = (x[:, 0] + torch.randn(80) > 0).long()
-    accuracies = []
-    for strengths in ((1.0,), (1e-6,), (1.0, 1e-6), (1e-6, 1.0)):
-        probe = analyze.linear_probe(x, labels, x, strengths=strengths)
-        accuracies.append(probe[1])
+    tries = ((1.0,), (1e-6,), (1.0, 1e-6), (1e-6, 1.0))
+    accuracies = [analyze.linear_probe(x, labels, x, strengths=s)[1] for s in tries]
     best = max(accuracies[:2])
     assert min(accuracies[:2]) < best and accuracies[2:] == [best, best]
 
@@ -319,9 +312,7 @@ def test_pooled_or_cls_is_chosen_on_validation(monkeypatch):
     study.rows = {"output": test, "labels": truth[:, None]}
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
     # by the mean of the label sets: 0.5 of pooled, 0.6 of CLS
-    monkeypatch.setattr(
-        analyze, "linear_probe", lambda x, y, test, _: (test, x[0, y[0]])
-    )
+    monkeypatch.setattr(analyze, "linear_probe", lambda x, y, t, _: (t, x[0, y[0]]))
     x = np.array([[[0.9, 0.1], [0.6, 0.6]]])
     assert analyze.probe(x, np.array([[0, 1]]), x, "cpu")[0] == pytest.approx(0.6)
 
@@ -343,8 +334,7 @@ def test_shape_bias_teaches_eight_pairings_and_drops_congruent_images():
     features = np.stack([np.hstack([2 * cues[:, 0], cues[:, 1]])] * 2, axis=1)
     features = np.float32(features + 0.1 * rng.normal(size=features.shape))
     features[900:, :, 8:] = 0  # the last hundred have no texture
-    options = SimpleNamespace(data="")
-    study = SimpleNamespace(classes=8, options=options, device="cpu")
+    study = SimpleNamespace(classes=8, device="cpu", options=SimpleNamespace(data=""))
     study.examples = features[:800], labels[:800]
     study.rows = {"output": features[800:], "labels": labels[800:]}
     cues = analyze.learn_bias(study)["cues"]
@@ -362,21 +352,14 @@ def test_fine_tuning_has_crops_one_schedule_and_an_end(monkeypatch):
     vit.facts = network("CL", {})
     images = analyze.Images(sslvit.Stimuli(64, 16), range(64), 16, 0)
     study = SimpleNamespace(vit=vit, classes=8, device="cpu", test=images)
-    totals, crops, crop = [], [], analyze.random_crop
-
-    def watched_crop(image, size):
-        crops.append(size)
-        return crop(image, size)
-
-    def watched_rate(step, total, warmup, peak):
-        totals.append(total)
-        return peak
-
-    monkeypatch.setattr(analyze, "random_crop", watched_crop)
-    monkeypatch.setattr(sslvit, "lr_at", watched_rate)
+    crop = Mock(wraps=analyze.random_crop)
+    rate = Mock(side_effect=lambda step, total, warmup, peak: peak)
+    monkeypatch.setattr(analyze, "random_crop", crop)
+    monkeypatch.setattr(sslvit, "lr_at", rate)
     tuned = analyze.fit(analyze.Tuned(study, False, False), images, 3, lr=1e-3)
     assert not tuned.training  # or classes would depend on other test images
-    assert set(totals) == {3} and len(crops) == 3 * 64
+    assert {call.kwargs["total"] for call in rate.call_args_list} == {3}
+    assert crop.call_count == 3 * 64
 
 
 def test_segmentation_is_linear_and_fine_tuned(monkeypatch):
@@ -414,12 +397,9 @@ def test_each_row_leaves_out_another_twentieth():
     assert [len(group) for group in absent] == [2] * 20
     assert sorted(sum(absent, [])) == list(range(40))
     assert close(values[1:].max(axis=1), np.full(20, 1 / 38))
-
     # what is no mean is computed again
-    def spread(rows):
-        return {"spread": rows["x"].max() - rows["x"].min()}
-
-    values = analyze.leave_out({"x": np.arange(20.0)}, [spread])
+    spread = [lambda rows: {"spread": np.ptp(rows["x"])}]
+    values = analyze.leave_out({"x": np.arange(20.0)}, spread)
     # without one image 19 remains, but where the first or the last is absent
     assert sorted(values["spread"]) == [18, 18] + [19] * 19
     # ten images of 1 pixel in 1, ten of 0 in 3: 10 of 40 pixels, not the mean 1/2
@@ -437,12 +417,10 @@ def test_jackknife_of_a_mean_by_hand():
     # images 1 .. 20 in groups of one: the t interval of a mean, 2.09·s/√20, with
     # s² = (20² - 1)/12 · 20/19 = 35
     rows = analyze.leave_out({"x": np.arange(1.0, 21)[:, None]})["x"]
-    difference, reach = analyze.interval(rows, 0 * rows)
-    assert difference == pytest.approx(10.5)
-    assert reach == pytest.approx(2.09 * math.sqrt(35 / 20))
+    reach = 2.09 * math.sqrt(35 / 20)
+    assert analyze.interval(rows, 0 * rows) == pytest.approx((10.5, reach))
     # what all networks share with their images cancels
-    _, reach = analyze.interval(rows + 1, rows)
-    assert reach == pytest.approx(0)
+    assert analyze.interval(rows + 1, rows) == pytest.approx((1, 0))
 
 
 def test_welch_by_a_published_example():
@@ -466,8 +444,7 @@ def test_reach_adds_images_and_networks_as_squares():
     reach = math.sqrt(images**2 + networks**2)
     assert analyze.interval(cl + wiggle, mim) == pytest.approx((0.1, reach), abs=1e-4)
     # two networks on one side: images only
-    difference, reach = analyze.interval(cl[:, :2] + wiggle, mim)
-    assert (difference, reach) == pytest.approx((0.08, images))
+    assert analyze.interval(cl[:, :2] + wiggle, mim) == pytest.approx((0.08, images))
 
 
 # ==== Verdicts ======================================================================
@@ -478,14 +455,12 @@ LAMS = {"CL": 1.0, "MIM": 0.0, "MIM with decoder": 0.0, analyze.HYBRID: 0.2}
 
 def network(role, values, seed=0, **facts):
     """As it stands in results.json; no image changes its values."""
-    facts = SHAPE | {"images": 0} | facts
+    config = {"decoder_depth": 2} if role.endswith("decoder") else {}
+    facts = SHAPE | {"images": 0, "config": config} | facts
     name = f"{role}, {facts['embed_dim']} × {facts['depth']}, {facts['images']} images"
     facts |= {"name": name, "lam": LAMS.get(role), "given": "", "seed": seed}
     facts |= {"path": f"{name}/{seed}" if role in LAMS else ""}
-    config = {"decoder_depth": 2} if role.endswith("decoder") else {}
-    facts = {"config": config} | facts
-    facts |= {"num_heads": 3, "pixels": "imagenet"}
-    facts |= {"label_names": ["shape", "texture"]}
+    facts |= {"num_heads": 3, "pixels": "imagenet", "label_names": ["shape", "texture"]}
     rows = {key: np.array([value] * 21, dtype=float) for key, value in values.items()}
     return analyze.Network(**facts, values=rows)
 
@@ -573,8 +548,8 @@ def test_all_seeds_count_in_any_order():
         assert claim["verdict"] == "agrees (3 networks)"
         assert row["difference"] == pytest.approx(0.1)
         assert row["reach"] == pytest.approx(reach, abs=1e-4)
-        assert row["values"]["CL"] == pytest.approx(0.84)
-        assert row["values"]["MIM"] == pytest.approx(0.74)
+        means = [row["values"][role] for role in ("CL", "MIM")]
+        assert means == pytest.approx([0.84, 0.74])
     for count, words in ((1, "agrees (1 network)"), (2, "agrees (2 networks)")):
         [claim] = judged(cl[:count] + mim, "bias")
         assert claim["verdict"] == words
@@ -661,8 +636,7 @@ def test_what_a_claim_reads(name, key, cl, mim, differences):
 
 def test_lines_lie_at_their_layers_and_lambdas():
     # attention outputs have a neighbour from layer 2 on; states begin with layer 0
-    places = ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [n / 2 for n in range(13)])
-    for x in places:
+    for x in ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [n / 2 for n in range(13)]):
         rows = {y: {"distance": [[y - 1, y + 1]] * len(x)} for y in (1, 4)}
         seeds = [network(analyze.HYBRID, rows[y], image_size=8) for y in (1, 4, 4)]
         seeds[2].values["distance"] = seeds[2].values["distance"][..., ::-1]
@@ -685,11 +659,10 @@ def test_lines_lie_at_their_layers_and_lambdas():
     networks[1].images = 9
     networks.append(network("CL", tuned(0.7)))
     # not drawn: another size, the same with a decoder, as deep as both
-    networks.append(network("CL", tuned(0.9), embed_dim=192))
+    networks += [network(x, tuned(0.9), embed_dim=192) for x in ("CL", "untrained")]
     networks.append(network("MIM with decoder", tuned(0.9)))
     networks.append(network("MIM", tuned(0.9), depth=8))
     networks += [network("untrained", tuned(x), x) for x in (0.1, 0.2)]
-    networks += [network("untrained", tuned(0.3), embed_dim=192)]
     for axis in analyze.draw_sweep(networks).axes:
         lams, means = axis.lines[-1].get_data()
         assert lams.tolist() == [0, 0.2, 1] and close(means, [0.5, 0.5, 0.6])
@@ -760,8 +733,7 @@ def test_claims_2_and_3_need_networks_that_are_better_than_new_ones():
 
 def test_claim_12_reads_where_the_hybrid_changes():
     def values(nmi, early, late):
-        rows = {"nmi": [[x] for x in nmi], "fourier": at_pi(early, late)}
-        return tuned(0.5) | rows
+        return tuned(0.5) | {"nmi": [[x] for x in nmi], "fourier": at_pi(early, late)}
 
     # NMI of the hybrid: 0.8 and 0.6 in the middle, 0.2 in the last layer
     hybrid = values([0, 0, 0.8, 0.6, 1, 0.2], -2, -5)

@@ -8,7 +8,6 @@ import os
 import sys
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import sslvit  # before torch
@@ -17,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).resolve().parents[1]
 
 PATCH, SIDE, D, DEPTH = 4, 3, 128, 2  # 3 x 3 patches; 128 wide: two heads are assumed
 PATCHES = "patch_embed.proj.weight"
@@ -92,8 +89,7 @@ def tokens_of(state, images, heads):
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
     x = F.conv2d(images.double(), w[PATCHES], w["patch_embed.proj.bias"], PATCH)
-    x = x.flatten(2).mT
-    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1)
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
     x = x + w.get("pos_embed", 0)
     position = position_bias(w[TABLE]) if TABLE in w else [0.0] * heads
     for i in range(DEPTH):
@@ -191,14 +187,13 @@ def published():
     }
 
 
-BOTH = "--heads, square grid"
 ALL = "--heads, --pixels, square grid"
 # heads, format, λ, pixels, what is guessed, a key that is skipped
 FACTS = {
     "MoCo v3 in training": (12, "MoCo v3", 1.0, "imagenet", "--heads", "predictor"),
     "MoCo v3, linear": (12, "MoCo v3", 1.0, "imagenet", "--heads", "'head': 2"),
     "CAE": (2, "of BEiT's family", None, "imagenet", "--heads, --pixels", ""),
-    "MAE": (2, "MAE", 0.0, "imagenet", BOTH, "'decoder_blocks': 1"),
+    "MAE": (2, "MAE", 0.0, "imagenet", "--heads, square grid", "'decoder_blocks': 1"),
     "DINO": (2, "timm", None, "imagenet", ALL, "student.back"),
     "iBOT": (2, "timm", None, "imagenet", ALL, "masked_embed"),
     "DINOv2": (2, "timm", None, "imagenet", ALL, "mask_token"),
@@ -213,10 +208,9 @@ def test_published_formats_equal_their_formulas(name, tmp_path, capsys):
     content, state = published()[name]
     heads, form, lam, pixels, guessed, skipped = FACTS[name]
     vit = check_same(write(tmp_path, content), state, heads)
-    facts = {"lam": lam, "pixels": pixels, "num_heads": heads}
+    facts = {"lam": lam, "pixels": pixels, "num_heads": heads, "depth": 2, "config": {}}
     facts |= {"image_size": 12, "patch_size": 4, "embed_dim": len(state[PATCHES])}
-    facts |= {"depth": 2, "seed": None, "config": {}, "images": None}
-    facts["path"] = str(tmp_path / "file.pth")
+    facts |= {"seed": None, "images": None, "path": str(tmp_path / "file.pth")}
     assert vars(vit.facts) == vars(analyze.Network(**facts, look=vit.facts.look))
     line, keys = capsys.readouterr().out.splitlines()
     assert f": {form}, 12 px" in line and f"guessed: {guessed}" in line, line
@@ -273,13 +267,12 @@ OTHER_NETWORKS = [
 
 @pytest.mark.parametrize("change, words", OTHER_NETWORKS)
 def test_another_network_is_refused_by_name(change, words, tmp_path):
-    state = timm_state() | change
-    state = {name: value for name, value in state.items() if value is not None}
+    state = {name: x for name, x in (timm_state() | change).items() if x is not None}
     check_refused(write(tmp_path, state), words)
 
 
 def test_our_own_runs_tell_everything(tmp_path, capsys):
-    for path in ROOT.glob("figures/checkpoints/**/*.pt"):
+    for path in Path(__file__).parents[1].glob("figures/checkpoints/**/*.pt"):
         content = torch.load(path, weights_only=True)
         vit = analyze.load_encoder(path, heads=4, pixels="half")
         encoder = sslvit.make_encoder(sslvit.Config(image_size=32, patch_size=4)).eval()
@@ -292,8 +285,7 @@ def test_our_own_runs_tell_everything(tmp_path, capsys):
         config["data"] = "20000 stimuli of 32 px"
         images = content["step"] * config["batch_size"]
         facts |= {"pixels": "imagenet", "config": config, "images": images}
-        for key, value in facts.items():
-            assert getattr(vit.facts, key) == value
+        assert {key: getattr(vit.facts, key) for key in facts} == facts
         assert "guessed: nothing" in capsys.readouterr().out
     config = content["config"] | {"model": "giant"}
     check_refused(write(tmp_path, content | {"config": config}), "giant")
@@ -309,14 +301,11 @@ def rewrite(path, compression=zipfile.ZIP_STORED):
             archive.writestr(name, record)
 
 
-@dataclass
-class Runs:
+class Runs(tuple):
     """Its pickle calls a function with arguments."""
 
-    call: tuple
-
     def __reduce__(self):
-        return self.call
+        return tuple(self)
 
 
 def test_a_file_is_data(tmp_path):
@@ -356,14 +345,13 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
     path = tmp_path / "file.pth"
     check_refused(path, "No such file")
     check_refused(tmp_path, "directory")
-    starts = {
-        b"": "EOFError",
-        b"version https://git-lfs.github.com/spec/v1\n": "git LFS",
-        b"<!DOCTYPE html><html>": "web page",
-        b"\x1f\x8b": "not readable as data alone",
-        b'{"model": 1}': "not readable as data alone",
-    }
-    for start, word in starts.items():
+    for start, word in (
+        (b"", "EOFError"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git LFS"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x1f\x8b", "not readable as data alone"),
+        (b'{"model": 1}', "not readable as data alone"),
+    ):
         path.write_bytes(start)
         check_refused(path, word)
     check_refused(write(tmp_path, {"model": torch.nn.Linear(1, 1)}), "state_dict()")
@@ -374,8 +362,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_and_formats_of_files(dtype, tmp_path, monkeypatch):
     state = {name: value.to(dtype) for name, value in timm_state().items()}
-    wrapped = under("module._orig_mod.", state)
-    check_same(write(tmp_path, wrapped), state)
+    check_same(write(tmp_path, under("module._orig_mod.", state)), state)
     check_same(write(tmp_path, state, _use_new_zipfile_serialization=False), state)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
