@@ -212,9 +212,8 @@ def curves(axis, networks, read, label, xlabel=""):
         if xlabel:
             places = np.linspace(0, 1, count)
         if y.ndim == 3:
-            heads = np.sort(y).mean(axis=0)  # the first: each seed's lowest
-            low, high = heads.min(axis=1), heads.max(axis=1)
-            axis.fill_between(places, low, high, alpha=0.12, fc=style["color"])
+            heads = np.sort(y).mean(axis=0)  # from each seed's lowest to its highest
+            axis.fill_between(places, *heads.T[[0, -1]], alpha=0.12, fc=style["color"])
             y = y.mean(axis=2)
         axis.plot(places, y.T, lw=0.7, alpha=0.6, **style)
         axis.plot(places, y.mean(axis=0), lw=2.2, label=network.name, **style)
@@ -235,7 +234,7 @@ def points(axis, networks, read, label, fact="name"):
         places.append(x)
         means.append(y.mean())
     if fact == "name":
-        axis.tick_params(axis="x", labelrotation=30)
+        axis.tick_params(axis="x", labelrotation=60)
     axis.set_ylabel(label)
     return places, means
 
@@ -297,7 +296,7 @@ def draw_maps(networks):
                 axis.contour(masks[image], [0.5], colors="k", extent=(0, 1, 0, 1))
     for network, axis in zip(networks, axes[1:, 0], strict=True):
         axis.set_ylabel(network.name)
-    fig.colorbar(shown, ax=axes, label="log2 (attention / uniform)", extend="both")
+    fig.colorbar(shown, ax=axes, label="log2 (attention / uniform), cut at ± 3")
     return fig
 
 
@@ -631,8 +630,8 @@ def draw_spectra(networks):
     for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
         # without layer 0, which may be far below, with directions that are empty
         read = of(itemgetter(slice(1, None)), key)
-        curves(axis, networks, read, f"{key}: mean log (σ / norm)")
-    label = "log σ of images, last layer (not divided)"
+        curves(axis, networks, read, f"{key}: log (σ / norm)")
+    label = "log σ of images (not divided)"
     curves(axes[2], networks, itemgetter("spectrum"), label, "rank, as a share")
     return fig
 
@@ -968,16 +967,14 @@ FIGURES["accuracy"] = Figure(
             "MIM",
             of(shapes, "linear probe"),
         ),
-        Part(
-            "fine-tune accuracy, shape or class", "MIM", "CL", of(shapes, "fine-tuned")
-        ),
+        Part("fine-tuning, shape or class", "MIM", "CL", of(shapes, "fine-tuned")),
         Part(
             "linear probe, last layer, texture",
             "CL",
             "MIM",
             of(textures, "linear probe"),
         ),
-        Part("fine-tune accuracy, texture", "MIM", "CL", of(textures, "fine-tuned")),
+        Part("fine-tuning, texture", "MIM", "CL", of(textures, "fine-tuned")),
     ),
     learn=(learn_probe, learn_tuned),
 )
@@ -1365,7 +1362,7 @@ def draw_sweep(networks):
         read = of(np.mean, key)
         grey = numbers(read, new)[0].mean()
         axis.axhline(grey, label="untrained", **style_of(new[0]))
-        line = points(axis, swept, read, f"{key}, mean of label sets", "lam")
+        line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
         axis.plot(*line, color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     return fig
@@ -1378,10 +1375,10 @@ FIGURES["sweep"] = Figure(
     sweep_lesson,
     draw_sweep,
     parts=(
-        Part("linear probe, mean of label sets", HYBRID, "CL", mean_probe),
-        Part("linear probe, mean of label sets", HYBRID, "MIM", mean_probe),
-        Part("fine-tune accuracy, mean of label sets", HYBRID, "CL", mean_tuned),
-        Part("fine-tune accuracy, mean of label sets", HYBRID, "MIM", mean_tuned),
+        Part("linear probe, hybrid - CL", HYBRID, "CL", mean_probe),
+        Part("linear probe, hybrid - MIM", HYBRID, "MIM", mean_probe),
+        Part("fine-tuning, hybrid - CL", HYBRID, "CL", mean_tuned),
+        Part("fine-tuning, hybrid - MIM", HYBRID, "MIM", mean_tuned),
         Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
         Part("Δ at π, early", HYBRID, "CL", of(early, after_mlp)),
         Part("Δ at π, late", "MIM", HYBRID, of(late, after_mlp)),
@@ -1684,10 +1681,11 @@ def judge_part(part, sizes, networks):
         "reach": reach,
         "networks": min(x.shape[1] for x in values),
     }
+    low = [name for name, (gain, its_reach) in gains.items() if gain <= its_reach]
     if math.isnan(reach):
         row["outcome"] = "needs a number"
-    elif part.trained and any(gain <= its_reach for gain, its_reach in gains.values()):
-        row["outcome"] = "needs more training: not above a new network"
+    elif part.trained and low:
+        row["outcome"] = f"needs more training: {low[0]} not above a new network"
     elif difference > reach:
         row["outcome"] = "holds"
     elif difference < -reach:
@@ -1886,7 +1884,7 @@ def analyse(options):
             network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
         images = [(x.source.identity(), len(x)) for x in (test, train)]
-        results["data"] = [*images, options.epochs]
+        results["data"] = [images, options.epochs]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()
@@ -1936,14 +1934,14 @@ def read_results(paths):
 
 
 def title_of(name, claims):
-    """What the claim says; its parts in this figure; the verdict on all parts."""
+    """What the claim says; its first part here in numbers, and how its other parts here
+    came out; the verdict on all parts."""
     text = FIGURES[name].text
-    parts = []
     for claim in claims:
-        for row in claim["parts"]:
-            if row["figure"] == name:
-                parts.append(f"{row['part']}: {words_of(row)}")
-        if parts:
+        rows = [row for row in claim["parts"] if row["figure"] == name]
+        if rows:
+            parts = [f"{row['part']} {row['outcome']}" for row in rows]
+            parts[0] = f"{rows[0]['part']}: {words_of(rows[0])}"
             text = f"The paper: {text}\n{textwrap.fill(' · '.join(parts), 125)}"
             return f"{text}\nClaim {claim['claim']}, all parts: {claim['verdict']}"
     return text

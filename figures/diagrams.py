@@ -64,10 +64,12 @@ def draw_stimuli():
                 axis.set_title(texture, fontsize=12)
             if column == 0:
                 axis.set_ylabel(shape, fontsize=12)
-    title = "Stimuli: 8 shapes × 8 textures, independent of each other"
-    figure.suptitle(title, fontsize=14)
+    title = (
+        "Stimuli: 8 shapes × 8 textures, independent of each other (networks see 32 px)"
+    )
+    figure.suptitle(title, fontsize=12)
     # all colours: with fewer the smooth grey would have steps
-    figure.savefig(HERE / "stimuli.png", dpi=100)
+    figure.savefig(HERE / "stimuli.png", dpi=150)
 
 
 # ==== What the networks see ====
@@ -270,15 +272,15 @@ def draw_hybrid(axis, photo, top):
 
 def draw_methods():
     total = 3 * STRIP
-    figure = plt.figure(figsize=(16, total))
+    figure = plt.figure(figsize=(16.3, total))
     axis = figure.add_axes((0, 0, 1, 1))
     photo = stimulus()
     draw_moco(axis, photo, total)
     draw_simmim(axis, photo, total - STRIP)
     draw_hybrid(axis, photo, STRIP)
     for line in (STRIP, 2 * STRIP):
-        axis.plot([0.3, 15.7], [line, line], color="#cccccc", linewidth=1.5)
-    axis.set(xlim=(0, 16), ylim=(0, total), aspect="equal")
+        axis.plot([0.3, 16], [line, line], color="#cccccc", linewidth=1.5)
+    axis.set(xlim=(0, 16.3), ylim=(0, total), aspect="equal")
     axis.axis("off")
     save(figure, "methods.png")
 

@@ -29,10 +29,22 @@ TITLE, TEXT, SMALL = 22, 15, 15
 ROLES = ("CL", "MIM", analyze.HYBRID, "untrained")
 # name in analyze.FIGURES, question, what draws it on an axis
 COLUMNS = (
-    ("distance", "How far does a token look?", analyze.plot_distance),
+    (
+        "distance",
+        "How far does a token look?\nDotted: everywhere alike",
+        analyze.plot_distance,
+    ),
     ("nmi", "Does it matter who asks?\nGrey was there first", analyze.plot_nmi),
-    ("fourier", "Does detail survive?", analyze.plot_high_frequencies),
-    ("layers", "What can be read out?", analyze.plot_layers),
+    (
+        "fourier",
+        "Does detail survive?\nHalf layers: after attention",
+        analyze.plot_high_frequencies,
+    ),
+    (
+        "layers",
+        "What can be read out?\nA linear probe of each layer",
+        analyze.plot_layers,
+    ),
 )
 
 
@@ -41,7 +53,7 @@ def finding(name, claims):
     for claim in claims:
         for row in claim["parts"]:
             if row["figure"] == name and "values" in row:
-                values = [f"{role} {x:.2f}" for role, x in row["values"].items()]
+                values = [f"{role} {x:.3g}" for role, x in row["values"].items()]
                 verdict = f"claim {claim['claim']}, all parts: {claim['verdict']}"
                 part = f"{row['part']} ({row['outcome']}):\n{', '.join(values)}"
                 return f"{part}\n{verdict}"
@@ -52,7 +64,9 @@ def draw_row(row, path):
     """A row of axes -> {name: line} for the legend."""
     results, networks = analyze.read_results([path])
     networks = [n for n in networks if n.role in ROLES]
-    name = "stimuli" if len(networks[0].label_names) > 1 else "photographs"
+    name = "photographs (32 px)"
+    if len(networks[0].label_names) > 1:
+        name = "stimuli"
     row.suptitle(
         f"What CL and MIM learnt: {name}",
         fontsize=TITLE,
