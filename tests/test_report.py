@@ -218,12 +218,13 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
     first = read(tmp_path / "d")["networks"][0]
     assert "nmi" in first["values"] and "maps" in first["pictures"]
     # a file that was trained again is not the same network; choices come along
-    again = network("CL", {"nmi": [[0.5]] * 6}, config={"lr": 2}, choices={"a": 1})
+    again = network("CL", {"nmi": [[0.5]] * 6}, config={"lr": 2})
     (tmp_path / "e").mkdir()
     data = {"data": read(tmp_path / "a")["data"]}
     _, joined[1] = write_results(tmp_path / "e", [again], data)
     for config, status in (({"lr": 2}, 0), ({"lr": 3}, 2)):
-        write_results(tmp_path / "b", [network("CL", {}, config=config)], data)
+        chosen = network("CL", {}, config=config, choices={"a": 1})
+        write_results(tmp_path / "b", [chosen], data)
         assert main(*joined, "--overwrite")[0] == status
     assert read(tmp_path / "d")["networks"][0]["choices"] == {"a": 1}
     joined[1] = files[0]
