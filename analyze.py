@@ -1663,13 +1663,12 @@ def judge_part(part, sizes, networks):
             seeds = sizes[part.size][role]
             if len(by_name(seeds)) != 1:
                 raise KeyError(f"{role}, of one name")
-            first = seeds[0]
-            like = "untrained", first.architecture
-            twins = [n for n in networks if (n.role, n.architecture) == like]
+            name, like = seeds[0].name, seeds[0].architecture
+            twins = [n for n in networks if not n.path and n.architecture == like]
             values.append(numbers(part.read, seeds))
             untrained.append(numbers(part.read, twins))
-            means[first.name] = values[-1][0].mean()
-            gains[first.name] = interval(values[-1], untrained[-1])
+            means[name] = values[-1][0].mean()
+            gains[name] = interval(values[-1], untrained[-1])
     except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
     means["untrained"] = untrained[0][0].mean()
@@ -1723,9 +1722,14 @@ def judge(networks, names):
     claims = []
     for number, rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
-        claim = {"claim": number, "text": "; ".join(texts), "parts": rows}
-        claim["verdict"] = verdict_of(rows)
-        claims.append(claim)
+        claims.append(
+            {
+                "claim": number,
+                "text": "; ".join(texts),
+                "parts": rows,
+                "verdict": verdict_of(rows),
+            }
+        )
     return claims
 
 
@@ -1834,7 +1838,7 @@ def by_name(networks):
     names = defaultdict(list)
     for network in networks:
         names[network.name, network.look].append(network)
-    return list(names.values())
+    return names.values()
 
 
 def give_names(networks):
@@ -1942,8 +1946,11 @@ def title_of(name, claims):
         if rows:
             parts = [f"{row['part']} {row['outcome']}" for row in rows]
             parts[0] = f"{rows[0]['part']}: {words_of(rows[0])}"
-            text = f"The paper: {text}\n{textwrap.fill(' · '.join(parts), 125)}"
-            return f"{text}\nClaim {claim['claim']}, all parts: {claim['verdict']}"
+            parts = textwrap.fill(" · ".join(parts), 120, break_on_hyphens=False)
+            return (
+                f"The paper: {text}\n{parts}\n"
+                f"Claim {claim['claim']}, all parts: {claim['verdict']}"
+            )
     return text
 
 
