@@ -712,7 +712,7 @@ def plot_high_frequencies(axis, networks):
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
-    curves(axes[1], networks, above_lowest, "log amplitude, π - lowest above 0")
+    curves(axes[1], networks, above_lowest, "log amplitude, π - lowest")
     spectrum = of(itemgetter(-1), "fourier")
     curves(axes[2], networks, spectrum, "Δ, last layer", "frequency (π per patch)")
     return fig
