@@ -11,7 +11,7 @@
   --alone               without the shipped networks
   --overwrite           an earlier analysis in --out
   --out FOLDER          for everything [figures/ beside the first checkpoint; with
-                        --from the folder of the first results.json]
+                        --from FILE its folder; of several FILEs it is needed]
   --data FOLDER         of images, as for sslvit.py [stimuli]
   --cue-conflict FOLDER of Geirhos' images, <shape><n>-<texture><n>.png; shape and
                         texture are names of class folders of --data
@@ -348,8 +348,9 @@ def measure_distance(batch):
 
 
 def plot_distance(axis, networks):
-    label = "attention distance (px; band: heads)"
-    curves(axis, networks, itemgetter("distance"), label)
+    curves(
+        axis, networks, itemgetter("distance"), "attention distance (px; band: heads)"
+    )
     for image_size, patch_size in {network.shape[:2] for network in networks}:
         patches = grid_points(image_size // patch_size, torch.ones(1))
         far = torch.cdist(patches, patches).mean().item() * patch_size
@@ -629,10 +630,15 @@ def draw_spectra(networks):
     fig, [axes] = canvas(3)
     for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
         # without layer 0, which may be far below, with directions that are empty
-        read = of(itemgetter(slice(1, None)), key)
-        curves(axis, networks, read, f"{key}: log (σ / norm)")
-    label = "log σ of images (not divided)"
-    curves(axes[2], networks, itemgetter("spectrum"), label, "rank, as a share")
+        later = of(itemgetter(slice(1, None)), key)
+        curves(axis, networks, later, f"{key}: log (σ / norm)")
+    curves(
+        axes[2],
+        networks,
+        itemgetter("spectrum"),
+        "log σ of images (not divided)",
+        "rank, as a share",
+    )
     return fig
 
 
@@ -713,8 +719,8 @@ def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
     curves(axes[1], networks, above_lowest, "log amplitude, π - lowest")
-    spectrum = of(itemgetter(-1), "fourier")
-    curves(axes[2], networks, spectrum, "Δ, last layer", "frequency (π per patch)")
+    last_state = of(itemgetter(-1), "fourier")
+    curves(axes[2], networks, last_state, "Δ, last layer", "frequency (π per patch)")
     return fig
 
 
@@ -1360,8 +1366,7 @@ def draw_sweep(networks):
     fig, [axes] = canvas(2)
     for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
         read = of(np.mean, key)
-        grey = numbers(read, new)[0].mean()
-        axis.axhline(grey, label="untrained", **style_of(new[0]))
+        axis.axhline(numbers(read, new)[0].mean(), label="untrained", color="#8C8C8C")
         line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
         axis.plot(*line, color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
@@ -1827,17 +1832,25 @@ class Network:
 
         Files of other people do not tell: those that share a NAME are seeds.
         """
-        settings = self.config | {"shape": self.shape, "images": self.images}
+        settings = self.config | {
+            "lam": self.lam,
+            "shape": self.shape,
+            "look": self.look,
+            "images": self.images,
+        }
         if not (self.config or self.given):
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
 
 
 def by_name(networks):
-    """-> lists of the networks of one name and look, which are its seeds."""
+    """-> lists of the networks of one name, which are its seeds.
+
+    Untrained ones of several architectures share a name, but no list.
+    """
     names = defaultdict(list)
     for network in networks:
-        names[network.name, network.look].append(network)
+        names[network.name, not network.path and network.look].append(network)
     return names.values()
 
 
@@ -1919,12 +1932,7 @@ def read_results(paths):
                     rows = network.values[key] = np.array(value, dtype=float)
                     require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
-                run = (
-                    network.path,
-                    network.seed,
-                    network.architecture,
-                    str(network.config),
-                )
+                run = network.path, network.seed, frozenset(network.settings)
                 first = runs.setdefault(run, network)
                 first.values |= network.values
                 first.choices |= network.choices
@@ -2003,7 +2011,7 @@ def parse(argv):
     parser.error = partial(require, False)  # in one line, as all errors
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])
-    files.add_argument("--from", dest="results", nargs="+")
+    files.add_argument("--from", dest="results", nargs="+", type=os.path.abspath)
     add = parser.add_argument
     for name, default in FLAGS.items():
         add(f"--{name}", type=type(default), default=default)
@@ -2018,18 +2026,21 @@ def parse(argv):
 
 def check(options):
     """What can be known to fail late fails here."""
-    files = options.checkpoints or options.results
     options.labels = options.labels or 4 * options.images
     if not options.out:
+        files = options.checkpoints or options.results
         folder = Path(name_and_path(files[0])[1]).parent
         options.out = str(folder if options.results else folder / "figures")
     path = Path(options.out, "results.json")
-    is_own = options.results == [str(path)]  # is drawn again
-    is_free = options.overwrite or is_own or not path.exists()
-    require(is_free, f"{options.out} holds an analysis: give --out or --overwrite")
+    # one analysis may be drawn again where it is
+    is_free = options.results == [str(path)] or not path.exists()
+    require(
+        is_free or options.overwrite,
+        f"{options.out} holds an analysis: give --out or --overwrite",
+    )
     # can we write there? better to know before hours of measuring
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    Path(options.out, "results.new").write_text("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text("")
 
 
 def run(argv):
@@ -2171,8 +2182,8 @@ def check_archive(path):
     """A zip file must be as torch.save writes it: not compressed, checksums right."""
     with zipfile.ZipFile(path) as archive:
         # a few kB could become the whole memory
-        is_packed = any(entry.compress_type for entry in archive.infolist())
-        require(not is_packed, "a compressed archive, of TorchScript or NumPy perhaps")
+        packed = [entry for entry in archive.infolist() if entry.compress_type]
+        require(not packed, "a compressed archive, of TorchScript or NumPy perhaps")
         require(archive.testzip() is None, "damaged: a checksum is wrong")
 
 

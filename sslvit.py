@@ -1150,6 +1150,8 @@ def resume(cfg, given):
         message = f"{path} has {name} = {config[name]}, which cannot change"
         require(given[name] == config[name], message)
     of_this_machine = {"device": "auto", "workers": -1, "out": cfg.out}
+    if state.get("ranks") != WORLD_SIZE:
+        of_this_machine |= {"accum": 0, "keep": 1}
     return Config(**(config | of_this_machine | given)), state
 
 
@@ -1677,6 +1679,7 @@ def save_run(cfg, data, rows, model, optimizer, scaler):
         "config": vars(cfg),
         "data": data[0].identity(),
         "step": rows[-1]["step"],
+        "ranks": WORLD_SIZE,
         "log": rows,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -1807,7 +1810,7 @@ def plan(cfg):
         f"{images * flops / H100_SPEED / 3600 / WORLD_SIZE:.3g} h"
     )
     # steps on this machine, of a micro-batch, or of as many images as take some seconds
-    size = cfg.batch_size // WORLD_SIZE // cfg.accum
+    size = max(2, cfg.batch_size // WORLD_SIZE // cfg.accum)
     if cfg.device == "cpu":
         size = min(size, 2 + int(2e12 / flops))
     views = torch.randn(3, size, 3, cfg.image_size, cfg.image_size, device=cfg.device)
@@ -1821,7 +1824,7 @@ def plan(cfg):
         loss.item()  # waits for a GPU
     seconds = (time.perf_counter() - began) / size
     say(
-        "here, on one device, without --compile and optimiser: "
+        "here, on one device, all kept, without --compile and optimiser: "
         f"{1 / seconds:.4g} images/s, {images * seconds / 3600:.3g} h"
     )
     return 0

@@ -59,7 +59,8 @@ mkdir -p runs
 export OMP_NUM_THREADS=1
 
 # Learning rates. Seed 9; mean of probe and fine-tuning on 500 validation images, of a quarter, half, once, twice the
-# recipe's rate (python analyze.py NAME=runs/rate-.../ckpt.pt ... --alone --only accuracy --images 500 prints them):
+# recipe's rate (python analyze.py NAME=runs/rate-.../ckpt.pt ... --alone --only accuracy --images 500, of commit 6bdb9fb,
+# printed them):
 #   SimMIM         , 0.816, 0.832, 0.790
 #   hybrid    0.800, 0.825, 0.788, 0.781
 #   MoCo      0.772, 0.812, 0.808, 0.736

@@ -547,6 +547,8 @@ def test_two_ranks_are_one_process(tmp_path, in_float64):
         assert run(f"{words} {SAME} --accum 1", tmp_path / f"alone{n}") == 0
         assert_same_run(tmp_path / f"alone{n}", tmp_path / f"method{n}")
     assert checkpoint_of(tmp_path / "stopped")["step"] in (7, 8, 9, 10)
+    cfg, _ = sslvit.resume(Config(out=f"{tmp_path}/stopped"), {})  # by one rank
+    assert (cfg.accum, cfg.keep) == (0, 1)
 
 
 def test_the_log_tells_speed_and_time_left(tmp_path, monkeypatch):
