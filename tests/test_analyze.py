@@ -534,8 +534,7 @@ def biases(role, numbers, first=0):
     """A network of each shape bias, seeds from `first` on; fine noise hurts MIM."""
     noise = [[1]] * 7 + [[1 - 0.5 * (role == "MIM")]] * 4
     for seed, number in enumerate(numbers, start=first):
-        values = {"cues": [[number, 1 - number]] * 8, "noise": noise}
-        yield network(role, values, seed)
+        yield network(role, {"cues": [[number, 1 - number]] * 8, "noise": noise}, seed)
 
 
 def test_all_seeds_count_in_any_order():

@@ -170,8 +170,9 @@ def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing
 # ==== Which networks ================================================================
 def test_equal_names_are_seeds_of_one_network(runs, tmp_path, no_drawing):
     moco, flags = runs["moco"], ["--only", "nmi", "--out", tmp_path]
-    error = fails(moco, runs["other lr"], *flags)
-    assert "lr" in error and "NAME=" in error
+    assert re.search("'lr'.* NAME=", fails(moco, runs["other lr"], *flags))
+    pair = network("CL", {}), network("MIM", {}, 1)  # without config
+    assert pytest.raises(ValueError, analyze.check_seeds, pair).match("lam")
     assert "'lam'" in fails(f"a={moco}", f"a={runs['relative']}", *flags)
     assert "twice" in fails(moco, moco, *flags)
     longer = [network("CL", {}, seed, images=8 + seed) for seed in (0, 1)]
