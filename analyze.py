@@ -163,12 +163,13 @@ STYLE = {
 # λ from MIM's blue to CL's orange, over violet: straight between them lies a grey
 COLOURS = "#0072B2 #8A45B5 #B5449D #CF4A66 #D55E00".split()
 LAMBDAS = LinearSegmentedColormap.from_list("lambda", COLOURS)
+GREY = "#8C8C8C"  # untrained
 LINES = ("-", "--", "-.", ":")
 
 
 def style_of(network, turn=0):
     """Colour for λ, dashes for hybrids; each further size or name has other dashes."""
-    colour = "#8C8C8C"
+    colour = GREY
     if network.lam is not None:
         colour = LAMBDAS(float(network.lam))
         turn += 0 < network.lam < 1
@@ -1366,7 +1367,7 @@ def draw_sweep(networks):
     fig, [axes] = canvas(2)
     for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
         read = of(np.mean, key)
-        axis.axhline(numbers(read, new)[0].mean(), label="untrained", color="#8C8C8C")
+        axis.axhline(numbers(read, new)[0].mean(), label="untrained", color=GREY)
         line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
         axis.plot(*line, color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
@@ -1677,6 +1678,7 @@ def judge_part(part, sizes, networks):
     except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
     means["untrained"] = untrained[0][0].mean()
+    # with 0, if the part names no other role
     difference, reach = interval(*[*values, 0 * values[0]][:2])
     row |= {
         "values": means,
@@ -1720,10 +1722,11 @@ def judge(networks, names):
     sizes = sizes_of(networks)
     table = {FIGURES[name].claim: [] for name in names}
     for name, figure in FIGURES.items():
-        for part in figure.parts * (figure.claim in table):
-            with contextlib.suppress(IndexError):  # no such label set
-                row = judge_part(part, sizes, networks) | {"figure": name}
-                table[figure.claim].append(row)
+        if figure.claim in table:
+            for part in figure.parts:
+                with contextlib.suppress(IndexError):  # no such label set
+                    row = judge_part(part, sizes, networks) | {"figure": name}
+                    table[figure.claim].append(row)
     claims = []
     for number, rows in sorted(table.items()):
         texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
@@ -1871,9 +1874,8 @@ def give_names(networks):
 def check_seeds(networks):
     """Seeds of one network: equal settings, no run or seed twice; else UserError."""
     first = networks[0]
-    runs = set()
+    runs = {n.path if n.seed is None else n.seed for n in networks}
     for network in networks:
-        runs.add(network.path if network.seed is None else network.seed)
         differ = dict(first.settings ^ network.settings)
         files = f"{first.path} and {network.path}, both {first.name},"
         require(not differ, f"{files} differ in {sorted(differ)}: give NAME=FILE")
@@ -2044,6 +2046,7 @@ def check(options):
 
 
 def run(argv):
+    """Analyses, or reads what was analysed; judges, draws, reports -> exit status."""
     options = parse(argv)
     check(options)
     results, networks = read_results(options.results or [analyse(options)])

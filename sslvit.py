@@ -1150,7 +1150,7 @@ def resume(cfg, given):
         message = f"{path} has {name} = {config[name]}, which cannot change"
         require(given[name] == config[name], message)
     of_this_machine = {"device": "auto", "workers": -1, "out": cfg.out}
-    if state.get("ranks") != WORLD_SIZE:
+    if state.get("ranks") != WORLD_SIZE:  # whose micro-batches would not fit here
         of_this_machine |= {"accum": 0, "keep": 1}
     return Config(**(config | of_this_machine | given)), state
 
@@ -1809,7 +1809,8 @@ def plan(cfg):
         f"{WORLD_SIZE} x H100, at 26 % of its bf16 peak of 989 TFLOP/s: "
         f"{images * flops / H100_SPEED / 3600 / WORLD_SIZE:.3g} h"
     )
-    # steps on this machine, of a micro-batch, or of as many images as take some seconds
+    # steps on this machine: of a micro-batch, for BatchNorm two images at least, and
+    # on a CPU as few as take some seconds
     size = max(2, cfg.batch_size // WORLD_SIZE // cfg.accum)
     if cfg.device == "cpu":
         size = min(size, 2 + int(2e12 / flops))
