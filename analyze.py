@@ -180,8 +180,9 @@ def style_of(network, turn=0):
 
 def canvas(columns, rows=1, height=4.6, **axis):
     """A figure 1,600 px wide, at 150 dots an inch, and its axes (rows, columns)."""
-    size = 32 / 3, height * rows
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw=axis)
+    return plt.subplots(
+        rows, columns, figsize=(32 / 3, height * rows), squeeze=False, subplot_kw=axis
+    )
 
 
 def readings(networks, read):
@@ -339,8 +340,7 @@ def attention_distance(attn, grid, patch_size):
 
 def grid_points(grid, like):
     """Row and column of every token of a grid -> (N, 2)."""
-    rows, cols = np.broadcast_to(grid, 2)
-    return torch.ones(rows, cols).nonzero().to(like)
+    return torch.ones(*np.broadcast_to(grid, 2)).nonzero().to(like)
 
 
 def measure_distance(batch):
@@ -497,8 +497,8 @@ COSINES = ("heads", "depths", "tokens")
 
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    for axis, key in zip(axes, COSINES, strict=True):
-        curves(axis, networks, itemgetter(key), f"cosine between {key} (1: alike)")
+    for i, key in enumerate(COSINES):
+        curves(axes[i], networks, itemgetter(key), f"cosine between {key} (1: alike)")
     return fig
 
 
@@ -629,10 +629,10 @@ def image_spectra(rows):
 
 def draw_spectra(networks):
     fig, [axes] = canvas(3)
-    for axis, key in zip(axes, ("token volume", "image volume"), strict=False):
+    for i, key in enumerate(("token volume", "image volume")):
         # without layer 0, which may be far below, with directions that are empty
         later = of(itemgetter(slice(1, None)), key)
-        curves(axis, networks, later, f"{key}: log (σ / norm)")
+        curves(axes[i], networks, later, f"{key}: log (σ / norm)")
     curves(
         axes[2],
         networks,
@@ -1630,8 +1630,7 @@ def interval(more, less):
     difference = more.mean(axis=1) - less.mean(axis=1)
     # 2.09: Student's t with 19 degrees of freedom, 95 % two-sided
     image_reach = 2.09 * math.sqrt(19 * difference[1:].var())
-    network_reach = welch(more[0], less[0])
-    return difference[0], math.hypot(image_reach, network_reach)
+    return difference[0], math.hypot(image_reach, welch(more[0], less[0]))
 
 
 def sizes_of(networks):
@@ -1835,31 +1834,28 @@ class Network:
 
         Files of other people do not tell: those that share a NAME are seeds.
         """
-        settings = self.config | {
-            "lam": self.lam,
-            "shape": self.shape,
-            "look": self.look,
-            "images": self.images,
-        }
+        known = "lam shape look images".split()
+        settings = self.config | {name: getattr(self, name) for name in known}
         if not (self.config or self.given):
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
 
 
 def by_name(networks):
-    """-> lists of the networks of one name, which are its seeds.
-
-    Untrained ones of several architectures share a name, but no list.
-    """
+    """-> lists of the networks of one name, which are its seeds."""
     names = defaultdict(list)
     for network in networks:
-        names[network.name, not network.path and network.look].append(network)
+        names[network.name].append(network)
     return names.values()
 
 
 def give_names(networks):
-    """NAME, or role, with the size where networks differ in it."""
+    """NAME, or role, with the size where networks differ in it.
+
+    Where they differ in more, an untrained one says whose it is like.
+    """
     shapes = {network.shape for network in networks}
+    like = {n.look: n.given or n.role for n in networks if n.path}
     for network in networks:
         network.name = network.role
         if len(shapes) > 1:
@@ -1867,6 +1863,8 @@ def give_names(networks):
             network.name += f", {width} × {depth}, {image}/{patch} px"
         if network.given.lower() not in {"", *GIVEN}:
             network.name = network.given
+        if len(like) > 1 and not network.path:
+            network.name += f", as {like[network.look]}"
     for seeds in by_name(networks):
         check_seeds(seeds)
 
@@ -1895,7 +1893,7 @@ def analyse(options):
     for vit in vits:
         network = vit.facts
         sslvit.say(f"{1 + len(results['networks'])} of {len(vits)}: {network.name}")
-        first = firsts.setdefault((network.name, network.look), network)
+        first = firsts.setdefault(network.name, network)
         network.choices = first.choices
         vit.to(options.device).requires_grad_(False)
         train, test = measure_network(vit, options, figures)
@@ -1918,7 +1916,7 @@ def write_results(results, out):
 
 
 def to_list(array):
-    return np.round(np.asarray(array), 6).tolist()
+    return np.asarray(array).round(6).tolist()
 
 
 def read_results(paths):
@@ -1932,7 +1930,7 @@ def read_results(paths):
                 network = Network(**entry)
                 for key, value in network.values.items():
                     rows = network.values[key] = np.array(value, dtype=float)
-                    require(len(rows) == GROUPS + 1, f"{key}: not 21 rows")
+                    require(len(rows) == 21, f"{key}: not 21 rows")
                 # who is in several analyses, as untrained networks often are
                 run = network.path, network.seed, frozenset(network.settings)
                 first = runs.setdefault(run, network)
@@ -2413,8 +2411,11 @@ def load_encoder(path, heads=None, pixels=None):
     usual = "half" if form.startswith("BEiT") else "imagenet"
     facts = vit.facts = Network(str(path), lam, pixels or usual, *sizes, **run)
     facts.look = f"{facts.num_heads} heads, {facts.pixels} pixels, {vit.design}"
-    answers = {"--heads": heads, "--pixels": pixels}
-    answers["square grid"] = sines or config or TABLE in weights
+    answers = {
+        "--heads": heads,
+        "--pixels": pixels,
+        "square grid": sines or config or TABLE in weights,
+    }
     guesses = [guess for guess, answer in answers.items() if not answer]
     print(
         f"{path}: {form}, {facts.image_size} px in patches of {facts.patch_size}, "
