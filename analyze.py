@@ -116,17 +116,20 @@ LARGEST = "CL and MIM of two sizes, the largest"
 
 
 # Early is the first third of the layers, late the last, both rounded up.
+def third(x):
+    return math.ceil(len(x) / 3)
+
+
 def early(x):
-    return np.mean(x[: math.ceil(len(x) / 3)])
+    return np.mean(x[: third(x)])
 
 
 def late(x):
-    return np.mean(x[-math.ceil(len(x) / 3) :])
+    return np.mean(x[-third(x) :])
 
 
 def middle(x):
-    third = math.ceil(len(x) / 3)
-    return np.mean(x[third:-third])
+    return np.mean(x[third(x) : -third(x)])
 
 
 def last(x):
@@ -279,7 +282,7 @@ def picture_maps(batch):
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
-    networks = [n for n in networks if "maps" in n.pictures]
+    networks = [n for n in networks if n.pictures]
     pictures = networks[0].pictures
     masks = np.sign(pictures["labels"])  # of stimuli (3, S, S)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0)]
@@ -291,12 +294,12 @@ def draw_maps(networks):
     columns = product(range(2), QUERIES, ("first layer", "last layer"))
     for column, (image, query, layer) in enumerate(columns):
         axes[0, column].set_title(layer)
-        for row, axis in zip(rows, axes[:, column], strict=True):
+        for row, axis in zip(rows, axes[:, column]):
             shown = axis.imshow(row[column], **style)
             axis.plot(query, query, "wP", mec="black", ms=7)
             if masks.ndim == 3:
                 axis.contour(masks[image], [0.5], colors="k", extent=(0, 1, 0, 1))
-    for network, axis in zip(networks, axes[1:, 0], strict=True):
+    for network, axis in zip(networks, axes[1:, 0]):
         axis.set_ylabel(network.name)
     fig.colorbar(shown, ax=axes, label="log2 (attention / uniform), cut at ± 3")
     return fig
@@ -410,10 +413,6 @@ def measure_nmi(batch):
     return {"nmi": attention_nmi(batch.attn)}
 
 
-def nmi_fall(values):
-    return -rise(values["nmi"])
-
-
 def plot_nmi(axis, networks):
     curves(axis, networks, itemgetter("nmi"), "NMI (band: heads)")
     axis.axhline(0, color="black", ls=":", label="one map for all queries")
@@ -427,7 +426,7 @@ FIGURES["nmi"] = Figure(
     partial(on_one_axis, plot_nmi),
     parts=(
         Part("NMI, late", "MIM", "CL", of(late, "nmi")),
-        Part("NMI of CL, early - late", "CL", "", nmi_fall),
+        Part("NMI of CL, early - late", "CL", "", lambda values: -rise(values["nmi"])),
     ),
     measure=(measure_nmi,),
 )
@@ -481,7 +480,7 @@ def measure_similarity(batch):
     states = batch.states[:, :, 1:]
     added = states[:, 1::2] - states[:, :-1:2]  # by attention (B, L, N, D)
     heads = []
-    for block, x in zip(batch.vit.blocks, batch.heads.unbind(1), strict=True):
+    for block, x in zip(batch.vit.blocks, batch.heads.unbind(1)):
         # W, and LayerScale where there is one, input first: (H, d, D)
         weight = block.ls1(block.attn.proj.weight.mT).unflatten(0, (x.shape[1], -1))
         heads.append(head_similarity(x @ weight))  # A_h·V_h·W_h: (B, H, N, D)
@@ -543,12 +542,12 @@ def picture_plane(batch):
 
 
 def draw_plane(networks):
-    networks = [n for n in networks if "plane" in n.pictures]
+    networks = [n for n in networks if n.pictures]
     rows = 2 - len(networks) % 2  # an odd number in one row
     fig, axes = canvas(len(networks) // rows, rows)
-    for axis, network in zip(axes.flat, networks, strict=True):
+    for axis, network in zip(axes.flat, networks):
         planes = np.array(network.pictures["plane"])
-        for tokens, colour in zip(planes, IMAGE_COLOURS, strict=True):
+        for tokens, colour in zip(planes, IMAGE_COLOURS):
             x, y = tokens.T.reshape(2, 2, -1)  # of N tokens before and after: (2, N)
             axis.plot(x, y, "o-", color=colour, lw=0.8, ms=4.5, mfc="none")  # N lines
             axis.plot(x[1], y[1], "o", color=colour, ms=4.5)
@@ -756,11 +755,11 @@ stimuli, does shape say the same as texture?"""
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
 
-def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
+def linear_probe(features, labels, test, device="cpu"):
     """What can a hyperplane read?  Regularised logistic regression ([P] figures 1, 10).
 
     features (n, D) and labels (n,) to learn from, test (..., D) -> predicted classes
-    (...), and the accuracy on a quarter of the n rows, which chooses the strength.
+    (...), the accuracy on a quarter of the n rows, and the strength that it chose.
     """
     parts = features, labels, test
     x, labels, test = [torch.as_tensor(part, device=device) for part in parts]
@@ -771,12 +770,12 @@ def linear_probe(features, labels, test, device="cpu", strengths=STRENGTHS):
     for weights in head.parameters():
         nn.init.zeros_(weights)
     results = []
-    for strength in strengths:  # from strong to weak, each from the last solution
+    for strength in STRENGTHS:  # from strong to weak, each from the last solution
         minimise(head, strength, x[:cut], labels[:cut])
         correct = head(x[cut:]).argmax(dim=1) == labels[cut:]
-        results.append((correct.float().mean().item(), head(test).argmax(dim=-1)))
-    accuracy, predicted = max(results, key=itemgetter(0))
-    return predicted.cpu().numpy(), accuracy
+        predicted = head(test).argmax(dim=-1).cpu().numpy()
+        results.append((predicted, correct.float().mean().item(), strength))
+    return max(results, key=itemgetter(1))
 
 
 def minimise(head, strength, x, labels):
@@ -799,24 +798,29 @@ def probes(features, labels, test, device):
     """Linear probes, one for each place (a token or state) and label set.
 
     features (n, places, D), labels (n, label sets), test (..., places, D) -> of each
-    place: accuracy on validation, predicted (..., label sets).
+    place: predicted (..., label sets), accuracy on validation, place, strengths.
     """
     for place in range(features.shape[1]):
         x, test_x = features[:, place], test[..., place, :]
         results = [linear_probe(x, column, test_x, device) for column in labels.T]
-        predicted, accuracies = zip(*results, strict=True)
-        yield np.mean(accuracies), np.stack(predicted, axis=-1)
+        predicted, accuracies, strengths = zip(*results)
+        yield np.stack(predicted, axis=-1), np.mean(accuracies), place, strengths
 
 
 def probe(*data):
-    """Probes the pooled token and CLS -> predicted classes of the one that is better on
-    validation."""
-    _, predicted = max(probes(*data), key=itemgetter(0))
-    return predicted
+    """Probes the pooled token and CLS -> what probes() says of the one that is better
+    on validation."""
+    return max(probes(*data), key=itemgetter(1))
 
 
 def learn_probe(study):
-    predicted = probe(*study.examples, study.rows["output"], study.device)
+    predicted, accuracy, place, strengths = probe(
+        *study.examples, study.rows["output"], study.device
+    )
+    study.vit.facts.choices["linear probe"] = (
+        f"of {'CLS' if place else 'the mean patch token'}, strengths {strengths}, "
+        f"{accuracy:.4f} on validation"
+    )
     return {"linear probe": predicted == study.rows["labels"]}
 
 
@@ -910,7 +914,7 @@ def predict(model, images):
     pairs = []
     for pixels, labels in images.batches(BATCH_SIZE):
         pairs.append((model(pixels).argmax(dim=1).cpu(), labels))
-    return [torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)]
+    return [torch.cat(parts).numpy() for parts in zip(*pairs)]
 
 
 def tune(study, key, settings, is_dense=False, is_frozen=False):
@@ -956,7 +960,7 @@ def draw_accuracy(networks):
     labels = networks[0].label_names or ("no classes",)
     fig, [axes] = canvas(2 * len(labels))
     pairs = product(("linear probe", "fine-tuned"), enumerate(labels))
-    for axis, (key, (place, label)) in zip(axes, pairs, strict=True):
+    for axis, (key, (place, label)) in zip(axes, pairs):
         points(axis, networks, of(itemgetter(place), key), f"{key}, {label}")
     return fig
 
@@ -1081,7 +1085,7 @@ def learn_dense(study):
 
 def draw_dense(networks):
     fig, [axes] = canvas(2)
-    for axis, part in zip(axes, FIGURES["dense"].parts, strict=True):
+    for axis, part in zip(axes, FIGURES["dense"].parts):
         points(axis, networks, part.read, part.text)
     return fig
 
@@ -1140,7 +1144,7 @@ def learn_bias(study):
         # taught: class c is shape c with texture c + offset; tested: all other pairs,
         # as, for offset 3, shape 0 with texture 5, which are of classes 0 and 2
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        decisions = probe(features[taught], labels[taught, :1], test, study.device)
+        decisions, *_ = probe(features[taught], labels[taught, :1], test, study.device)
         classes = (cues - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
@@ -1227,7 +1231,7 @@ def learn_noise(study):
         noisy = [(pixels + 25.5 * noise).clamp(0, 255) for noise in (0, *noises)]
         outputs = [pooled_and_cls(study.vit(normalise(x, study.vit))) for x in noisy]
         rows.append(torch.stack(outputs, dim=1).cpu())  # (B, 1 + bands, 2, D)
-    predicted = probe(*study.examples, torch.cat(rows), study.device)
+    predicted, *_ = probe(*study.examples, torch.cat(rows), study.device)
     return {"noise": predicted == study.rows["labels"][:, None]}
 
 
@@ -1274,7 +1278,7 @@ def learn_layers(study):
     train = one_pass(study.vit, study.train, [measure_features])
     features, test = [rows["features"][:, 2::2] for rows in (train, study.rows)]
     results = probes(features, train["labels"], test, study.device)
-    correct = [predicted == study.rows["labels"] for _, predicted in results]
+    correct = [predicted == study.rows["labels"] for predicted, *_ in results]
     return {POOLED: np.mean(correct, axis=2).T}
 
 
@@ -1319,7 +1323,7 @@ DECODED = "MIM with decoder"
 
 
 def draw_decoder(networks):
-    require(any(n.role == DECODED for n in networks), f"needs {DECODED}")
+    require(DECODED in {n.role for n in networks}, f"needs {DECODED}")
     fig, [axes] = canvas(2)
     plot_layers(axes[0], networks)
     plot_nmi(axes[1], networks)
@@ -1365,7 +1369,7 @@ def draw_sweep(networks):
         roles.pop(other, None)
     swept = sorted(sum(roles.values(), []), key=attrgetter("lam"))
     fig, [axes] = canvas(2)
-    for axis, key in zip(axes, ("linear probe", "fine-tuned"), strict=True):
+    for axis, key in zip(axes, ("linear probe", "fine-tuned")):
         read = of(np.mean, key)
         axis.axhline(numbers(read, new)[0].mean(), label="untrained", color=GREY)
         line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
@@ -1437,7 +1441,6 @@ class Images:
             drop_last=self.training,
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=sslvit.ignore_signals,
         )
 
 
@@ -1456,7 +1459,7 @@ Batch = namedtuple("Batch", "vit attn heads states")
 def look_inside(vit, x):
     """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
     tokens, records = vit(x, record=True)
-    parts = zip(*records, strict=True)
+    parts = zip(*records)
     attn, heads, *states = [torch.stack(layers, dim=1) for layers in parts]
     # rows sum to 1 also where CLS took all but 1e-12
     attn = F.normalize(attn[..., 1:, 1:], p=1, dim=-1, eps=1e-37)
@@ -1551,8 +1554,9 @@ def measure_network(vit, options, figures):
 def look_at_three(vit, test, figures):
     """What the figures show of three images -> {key: array}, with the images, 64 px
     wide, and their labels, of stimuli the masks."""
-    is_stimuli = isinstance(test.source, sslvit.Stimuli)
-    images = replace(test, indices=test.indices[:3], masks=is_stimuli)
+    images = replace(
+        test, indices=test.indices[:3], masks=isinstance(test.source, sslvit.Stimuli)
+    )
     pictures = one_pass(vit, images, [f.picture for f in figures if f.picture])
     [(pixels, _)] = images.batches(3)
     pictures["photographs"] = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
@@ -1667,7 +1671,7 @@ def judge_part(part, sizes, networks):
         for role in filter(None, (part.more, part.less)):
             seeds = sizes[part.size][role]
             if len(by_name(seeds)) != 1:
-                raise KeyError(f"{role}, of one name")
+                raise KeyError(f"{role}, of one name and size")
             name, like = seeds[0].name, seeds[0].architecture
             twins = [n for n in networks if not n.path and n.architecture == like]
             values.append(numbers(part.read, seeds))
@@ -1728,11 +1732,11 @@ def judge(networks, names):
                     table[figure.claim].append(row)
     claims = []
     for number, rows in sorted(table.items()):
-        texts = dict.fromkeys(FIGURES[row["figure"]].text for row in rows)
+        texts = "; ".join(dict.fromkeys(FIGURES[row["figure"]].text for row in rows))
         claims.append(
             {
                 "claim": number,
-                "text": "; ".join(texts),
+                "text": texts,
                 "parts": rows,
                 "verdict": verdict_of(rows),
             }
@@ -1834,8 +1838,8 @@ class Network:
 
         Files of other people do not tell: those that share a NAME are seeds.
         """
-        known = "lam shape look images".split()
-        settings = self.config | {name: getattr(self, name) for name in known}
+        facts = "lam shape look images".split()
+        settings = self.config | {name: getattr(self, name) for name in facts}
         if not (self.config or self.given):
             settings["path"] = self.path
         return {pair for pair in settings.items() if pair[0] not in FREE}
@@ -1889,19 +1893,20 @@ def analyse(options):
     give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
     results = {"settings": vars(options), "networks": []}
+    cues = options.cue_conflict and sslvit.ImageFolder(options.cue_conflict).identity()
     firsts = {}
     for vit in vits:
         network = vit.facts
-        sslvit.say(f"{1 + len(results['networks'])} of {len(vits)}: {network.name}")
+        print(f"{1 + len(results['networks'])} of {len(vits)}: {network.name}")
         first = firsts.setdefault(network.name, network)
-        network.choices = first.choices
+        network.choices = first.choices.copy()
         vit.to(options.device).requires_grad_(False)
         train, test = measure_network(vit, options, figures)
         if network is first:
             network.pictures = look_at_three(vit, test, figures)
         # what analyses must share to be joined
         images = [(x.source.identity(), len(x)) for x in (test, train)]
-        results["data"] = [images, options.epochs]
+        results["data"] = [images, options.epochs, cues]
         results["networks"].append(vars(network))
         path = write_results(results, options.out)
         vit.cpu()
@@ -1911,12 +1916,9 @@ def analyse(options):
 def write_results(results, out):
     """results.json under another name first, whole or not at all -> its path."""
     new = Path(out, "results.new")
-    new.write_text(json.dumps(results, default=to_list))
+    text = json.dumps(results, default=lambda x: np.asarray(x).round(6).tolist())
+    new.write_text(text)
     return new.replace(Path(out, "results.json"))
-
-
-def to_list(array):
-    return np.asarray(array).round(6).tolist()
 
 
 def read_results(paths):
@@ -1954,7 +1956,7 @@ def title_of(name, claims):
         if rows:
             parts = [f"{row['part']} {row['outcome']}" for row in rows]
             parts[0] = f"{rows[0]['part']}: {words_of(rows[0])}"
-            parts = textwrap.fill(" · ".join(parts), 120, break_on_hyphens=False)
+            parts = textwrap.fill(" · ".join(parts), 120)
             return (
                 f"The paper: {text}\n{parts}\n"
                 f"Claim {claim['claim']}, all parts: {claim['verdict']}"
@@ -1974,7 +1976,7 @@ def draw_figures(networks, names, claims, out):
                 lines = {}
                 for axis in fig.axes:
                     handles, labels = axis.get_legend_handles_labels()
-                    lines |= zip(labels, handles, strict=True)
+                    lines |= zip(labels, handles)
                 fig.legend(lines.values(), lines, loc="outside lower center", ncols=3)
                 fig.suptitle(title_of(name, claims))
                 fig.savefig(file, dpi=150)
@@ -2033,11 +2035,13 @@ def check(options):
         options.out = str(folder if options.results else folder / "figures")
     path = Path(options.out, "results.json")
     # one analysis may be drawn again where it is
-    is_free = options.results == [str(path)] or not path.exists()
+    is_free = options.results == [str(path)] or not path.exists() or options.overwrite
+    require(is_free, f"{options.out} holds an analysis: give --out or --overwrite")
     require(
-        is_free or options.overwrite,
-        f"{options.out} holds an analysis: give --out or --overwrite",
+        min(options.images, options.labels, options.workers, options.epochs - 1) >= 0,
+        "--images, --labels, --workers: from 0 on; --epochs: from 1 on",
     )
+    require(options.data or not options.cue_conflict, "--cue-conflict needs --data")
     # can we write there? better to know before hours of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text("")
@@ -2179,15 +2183,6 @@ class Inert:
         pass
 
 
-def check_archive(path):
-    """A zip file must be as torch.save writes it: not compressed, checksums right."""
-    with zipfile.ZipFile(path) as archive:
-        # a few kB could become the whole memory
-        packed = [entry for entry in archive.infolist() if entry.compress_type]
-        require(not packed, "a compressed archive, of TorchScript or NumPy perhaps")
-        require(archive.testzip() is None, "damaged: a checksum is wrong")
-
-
 def read_checkpoint(path):
     """What is in a file. Objects other than tensors, dicts and lists become Inert."""
     with open(path, "rb") as file:
@@ -2198,7 +2193,11 @@ def read_checkpoint(path):
         return load_file(path)
     stand_ins = []
     if start.startswith(b"PK\x03\x04"):
-        check_archive(path)
+        # as torch.save writes it? if it is packed, a few kB could become all memory
+        with zipfile.ZipFile(path) as archive:
+            is_packed = any(entry.compress_type for entry in archive.infolist())
+            require(not is_packed, "a compressed archive, of TorchScript or NumPy?")
+            require(archive.testzip() is None, "damaged: a checksum is wrong")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stand_ins = [(Inert, name) for name in names]
     with torch.serialization.safe_globals(stand_ins):
@@ -2226,8 +2225,10 @@ def find_config(content):
     config = content.get("config")
     if not isinstance(config, dict) or "objective" not in config:
         return {}
-    # of an older version, which had fewer settings; data: the training set's identity
-    return vars(Config()) | config | {"data": str(content.get("data"))}
+    # of an older version, which had fewer settings
+    for name, default in vars(Config()).items():
+        config[name] = type(default)(config.get(name, default))
+    return config | {"data": str(content.get("data"))}  # the training set's identity
 
 
 # ---- From their names to ours ----
@@ -2263,8 +2264,10 @@ def take_encoder(tensors, prefix):
 def checked(value, key):
     """A tensor of a file -> float32, not larger than what the file holds of it."""
     require(value.is_floating_point(), f"{key} is {value.dtype}: quantised?")
-    is_whole = value.nbytes <= value.untyped_storage().nbytes()
-    require(is_whole, f"{key} claims more numbers than the file holds")
+    require(
+        value.nbytes <= value.untyped_storage().nbytes(),
+        f"{key} claims more numbers than the file holds",
+    )
     require(value.isfinite().all(), f"{key} holds NaN or infinity")
     return value.detach().float().contiguous()
 
@@ -2323,9 +2326,7 @@ def recognise(tensors, sines):
 
 def find_sizes(weights, side, heads, form):
     """-> the first arguments of ViT. Heads are usually 64 wide, 80 in a ViT-H."""
-    shape = weights[PATCHES].shape
-    require(len(shape) == 4, f"{PATCHES} is {shape}: of videos?")
-    embed_dim, _, _, patch_size = shape
+    embed_dim, _, _, patch_size = weights[PATCHES].shape  # of videos there are five
     depth = sum(name.endswith(".norm1.weight") for name in weights)
     usual = {1280: 16}
     if form == "MoCo v3":
@@ -2353,8 +2354,10 @@ def build(weights, sizes, sines):
     odd = weights.keys() - vit.state_dict().keys()
     names = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in odd})
     require(not odd, f"tensors that an ordinary ViT has not: {', '.join(names)}")
-    has_positions = positions != "none" or TABLE in weights
-    require(has_positions, "no positions: no tensor tells how they are computed")
+    require(
+        positions != "none" or TABLE in weights,
+        "no positions: no tensor tells how they are computed",
+    )
     vit.load_state_dict(weights, assign=True)
     vit.design = design
     return vit.eval()
@@ -2388,13 +2391,13 @@ def load_encoder(path, heads=None, pixels=None):
         weights, skipped = take_encoder(tensors, prefix)
         side = find_side(weights)
         sines = which_sines(weights, side)
-        form, lam, known_pixels = recognise(tensors, sines)
-        pixels = pixels or known_pixels
+        form, lam, form_pixels = recognise(tensors, sines)
+        pixels = pixels or form_pixels
         if TABLE in weights:
             heads = weights[TABLE].shape[1]
         run = {}
         if config:
-            form, lam, pixels = "sslvit", float(config["lam"]), "imagenet"
+            form, lam, pixels = "sslvit", config["lam"], "imagenet"
             heads = SIZES[config["model"]]["num_heads"]
             images = int(content["step"]) * config["batch_size"]
             run = {"seed": config["seed"], "config": config, "images": images}
@@ -2442,8 +2445,8 @@ def add_companions(vits):
     lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = find_config(sslvit.load_checkpoint(path))
-        is_new = config["lam"] not in lams
-        if is_new and all(config[key] == first[key] for key in ALIKE):
+        is_alike = all(config[key] == first[key] for key in ALIKE)
+        if is_alike and config["lam"] not in lams:
             vits.append(load_encoder(path))
             print("  shipped, stands beside yours; --alone leaves it out")
 
@@ -2465,7 +2468,7 @@ def load_networks(options):
     for values in answers:
         require(len(values) in (1, len(files)), f"{values}: one, or one for each file")
     vits = []
-    for text, *answer in zip(files, *map(cycle, answers), strict=False):
+    for text, *answer in zip(files, *map(cycle, answers)):
         given, path = name_and_path(text)
         vit = load_encoder(path, *answer)
         vit.facts.given = given

@@ -338,23 +338,13 @@ def bench_analyze(args):
         for images in batches:
             vit(images).sum().item()
 
+    measures = analyze.unique(analyze.FIGURES.values(), "measure")
+
     def every_metric():
         for images in batches:
-            before = None
-            for record in vit(images, record=True)[1]:
-                attn = record.attn[:, :, 1:, 1:]
-                attn = attn / attn.sum(dim=-1, keepdim=True)
-                analyze.attention_distance(attn, vit.grid, patch)
-                analyze.attention_nmi(attn)
-                analyze.head_similarity(record.heads[:, :, 1:])
-                for state in (record.mid[:, 1:], record.out[:, 1:]):
-                    analyze.singular_spectrum(state)
-                    spectrum = analyze.fourier_amplitude(state, vit.grid)
-                analyze.token_similarity(state)
-                if before is not None:
-                    analyze.depth_similarity(before, state)
-                before = state
-            spectrum.sum().item()  # waits for a GPU
+            _, batch = analyze.look_inside(vit, images)
+            values = [measure(batch) for measure in measures]
+            values[-1].popitem()[1].sum().item()  # waits for a GPU
 
     work = {
         "one plain forward pass": forward,

@@ -281,25 +281,27 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
 
 
 # ==== Probes ========================================================================
-def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest():
+def test_linear_probe_learns_from_three_quarters_and_is_chosen_on_the_rest(monkeypatch):
     labels = torch.arange(300) % 3
     x = torch.randn(300, 6) * torch.tensor([1, 1, 1, 50, 1, 0.01])
     x[:, 4:] += torch.tensor([10, 0.1]) * F.one_hot(labels, 3)[:, 1:]  # small ones too
-    predicted, accuracy = analyze.linear_probe(x[:200], labels[:200], x[200:])
+    predicted, accuracy, _ = analyze.linear_probe(x[:200], labels[:200], x[200:])
     assert accuracy == 1 and (predicted == labels[200:].numpy()).all()
     # another truth in the last quarter: chosen there, not learnt
     other = labels[:200].clone()
     other[150:] = (other[150:] + 1) % 3
     x[199] = math.nan  # nor are means and deviations learnt there
-    predicted, accuracy = analyze.linear_probe(x[:200], other, x[200:])
+    predicted, accuracy, _ = analyze.linear_probe(x[:200], other, x[200:])
     assert accuracy == 0 and (predicted == labels[200:].numpy()).all()
     # 60 rows in 60 directions: weak regularisation learns noise by heart
     x = torch.randn(80, 60)
     labels = (x[:, 0] + torch.randn(80) > 0).long()
-    tries = ((1.0,), (1e-6,), (1.0, 1e-6), (1e-6, 1.0))
-    accuracies = [analyze.linear_probe(x, labels, x, strengths=s)[1] for s in tries]
-    best = max(accuracies[:2])
-    assert min(accuracies[:2]) < best and accuracies[2:] == [best, best]
+    results = []
+    for strengths in ((1.0,), (1e-6,), (1.0, 1e-6), (1e-6, 1.0)):
+        monkeypatch.setattr(analyze, "STRENGTHS", strengths)
+        results.append(analyze.linear_probe(x, labels, x)[1:])
+    best, other = sorted(results[:2], reverse=True)
+    assert best[0] > other[0] and results[2:] == [best, best]
 
 
 def test_pooled_or_cls_is_chosen_on_validation(monkeypatch):
@@ -308,13 +310,16 @@ def test_pooled_or_cls_is_chosen_on_validation(monkeypatch):
     learnt = np.stack([cue, cue], axis=1)  # (n, 2, D): pooled, CLS
     learnt[60:, 0] = 1 - cue[60:]  # in validation only CLS tells the class
     study = SimpleNamespace(examples=(learnt, truth[:, None]), device="cpu")
+    study.vit = SimpleNamespace(facts=network("CL", {}))
     test = np.stack([cue, 1 - cue], axis=1)  # in the test only pooled
     study.rows = {"output": test, "labels": truth[:, None]}
     assert analyze.learn_probe(study)["linear probe"].mean() == 0
+    assert "of CLS, strengths (1.0,), 1.0" in study.vit.facts.choices["linear probe"]
     # by the mean of the label sets: 0.5 of pooled, 0.6 of CLS
-    monkeypatch.setattr(analyze, "linear_probe", lambda x, y, t, _: (t, x[0, y[0]]))
+    one = lambda x, y, t, _: (t, x[0, y[0]], 0.1)  # noqa: E731
+    monkeypatch.setattr(analyze, "linear_probe", one)
     x = np.array([[[0.9, 0.1], [0.6, 0.6]]])
-    assert analyze.probe(x, np.array([[0, 1]]), x, "cpu")[0] == pytest.approx(0.6)
+    assert analyze.probe(x, np.array([[0, 1]]), x, "cpu")[1] == pytest.approx(0.6)
 
 
 def test_layers_are_probed_after_each_mlp(monkeypatch):
@@ -377,15 +382,10 @@ def test_layer_decay_by_hand():
     network = torch.nn.ModuleDict({"vit": vit, "head": torch.nn.Linear(2, 2)})
     groups = analyze.parameter_groups(network, lr=8, decay=0.5)
     rates = {id(group["params"][0]): group["lr"] for group in groups}
-    for rate, weight in (
-        (1, vit.patch_embed.proj.weight),
-        (1, vit.pos_embed),
-        (2, vit.blocks[0].attn.qkv.bias),
-        (8, vit.blocks[2].mlp.fc2.weight),
-        (8, vit.norm.weight),
-        (8, network.head.bias),
-    ):
-        assert rates[id(weight)] == rate
+    first, _, last = vit.blocks
+    weights = [vit.patch_embed.proj.weight, vit.pos_embed, first.attn.qkv.bias]
+    weights += [last.mlp.fc2.weight, vit.norm.weight, network.head.bias]
+    assert [rates[id(weight)] for weight in weights] == [1, 1, 2, 8, 8, 8]
 
 
 # ==== Values stored 21 times ========================================================

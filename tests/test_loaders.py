@@ -256,7 +256,7 @@ OTHER_NETWORKS = [
     ({"blocks.1.mlp.fc1.bias": None}, "blocks.1.mlp.fc1.bias"),
     ({"blocks.0.mlp.fc1.bias": ONES}, "blocks.0.mlp.fc1.bias"),
     ({"module.norm.weight": ONES}, "two tensors for norm.weight"),
-    ({PATCHES: torch.ones(D, 3, 2, 4, 4)}, "videos"),
+    ({PATCHES: torch.ones(D, 3, 2, 4, 4)}, "expected 4"),
     ({FC1: torch.ones(MATRIX, dtype=torch.int8)}, f"{FC1} is torch.int8"),
     ({FC1: torch.ones(1, 1).expand(MATRIX)}, f"{FC1} claims more numbers"),
     ({FC1: torch.full(MATRIX, math.nan)}, f"{FC1} holds NaN"),
@@ -287,8 +287,11 @@ def test_our_own_runs_tell_everything(tmp_path, capsys):
         facts |= {"pixels": "imagenet", "config": config, "images": images}
         assert {key: getattr(vit.facts, key) for key in facts} == facts
         assert "guessed: nothing" in capsys.readouterr().out
-    config = content["config"] | {"model": "giant"}
-    check_refused(write(tmp_path, content | {"config": config}), "giant")
+    for name in ("model", "batch_size", "lam", "seed", "decoder_depth"):
+        config = content["config"] | {name: "giant"}
+        check_refused(write(tmp_path, content | {"config": config}), "giant")
+    content["config"]["batch_size"] = "64"
+    assert analyze.load_encoder(write(tmp_path, content)).facts.images == images
 
 
 # ---- a file is data ----

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import re
+from functools import partial
 from html import unescape
+from operator import itemgetter
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
@@ -257,10 +259,26 @@ def test_ctrl_c_keeps_what_was_measured(runs, tmp_path, monkeypatch):
     assert roles_in(read(tmp_path)) == ["CL"]
 
 
-def test_a_fault_costs_one_figure(runs, tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise RuntimeError("a planted fault")
+def test_a_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
+    """Table, report and help follow from one entry: of the first attention weight."""
+    read, measure = itemgetter("toy"), lambda batch: {"toy": batch.attn[:, 0, 0, 0, 0]}
+    plot = partial(analyze.points, read=read, label="toy")
+    parts = (analyze.Part("a toy part", "CL", "MIM", read),)
+    toy = ("13", 13, "a toy claim", "a toy lesson", partial(analyze.on_one_axis, plot))
+    monkeypatch.setitem(
+        analyze.FIGURES, "toy", analyze.Figure(*toy, parts, measure=(measure,))
+    )
+    _, printed = analysed(tmp_path, [runs["moco"], runs["simmim"]], "--only", "toy")
+    assert "13 a toy claim" in printed and "a toy part" in printed
+    assert (tmp_path / "fig13_toy.png").exists()
+    assert "a toy lesson" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        analyze.main(["--help"])
+    assert "a toy claim" in capsys.readouterr().out
 
+
+def test_a_fault_costs_one_figure(runs, tmp_path, monkeypatch):
+    broken = Mock(side_effect=RuntimeError("a planted fault"), __name__="broken")
     monkeypatch.setattr(analyze.FIGURES["distance"], "draw", broken)
     monkeypatch.setattr(analyze.FIGURES["nmi"], "measure", (broken,))
     names = ["distance", "nmi", "fourier"]
@@ -273,7 +291,8 @@ def test_a_fault_costs_one_figure(runs, tmp_path, monkeypatch):
 BAD_FLAGS = """\
     --out FOLDER/file/out, --only everything, --nonsense, --images 5, --heads 2 3,
     --from FOLDER/file, FOLDER/missing.pt, FOLDER/file, --data FOLDER/empty,
-    --data FOLDER/nowhere, --device abacus, --workers -1"""
+    --data FOLDER/nowhere, --device abacus, --workers -1, --images -20, --labels -1,
+    --epochs 0, --cue-conflict FOLDER"""
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.split(","))
@@ -305,16 +324,9 @@ def test_few_photographs_without_classes(runs, tmp_path):
 
 
 def test_settings_are_chosen_on_images_that_are_not_learnt(monkeypatch):
-    learnt, looked_at = [], []
-
-    def fit(network, images, epochs, lr):
-        learnt.append((lr, len(images), epochs))
-
-    def predict(network, images):
-        looked_at.append(list(images.indices))
-        return [1, int(len(learnt) == 2)]  # the second setting is right
-
-    for name, stand_in in (("Tuned", lambda *_: 0), ("fit", fit), ("predict", predict)):
+    # the second setting is right
+    fit, predict = Mock(), Mock(side_effect=[(1, 0), (1, 1), (1, 0), (1, 0)])
+    for name, stand_in in (("Tuned", Mock()), ("fit", fit), ("predict", predict)):
         monkeypatch.setattr(analyze, name, stand_in)
     vit = SimpleNamespace(facts=SimpleNamespace(choices={}))
     images, test = [analyze.Images(None, part, 32, 0) for part in (range(8), [99])]
@@ -322,7 +334,9 @@ def test_settings_are_chosen_on_images_that_are_not_learnt(monkeypatch):
     study.options = SimpleNamespace(epochs=21)
     analyze.tune(study, "mIoU", [{"lr": lr} for lr in (1, 2, 3)], is_dense=True)
     # six of eight images; a quarter of 21 epochs, rounded up, to choose a third of that
-    assert learnt == [(1, 6, 2), (2, 6, 2), (3, 6, 2), (2, 6, 6)]
+    learnt = [(len(c.args[1]), *c.args[2:], c.kwargs["lr"]) for c in fit.mock_calls]
+    assert learnt == [(6, 2, 1), (6, 2, 2), (6, 2, 3), (6, 6, 2)]
+    looked_at = [list(call.args[1].indices) for call in predict.mock_calls]
     assert looked_at == [[6, 7]] * 3 + [[99]]
 
 
@@ -336,7 +350,7 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
     flags = ["--data", tmp_path / "photos", "--only", "accuracy", "--epochs", 20]
     results, printed = analysed(tmp_path, files, *flags, "--images", 40)
     for cl in results["networks"][:2]:
-        assert cl["choices"] == {"fine-tuned": settings[1]}
+        assert cl["choices"]["fine-tuned"] == settings[1]
         assert np.max(cl["values"]["fine-tuned"]) < 0.2
         assert np.max(cl["values"]["linear probe"]) < 0.2
     # two trainings of CL and of untrained choose; the second seed shares the choice
@@ -419,7 +433,10 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
     assert results["networks"][0]["values"]["cues"][0] == [[0.4, 0.4]]
     Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
-    assert "cow" in analysed(tmp_path, [runs["moco"]], *flags)[1]
+    others, printed = analysed(tmp_path, [runs["moco"]], *flags)
+    assert "cow" in printed and others["data"] != results["data"]  # for --from A B
+    flags[3] = cues / "nowhere"
+    assert "nowhere" in fails(runs["moco"], *flags, "--out", tmp_path / "new")
 
 
 # ==== The report ====================================================================
