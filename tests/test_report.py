@@ -346,6 +346,8 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
     paint(tmp_path / "photos" / "val", {"a": "red", "b": "black"})
     settings = [{"lr": 1e-9, "decay": 1.0}, {"lr": 0.003, "decay": 0.1}]
     monkeypatch.setattr(analyze, "FINE_TUNING", settings)
+    probe, order = analyze.probe, iter("abcd")  # stand for what each probe chose
+    monkeypatch.setattr(analyze, "probe", lambda *x: (*probe(*x)[:3], next(order)))
     files = [runs["moco"], runs["moco1"]]
     flags = ["--data", tmp_path / "photos", "--only", "accuracy", "--epochs", 20]
     results, printed = analysed(tmp_path, files, *flags, "--images", 40)
@@ -353,6 +355,7 @@ def test_fine_tuning_is_chosen_on_validation(runs, tmp_path, monkeypatch, no_dra
         assert cl["choices"]["fine-tuned"] == settings[1]
         assert np.max(cl["values"]["fine-tuned"]) < 0.2
         assert np.max(cl["values"]["linear probe"]) < 0.2
+    assert re.findall("strengths (.)", str(results["networks"])) == [*"abcd"]
     # two trainings of CL and of untrained choose; the second seed shares the choice
     assert len(re.findall("fine-tuned: .* on validation", printed)) == 2 * 2
     # at the grid's edge
@@ -435,6 +438,7 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
     others, printed = analysed(tmp_path, [runs["moco"]], *flags)
     assert "cow" in printed and others["data"] != results["data"]  # for --from A B
+    assert "needs --data" in fails(runs["moco"], *flags[2:], "--out", tmp_path / "new")
     flags[3] = cues / "nowhere"
     assert "nowhere" in fails(runs["moco"], *flags, "--out", tmp_path / "new")
 
