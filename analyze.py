@@ -2133,7 +2133,11 @@ thick lines and bars their means.</p>
 # as its patches, and each tensor there must have a place in our ViT.
 #
 # Strict: a network that is almost the published one gives figures that look right. What
-# is not understood is refused by name; what no tensor tells is printed and can be set.
+# is not understood is refused by name: registers, QK norm, LoRA, int8, position biases of
+# each block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
+# What no tensor tells is printed and can be set. No tensor tells other activations, norms
+# behind attention and MLP, or RoPE beside learned positions: figures of such a network
+# would be another's.
 #
 # A file is data: torch's own safe reader opens it, nothing that it names is imported or
 # called, and a size that it claims costs nothing before it is checked.
@@ -2377,11 +2381,7 @@ def load_encoder(path, heads=None, pixels=None):
     position biases overrides heads, a config of sslvit.py both. Learned positions might
     be of a grid that is not square.
 
-    UserError, in one line: no checkpoint, a damaged one, or a network that is not ours
-    to the last tensor: RoPE, registers, QK norm, LoRA, int8, position biases of each
-    block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
-    No tensor tells other activations, norms behind attention and MLP, or RoPE beside
-    learned positions: figures of such a network would be another's.
+    UserError, in one line: no checkpoint, a damaged one, or a network that is not ours.
     """
     try:
         content = read_checkpoint(path)

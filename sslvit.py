@@ -731,8 +731,7 @@ def train(cfg, state, log):
     """Trains one model, from checkpoint `state` if there is one -> exit status."""
     data, model, optimizer, scaler, rows = prepare(cfg, state)
     total = number_of_steps(cfg, len(data[0]))
-    # speed is measured from this step: the last in the log, then 1
-    since = rows[-1]["step"]
+    since = rows[-1]["step"]  # speed is measured from here: the last in the log
     batches = make_loader(cfg, data[0], range(since, total))  # its first step is 0
     log.truncate(0)
     log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -794,8 +793,7 @@ def train(cfg, state, log):
         if stop_by:
             say(f"stopped by a signal after saving step {step}; --resume goes on")
             return 128 + stop_by
-        since = step
-        began = time.perf_counter()
+        since, began = step, time.perf_counter()
     if RANK == 0:
         finish(cfg, model, rows, data)
     return 0
@@ -1287,17 +1285,17 @@ def shape_level(shape, x, y):
     radius = np.hypot(x, y)
     angle = np.arctan2(x, -y)
     third = 2 * np.pi / 3
-    right, down = abs(x), abs(y)
-    longest = np.maximum(right, down)
+    across, down = abs(x), abs(y)
+    longest = np.maximum(across, down)
     levels = {
         "circle": radius - 0.9,
         "square": longest - 0.75,
         "triangle": radius * np.cos(angle % third - third / 2) - 0.5,
         "star": radius - 0.65 - 0.35 * np.cos(5 * angle),
         # in either arm, which ends
-        "cross": np.maximum(np.minimum(right, down) - 0.3, longest - 0.95),
+        "cross": np.maximum(np.minimum(across, down) - 0.3, longest - 0.95),
         "ring": abs(radius - 0.7) - 0.25,
-        "bar": np.maximum(right - 0.4, down - 0.95),
+        "bar": np.maximum(across - 0.4, down - 0.95),
         # a circle without another one
         "crescent": np.maximum(radius - 0.95, 0.7 - np.hypot(x - 0.5, y)),
     }
@@ -1337,7 +1335,7 @@ class Stimuli:
         self.length = length
         self.size = image_size
         self.key = (seed, int(split == "test"))
-        self.kept = {}
+        self.cache = {}
 
     def __len__(self):
         return self.length
@@ -1353,12 +1351,12 @@ class Stimuli:
 
     def load(self, index):
         """-> PIL image, [shape, texture]; small ones are drawn once and kept."""
-        if index in self.kept:
-            return self.kept[index]
+        if index in self.cache:
+            return self.cache[index]
         image, *labels, _ = self[index]
         loaded = Image.fromarray(image), labels
         if self.size <= 64:  # 246 MB of training images
-            self.kept[index] = loaded
+            self.cache[index] = loaded
         return loaded
 
     def render(self, index, shape, texture):

@@ -373,8 +373,8 @@ def test_segmentation_is_linear_and_fine_tuned(monkeypatch):
     monkeypatch.setattr(analyze, "tune", lambda _, key, *__, **___: pixels[key])
     study = SimpleNamespace(options=SimpleNamespace(data=""), classes=1)
     overlap = analyze.learn_dense(study)
-    found = [overlap[f"overlap, {head}"][0, 0, 0] for head in ("linear", "fine-tuned")]
-    assert found == [1, 0]
+    shares = [overlap[f"overlap, {head}"][0, 0, 0] for head in ("linear", "fine-tuned")]
+    assert shares == [1, 0]
 
 
 def test_layer_decay_by_hand():

@@ -39,16 +39,16 @@ def commands():
 
 def test_every_command_parses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen = set()
+    scripts_run = set()
     for words in commands():
         scripts = [word for word in words if word.endswith((".py", ".sh"))]
         for script in scripts[:1]:
             assert (ROOT / script).exists(), words
-            seen.add(script)
+            scripts_run.add(script)
             if script in PROGRAMS:
                 arguments = words[words.index(script) + 1 :]
                 PROGRAMS[script].parse(arguments)
-    assert seen >= {"sslvit.py", "analyze.py", "tests/bench.py"}
+    assert scripts_run >= {"sslvit.py", "analyze.py", "tests/bench.py"}
 
 
 # ---- names, words and quotations ----
@@ -75,8 +75,8 @@ def test_quoted_code_is_the_files():
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
     assert len(blocks) >= 3
     for block in blocks:
-        wanted, found = [re.sub(r"\n +", "\n", text) for text in (block, source)]
-        assert wanted.strip() in found, block
+        quote, code = [re.sub(r"\n +", "\n", text) for text in (block, source)]
+        assert quote.strip() in code, block
 
 
 @pytest.mark.parametrize("solution", solutions.SOLUTIONS)
@@ -127,8 +127,8 @@ def test_the_table_says_what_results_json_says():
         assert max(equal) <= 1.02 * min(equal)
         for claim in results["claims"]:
             if verdict_of(claim):
-                seen = "" if which else verdict_of(photographs[claim["claim"]])
-                row = f"|{claim['claim']}{which}|{row_of(claim, seen)}"
+                verdict = "" if which else verdict_of(photographs[claim["claim"]])
+                row = f"|{claim['claim']}{which}|{row_of(claim, verdict)}"
                 if which:  # the same networks' rows of equal work stand above
                     row = re.sub(
                         "(equal images)[|].*?[|].*?[|]", r"\1|as above|as above|", row

@@ -719,11 +719,11 @@ def test_fp16_scales_gradients_and_leaves_out_what_overflows(tmp_path, monkeypat
 def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd, name, status):
     """Unless it is ignored, as nohup makes it."""
     number = getattr(signal, f"SIG{name.split()[0]}")
-    own = signal.SIG_DFL if status else signal.SIG_IGN
-    before = signal.signal(number, own)
+    handler = signal.SIG_DFL if status else signal.SIG_IGN
+    before = signal.signal(number, handler)
     at_step(monkeypatch, 2, lambda: signal.raise_signal(number))
     assert run("--steps 5 --log-every 100", tmp_path) == status
-    assert signal.signal(number, before) == own
+    assert signal.signal(number, before) == handler
     assert checkpoint_of(tmp_path)["step"] == (2 if status else 5)
     out, err = capfd.readouterr()
     assert ("--resume goes on" in out.splitlines()[-1]) == (status > 0)
@@ -914,10 +914,10 @@ def test_threads_do_not_spin_unless_the_user_says_so(tmp_path, program):
     stand_in = "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nos._exit(0)"
     (tmp_path / "torch.py").write_text(stand_in)
     path = f"PYTHONPATH={tmp_path}:{Path(sslvit.__file__).parent}"
-    for own, seen in {"A=": 1000, "OMP_WAIT_POLICY=x": None}.items():
-        command = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY", path, own]
+    for flag, spins in {"A=": 1000, "OMP_WAIT_POLICY=x": None}.items():
+        command = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY", path, flag]
         command += [sys.executable, "-u", "-c", f"import {program}"]
-        assert subprocess.check_output(command, text=True) == f"{seen}\n"
+        assert subprocess.check_output(command, text=True) == f"{spins}\n"
 
 
 SETTINGS = """
