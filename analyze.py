@@ -2133,11 +2133,11 @@ thick lines and bars their means.</p>
 # as its patches, and each tensor there must have a place in our ViT.
 #
 # Strict: a network that is almost the published one gives figures that look right. What
-# is not understood is refused by name: registers, QK norm, LoRA, int8, position biases of
-# each block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
-# What no tensor tells is printed and can be set. No tensor tells other activations, norms
-# behind attention and MLP, or RoPE beside learned positions: figures of such a network
-# would be another's.
+# is not understood is refused by name: registers, QK norm, LoRA, int8, position biases
+# of each block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
+# What no tensor tells is printed and can be set. No tensor tells other activations,
+# norms behind attention and MLP, or RoPE beside learned positions: figures of such a
+# network would be another's. Learned positions might be of a grid that is not square.
 #
 # A file is data: torch's own safe reader opens it, nothing that it names is imported or
 # called, and a size that it claims costs nothing before it is checked.
@@ -2375,11 +2375,9 @@ def in_one_line(text):
 def load_encoder(path, heads=None, pixels=None):
     """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
-    What no tensor tells can be given: heads (else 64 wide each, 80 where 1,280 wide; 12
-    in MoCo v3's of 384), pixels "imagenet" or "half", which is (x - 0.5) /
-    0.5 (else half for BEiT, ImageNet's mean and deviation for others). A table of
-    position biases overrides heads, a config of sslvit.py both. Learned positions might
-    be of a grid that is not square.
+    heads and pixels, "imagenet" or "half" for (x - 0.5) / 0.5, count where no tensor
+    and no config of sslvit.py tells. Guessed are heads 64 wide, 80 of 1,280, 12 in all
+    in MoCo v3's of 384; half for BEiT, imagenet for others.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours.
     """
