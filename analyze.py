@@ -2133,8 +2133,8 @@ thick lines and bars their means.</p>
 # as its patches, and each tensor there must have a place in our ViT.
 #
 # Strict: a network that is almost the published one gives figures that look right. What
-# is not understood is refused by name: registers, QK norm, LoRA, int8, position biases
-# of each block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
+# is not understood is refused by name: registers, QK norm, LoRA, int8, biases of each
+# block, no CLS, no last norm (fine-tuned on mean tokens), CLS without a position.
 # What no tensor tells is printed and can be set. No tensor tells other activations,
 # norms behind attention and MLP, or RoPE beside learned positions: figures of such a
 # network would be another's. Learned positions might be of a grid that is not square.
@@ -2375,9 +2375,9 @@ def in_one_line(text):
 def load_encoder(path, heads=None, pixels=None):
     """File -> ViT in eval mode with its Network as `facts`; prints what it is.
 
-    heads and pixels, "imagenet" or "half" for (x - 0.5) / 0.5, count where no tensor
-    and no config of sslvit.py tells. Guessed are heads 64 wide, 80 of 1,280, 12 in all
-    in MoCo v3's of 384; half for BEiT, imagenet for others.
+    heads and pixels ("imagenet" or "half", which is (x - 0.5) / 0.5) can be given; a
+    table of position biases overrides heads, a config of sslvit.py both. Else heads are
+    64 wide, 80 of 1,280, 12 in all in MoCo v3's of 384, and pixels half for BEiT alone.
 
     UserError, in one line: no checkpoint, a damaged one, or a network that is not ours.
     """
