@@ -957,7 +957,7 @@ mean_tuned = of(np.mean, "fine-tuned")
 
 
 def draw_accuracy(networks):
-    labels = networks[0].label_names or ("no classes",)
+    labels = networks[0].label_names or ["no classes"]
     fig, [axes] = canvas(2 * len(labels))
     pairs = product(("linear probe", "fine-tuned"), enumerate(labels))
     for axis, (key, (place, label)) in zip(axes, pairs):
@@ -1956,7 +1956,7 @@ def title_of(name, claims):
         if rows:
             parts = [f"{row['part']} {row['outcome']}" for row in rows]
             parts[0] = f"{rows[0]['part']}: {words_of(rows[0])}"
-            parts = textwrap.fill(" · ".join(parts), 120)
+            parts = textwrap.fill(" · ".join(parts), 120, break_on_hyphens=False)
             return (
                 f"The paper: {text}\n{parts}\n"
                 f"Claim {claim['claim']}, all parts: {claim['verdict']}"
@@ -2443,8 +2443,9 @@ def add_companions(vits):
     lams = {vit.facts.lam for vit in vits}
     for path in sorted(COMPANIONS.rglob("*.pt")):
         config = find_config(sslvit.load_checkpoint(path))
-        is_alike = all(config[key] == first[key] for key in ALIKE)
-        if is_alike and config["lam"] not in lams:
+        if config["lam"] not in lams and all(
+            config[key] == first[key] for key in ALIKE
+        ):
             vits.append(load_encoder(path))
             print("  shipped, stands beside yours; --alone leaves it out")
 

@@ -51,7 +51,6 @@ def test_every_command_parses(tmp_path, monkeypatch):
     assert scripts_run >= {"sslvit.py", "analyze.py", "tests/bench.py"}
 
 
-# ---- names, words and quotations ----
 def test_every_name_exists():
     for path in re.findall(r"\]\(([^)#]+?)\)", TEXT):
         assert path.startswith("http") or (ROOT / path).exists(), path
@@ -116,40 +115,42 @@ def row_of(claim, on_photographs):
 
 
 def test_the_table_says_what_results_json_says():
-    path = ROOT / "figures/photographs/results.json"
-    photographs = {x["claim"]: x for x in json.loads(path.read_text())["claims"]}
-    tables = {"stimuli": "", "more/sweep": ", equal images", "more/decoder": ""}
-    for folder, which in tables.items():
-        results = json.loads((ROOT / f"figures/{folder}/results.json").read_text())
-        images = {n["name"]: n["images"] for n in results["networks"] if n["path"]}
-        work = {"CL": 8, "MIM": 3, analyze.HYBRID: 11}
-        equal = [n if which else n * work.get(name, 1) for name, n in images.items()]
-        assert max(equal) <= 1.02 * min(equal)
-        for claim in results["claims"]:
-            if verdict_of(claim):
-                verdict = "" if which else verdict_of(photographs[claim["claim"]])
-                row = f"|{claim['claim']}{which}|{row_of(claim, verdict)}"
-                if which:  # the same networks' rows of equal work stand above
-                    row = re.sub(
-                        "(equal images)[|].*?[|].*?[|]", r"\1|as above|as above|", row
-                    )
-                assert row in TEXT, row
+    work = {"CL": 8, "MIM": 3, analyze.HYBRID: 11}
+    for which, *folders in (
+        ("", "stimuli", "photographs"),
+        (", equal images", "more/sweep", "more/photographs"),
+        ("", "more/decoder", "photographs"),
+    ):
+        paths = [ROOT / f"figures/{folder}/results.json" for folder in folders]
+        stimuli, photographs = [json.loads(path.read_text()) for path in paths]
+        for results in (stimuli, photographs):
+            pairs = [(n["images"], n["name"]) for n in results["networks"] if n["path"]]
+            equal = [n if which else n * work.get(name, 1) for n, name in pairs]
+            assert max(equal) <= 1.02 * min(equal)
+        verdicts = {row["claim"]: verdict_of(row) for row in photographs["claims"]}
+        for claim in filter(verdict_of, stimuli["claims"]):
+            number = claim["claim"]
+            row = f"|{number}{which}|{row_of(claim, verdicts[number])}"
+            if which:  # the same networks' rows of equal work stand above
+                above = r"\1|as above|as above|"
+                row = re.sub("(equal images)[|].*?[|].*?[|]", above, row)
+            assert row in TEXT, row
 
 
 def beside_the_protocol():
-    """Four differences of README that no part reads: (difference, reach)."""
-    of, probe = analyze.of, analyze.itemgetter("linear probe")
+    """Differences in README that no part reads: (difference, reach)."""
     detail = analyze.of(lambda x: analyze.late(x[2::2]), analyze.above_lowest)
     # without the coarsest of the four rings that are low
     fine = analyze.of(lambda x: np.mean(x[-4:]) - np.mean(x[1:4]), analyze.noise_drop)
-    for folder, read, more, less in (
-        ("stimuli", detail, "CL", "MIM"),
-        ("photographs", fine, "MIM", "CL"),
-        ("more/sweep", of(analyze.shapes, probe), analyze.HYBRID, "CL"),
-        ("more/sweep", of(analyze.textures, probe), analyze.HYBRID, "CL"),
-    ):
+    reads = [("stimuli", detail, "CL", "MIM"), ("photographs", fine, "MIM", "CL")]
+    for labels in (analyze.shapes, analyze.textures):
+        read = analyze.of(labels, "linear probe")
+        reads.append(("more/sweep", read, analyze.HYBRID, "CL"))
+    for lam in (0.5, 0.8):
+        reads.append(("more/sweep", analyze.mean_probe, f"hybrid, λ = {lam}", "CL"))
+    for folder, read, *roles in reads:
         _, networks = analyze.read_results([ROOT / f"figures/{folder}/results.json"])
-        groups = [[n for n in networks if n.role == role] for role in (more, less)]
+        groups = [[n for n in networks if n.role == role] for role in roles]
         yield analyze.interval(*[analyze.numbers(read, group) for group in groups])
 
 
