@@ -239,7 +239,7 @@ def points(axis, networks, read, label, fact="name"):
         places.append(x)
         means.append(y.mean())
     if fact == "name":
-        axis.tick_params(axis="x", labelrotation=60)
+        axis.tick_params(axis="x", labelrotation=90)
     axis.set_ylabel(label)
     return places, means
 

@@ -190,7 +190,7 @@ analyze $(of cifar10-{moco,simmim,hybrid}) $photographs --out figures/photograph
 # claims 1, 2, 11 and 12, those of photographs from equal images, and the choice of learning rates
 analyze $(of moco-images simmim-images {nano,tiny}-{moco,simmim}) --only scaling --out figures/more/sizes
 analyze $(of simmim decoder micro8) --only decoder --out figures/more/decoder
-analyze $(of {moco,simmim}-images lam-{0.05,0.1,0.5,0.8} hybrid) --only accuracy sweep --out figures/more/sweep
+analyze $(of {moco,simmim}-images lam-{0.05,0.1} hybrid lam-{0.5,0.8}) --only accuracy sweep --out figures/more/sweep
 analyze $(of cifar10-{moco,simmim}-images) runs/cifar10-hybrid-10/ckpt.pt $photographs --only accuracy sweep \
   --out figures/more/photographs
 rates=$(cd runs && for name in rate-*; do echo "$name=runs/$name/ckpt.pt"; done)
