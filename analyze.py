@@ -282,7 +282,7 @@ def picture_maps(batch):
 
 def draw_maps(networks):
     """Above, the two images; below, a row of maps for each network."""
-    networks = [n for n in networks if n.pictures]
+    networks = [n for n in networks if "maps" in n.pictures]
     pictures = networks[0].pictures
     masks = np.sign(pictures["labels"])  # of stimuli (3, S, S)
     rows = [np.repeat(pictures["photographs"][:2], 4, axis=0)]
@@ -542,7 +542,7 @@ def picture_plane(batch):
 
 
 def draw_plane(networks):
-    networks = [n for n in networks if n.pictures]
+    networks = [n for n in networks if "plane" in n.pictures]
     rows = 2 - len(networks) % 2  # an odd number in one row
     fig, axes = canvas(len(networks) // rows, rows)
     for axis, network in zip(axes.flat, networks):
@@ -761,8 +761,9 @@ def linear_probe(features, labels, test, device="cpu"):
     features (n, D) and labels (n,) to learn from, test (..., D) -> predicted classes
     (...), the accuracy on a quarter of the n rows, and the strength that it chose.
     """
-    parts = features, labels, test
-    x, labels, test = [torch.as_tensor(part, device=device) for part in parts]
+    x, labels, test = [
+        torch.as_tensor(part, device=device) for part in (features, labels, test)
+    ]
     cut = 3 * len(labels) // 4
     std, mean = torch.std_mean(x[:cut], dim=0)
     x, test = [(part - mean) / std.clamp(min=1e-6) for part in (x, test)]
@@ -1916,8 +1917,9 @@ def analyse(options):
 def write_results(results, out):
     """results.json under another name first, whole or not at all -> its path."""
     new = Path(out, "results.new")
-    text = json.dumps(results, default=lambda x: np.asarray(x).round(6).tolist())
-    new.write_text(text)
+    new.write_text(
+        json.dumps(results, default=lambda x: np.asarray(x).round(6).tolist())
+    )
     return new.replace(Path(out, "results.json"))
 
 
@@ -2229,7 +2231,7 @@ def find_config(content):
     config = content.get("config")
     if not isinstance(config, dict) or "objective" not in config:
         return {}
-    # of an older version, which had fewer settings
+    # Config's types, and its defaults where an older version had fewer settings
     for name, default in vars(Config()).items():
         config[name] = type(default)(config.get(name, default))
     return config | {"data": str(content.get("data"))}  # the training set's identity

@@ -46,7 +46,7 @@
 # Fine-tuning: rate from 3e-4, 1e-3, 3e-3 and layer decay from 0.75, 1 by validation for a network's first seed, then shared.
 # Photographs: all 10,000 test images; probes and fine-tuning learn from 10,000 labels (7,500 and a quarter to choose by):
 #   written before the first of them was analysed. Their learning rate is the recipe's, 4e-3: none was chosen for them.
-#   So far seed 10 alone is trained, of the stimuli tiny of seed 10 (not analysed) and λ = 0.05 of seed 10.
+#   So far seed 10 alone is trained, as of the stimuli's tiny (not analysed) and λ = 0.05.
 #   Equal images, claims 1 and 12: CL and MIM of seed 10 once more with the hybrid's 15 epochs. Written on 30 November 2026,
 #   after equal work had been seen and before these two were trained.
 # A hybrid with one view (the masked view is also MoCo's query, its key is the other view: 4 passes) was to stay if its five

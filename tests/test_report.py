@@ -265,9 +265,7 @@ def test_a_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
     plot = partial(analyze.points, read=read, label="toy")
     parts = (analyze.Part("a toy part", "CL", "MIM", read),)
     toy = ("13", 13, "a toy claim", "a toy lesson", partial(analyze.on_one_axis, plot))
-    monkeypatch.setitem(
-        analyze.FIGURES, "toy", analyze.Figure(*toy, parts, measure=(measure,))
-    )
+    monkeypatch.setitem(analyze.FIGURES, "toy", analyze.Figure(*toy, parts, (measure,)))
     _, printed = analysed(tmp_path, [runs["moco"], runs["simmim"]], "--only", "toy")
     assert "13 a toy claim" in printed and "a toy part" in printed
     assert (tmp_path / "fig13_toy.png").exists()
