@@ -61,7 +61,6 @@ from html import escape
 from itertools import cycle, pairwise, product
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 # before torch, as it sets how threads wait for each other
 import sslvit
@@ -78,7 +77,8 @@ from sslvit import MEAN, SIZES, STD, Config, UserError, ViT, require, sincos_pos
 # ==== What a figure is ==============================================================
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     """One sentence of a claim that can be tested: read(more) - read(less) > 0."""
 
     text: str
@@ -144,11 +144,7 @@ def of(summary, source):
     """What a part reads: of(late, "nmi") takes late(values["nmi"]), and
     of(rise, noise_drop) takes rise(noise_drop(values))."""
     read = source if callable(source) else itemgetter(source)
-
-    def summary_of(values):
-        return summary(read(values))
-
-    return summary_of
+    return lambda values: summary(read(values))
 
 
 # ==== How figures are drawn =========================================================
@@ -289,13 +285,14 @@ def draw_maps(networks):
     # 0: uniform; 1e-6 is what results.json rounds to
     rows += [np.log2(np.add(n.pictures["maps"], 1e-6)) for n in networks]
     fig, axes = canvas(8, len(rows), height=1.5, xticks=[], yticks=[])
-    style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "extent": (0, 1, 1, 0)}
     # pixels, patches and outlines in the same coordinates: shares of the image
     columns = product(range(2), QUERIES, ("first layer", "last layer"))
     for column, (image, query, layer) in enumerate(columns):
         axes[0, column].set_title(layer)
         for row, axis in zip(rows, axes[:, column]):
-            shown = axis.imshow(row[column], **style)
+            shown = axis.imshow(
+                row[column], cmap="RdBu_r", vmin=-3, vmax=3, extent=(0, 1, 1, 0)
+            )
             axis.plot(query, query, "wP", mec="black", ms=7)
             if masks.ndim == 3:
                 axis.contour(masks[image], [0.5], colors="k", extent=(0, 1, 0, 1))
@@ -496,8 +493,8 @@ COSINES = ("heads", "depths", "tokens")
 
 def draw_similarity(networks):
     fig, [axes] = canvas(3)
-    for i, key in enumerate(COSINES):
-        curves(axes[i], networks, itemgetter(key), f"cosine between {key} (1: alike)")
+    for axis, key in zip(axes, COSINES):
+        curves(axis, networks, itemgetter(key), f"cosine between {key} (1: alike)")
     return fig
 
 
@@ -628,10 +625,10 @@ def image_spectra(rows):
 
 def draw_spectra(networks):
     fig, [axes] = canvas(3)
-    for i, key in enumerate(("token volume", "image volume")):
+    for axis, key in zip(axes, ("token volume", "image volume")):
         # without layer 0, which may be far below, with directions that are empty
         later = of(itemgetter(slice(1, None)), key)
-        curves(axes[i], networks, later, f"{key}: log (σ / norm)")
+        curves(axis, networks, later, f"{key}: log (σ / norm)")
     curves(
         axes[2],
         networks,
@@ -1135,33 +1132,39 @@ def shape_bias(cues):
 def learn_bias(study):
     """-> cues (n, pairings, 2): does a decision match shape, texture?"""
     features, labels = study.examples
-    test, cues, count = study.rows["output"], study.rows["labels"], study.classes
+    rows, count = study.rows, study.classes
     offsets = range(count)
     if study.options.data:  # photographs, whose two cues are of one class
         labels, offsets = labels[:, [0, 0]], [0]
-        test, cues = cue_conflict(study)
+        cues = find_cues(study.options, study.vit)
+        images = replace(study.test, source=cues, indices=range(len(cues)))
+        rows = one_pass(study.vit, images)
     pairings = []
     for offset in offsets:
         # taught: class c is shape c with texture c + offset; tested: all other pairs,
         # as, for offset 3, shape 0 with texture 5, which are of classes 0 and 2
         taught = (labels[:, 1] - labels[:, 0]) % count == offset
-        decisions, *_ = probe(features[taught], labels[taught, :1], test, study.device)
-        classes = (cues - [0, offset]) % count
+        decisions, *_ = probe(
+            features[taught], labels[taught, :1], rows["output"], study.device
+        )
+        classes = (rows["labels"] - [0, offset]) % count
         is_conflict = classes[:, :1] != classes[:, 1:]
         pairings.append((decisions == classes) & is_conflict)
     return {"cues": np.stack(pairings, axis=1)}
 
 
-def cue_conflict(study):
-    """Geirhos' images, cat1-elephant2.png: a cat's shape -> output, cues (n, 2)."""
-    folder = study.options.cue_conflict
-    require(folder, "shape bias needs the stimuli or --cue-conflict")
-    images, classes = sslvit.ImageFolder(folder), study.test.source.classes[0]
+def find_cues(options, vit):
+    """Geirhos' images, cat1-elephant2.png, with the classes of shape and texture."""
+    require(options.cue_conflict, "shape bias needs the stimuli or --cue-conflict")
+    images = sslvit.ImageFolder(options.cue_conflict)
+    _, test, _ = find_sets(options.data, vit.facts.image_size)
+    names = sum(test.classes, [])
+    cue = rf"({'|'.join(map(re.escape, names))})\d*"
     for i, (path, _) in enumerate(images):
-        words = re.findall("[a-z]+", Path(path).stem)
-        images[i] = path, [classes.index(word) for word in words]
-    images = replace(study.test, source=images, indices=range(len(images)))
-    return itemgetter("output", "labels")(one_pass(study.vit, images))
+        match = re.fullmatch(f"{cue}-{cue}", Path(path).stem)
+        require(match, f"{path}: not named by two classes of the data")
+        images[i] = path, [*map(names.index, match.groups())]
+    return images
 
 
 def plot_bias(axis, networks):
@@ -1241,8 +1244,13 @@ def noise_drop(values):
 
 
 def plot_noise(axis, networks):
-    x = "ring of noise (0: to 0.1 π per px, 1: from 0.9 π); compared: 4 last - 4 first"
-    curves(axis, networks, noise_drop, "relative accuracy drop", x)
+    curves(
+        axis,
+        networks,
+        noise_drop,
+        "relative accuracy drop",
+        "ring of noise (0: to 0.1 π per px, 1: from 0.9 π); compared: 4 last - 4 first",
+    )
 
 
 FIGURES["noise"] = Figure(
@@ -1460,8 +1468,7 @@ Batch = namedtuple("Batch", "vit attn heads states")
 def look_inside(vit, x):
     """Images (B, 3, S, S) -> tokens after the last norm (B, 1+N, D), Batch."""
     tokens, records = vit(x, record=True)
-    parts = zip(*records)
-    attn, heads, *states = [torch.stack(layers, dim=1) for layers in parts]
+    attn, heads, *states = [torch.stack(layers, dim=1) for layers in zip(*records)]
     # rows sum to 1 also where CLS took all but 1e-12
     attn = F.normalize(attn[..., 1:, 1:], p=1, dim=-1, eps=1e-37)
     embedding = vit.embed(x, None, None, vit.grid, vit.grid)[:, None]
@@ -1544,8 +1551,9 @@ def measure_network(vit, options, figures):
     learners = unique(figures, "learn")
     if learners and classes:
         examples = itemgetter("output", "labels")(one_pass(vit, train))
-        device = options.device
-        study = Study(vit, options, device, train, test, classes, examples, rows)
+        study = Study(
+            vit, options, options.device, train, test, classes, examples, rows
+        )
         for function in learners:
             rows |= attempt(function, study)
     network.values = leave_out(rows, unique(figures, "whole"))
@@ -1894,7 +1902,7 @@ def analyse(options):
     give_names([vit.facts for vit in vits])
     figures = [FIGURES[name] for name in options.only]
     results = {"settings": vars(options), "networks": []}
-    cues = options.cue_conflict and sslvit.ImageFolder(options.cue_conflict).identity()
+    cues = options.cue_conflict and find_cues(options, vits[0]).identity()
     firsts = {}
     for vit in vits:
         network = vit.facts

@@ -290,7 +290,7 @@ BAD_FLAGS = """\
     --out FOLDER/file/out, --only everything, --nonsense, --images 5, --heads 2 3,
     --from FOLDER/file, FOLDER/missing.pt, FOLDER/file, --data FOLDER/empty,
     --data FOLDER/nowhere, --device abacus, --workers -1, --images -20, --labels -1,
-    --epochs 0, --cue-conflict FOLDER"""
+    --epochs 0, --cue-conflict FOLDER, --data FOLDER --cue-conflict FOLDER/nowhere"""
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.split(","))
@@ -421,8 +421,7 @@ def test_half_of_the_crops_are_mirrored_and_none_is_small():
 def test_cue_conflict_images(runs, tmp_path, no_drawing):
     for split in ("train", "val"):
         paint(tmp_path / "photos" / split, {"cat": "black", "dog": "red"})
-    cues = tmp_path / "cues"
-    cues.mkdir()
+    (cues := tmp_path / "cues").mkdir()
     # black is a cat: of five images three are so by shape, one by texture, one is none
     for name in ("cat1-dog1", "cat2-dog1", "cat3-dog2", "dog1-cat1", "dog2-dog3"):
         Image.new("RGB", (16, 16), "black").save(cues / f"{name}.png")
@@ -433,12 +432,13 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     (cues / "cat3-dog2.png").write_text("no image")
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
     assert results["networks"][0]["values"]["cues"][0] == [[0.4, 0.4]]
-    Image.new("RGB", (16, 16)).save(cues / "cat1-cow1.png")
-    others, printed = analysed(tmp_path, [runs["moco"]], *flags)
-    assert "cow" in printed and others["data"] != results["data"]  # for --from A B
+    (cues / "dog4-dog1.png").touch()
+    others, _ = analysed(tmp_path, [runs["moco"]], *flags)
+    assert others["data"] != results["data"]  # for --from A B
     assert "needs --data" in fails(runs["moco"], *flags[2:], "--out", tmp_path / "new")
-    flags[3] = cues / "nowhere"
-    assert "nowhere" in fails(runs["moco"], *flags, "--out", tmp_path / "new")
+    for name in ("cat1.png", "cat1-dog1-cat2.png", "cat1-cow1.png"):
+        (cues / name).touch()
+        assert f"{name}: not named" in fails(runs["moco"], *flags, "--overwrite")
 
 
 # ==== The report ====================================================================
