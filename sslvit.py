@@ -606,7 +606,7 @@ def gaussian_blur(x, sigma):
     # each image's own 4σ, so that its blur does not depend on the others'
     exponent = exponent.masked_fill(offsets.abs() > reach, -math.inf)
     kernel = exponent.softmax(dim=-1).repeat_interleave(3, dim=0)
-    kernel = kernel.to(x, non_blocking=True)
+    kernel = kernel.to(x, non_blocking=x.is_cuda)
     y = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (B·3, h+2r, w+2r)
     y = F.conv2d(y, kernel, groups=len(kernel))
     y = F.conv2d(y, kernel.mT, groups=len(kernel))
@@ -667,8 +667,8 @@ def change_colours(x, draws):
                 continue
             parameter = parameters[images, number].view(-1, 1, 1, 1)
             if operation is not gaussian_blur:
-                parameter = parameter.to(x.device, non_blocking=True)
-            images = images.to(x.device, non_blocking=True)
+                parameter = parameter.to(x.device, non_blocking=x.is_cuda)
+            images = images.to(x.device, non_blocking=x.is_cuda)
             x[images] = operation(x[images], parameter)
 
 
@@ -677,8 +677,10 @@ def augment(batch, cfg):
 
     Nothing is drawn here: the same batch gives the same views, however often.
     """
-    mask = batch["mask"].to(cfg.device, non_blocking=True)
-    crops = batch["crops"].to(cfg.device, non_blocking=True)  # (B, crops, 3, h, w)
+    # a copy that nobody waits for needs memory that stays: CUDA sees to that, not MPS
+    on_gpu = "cuda" in cfg.device
+    mask = batch["mask"].to(cfg.device, non_blocking=on_gpu)
+    crops = batch["crops"].to(cfg.device, non_blocking=on_gpu)  # (B, crops, 3, h, w)
     crops = crops.transpose(0, 1).contiguous() / 255
     if cfg.lam > 0:
         draws = batch["colours"].transpose(0, 1)  # (2, B, 14)
@@ -758,6 +760,7 @@ def train(cfg, state, log):
         loss = (1 - cfg.lam) * losses["mim"] + cfg.lam * losses["cl"]
         if is_whole:  # else it is only for the log
             scaler.scale(loss).backward()
+        del views  # before the next ones come
 
         # step, average; the scaler does nothing except with fp16
         scaler.unscale_(optimizer)
@@ -1873,6 +1876,10 @@ def draw_reconstruction(cfg, model, source):
     picture = ImageOps.scale(picture, 1 + 150 // cfg.image_size, resample=0)
     picture.save(Path(cfg.out, "masked.png"))
 
+
+# Loading processes share the list of images, and a signal reaches no server of theirs.
+if sys.platform == "linux":  # whose Python forked before 3.14
+    torch.multiprocessing.set_start_method("fork", force=True)
 
 # Stops glibc from returning freed memory: 20 % of the time of a CPU step.
 with contextlib.suppress(OSError, AttributeError):  # another C library
