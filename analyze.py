@@ -1157,8 +1157,8 @@ def find_cues(options, vit):
     """Geirhos' images, cat1-elephant2.png, with the classes of shape and texture."""
     require(options.cue_conflict, "shape bias needs the stimuli or --cue-conflict")
     images = sslvit.ImageFolder(options.cue_conflict)
-    _, test, _ = find_sets(options.data, vit.facts.image_size)
-    names = sum(test.classes, [])
+    # of the test set
+    names = sum(find_sets(options.data, vit.facts.image_size)[1].classes, [])
     cue = rf"({'|'.join(map(re.escape, names))})\d*"
     for i, (path, _) in enumerate(images):
         match = re.fullmatch(f"{cue}-{cue}", Path(path).stem)
@@ -2052,6 +2052,7 @@ def check(options):
         "--images, --labels, --workers: from 0 on; --epochs: from 1 on",
     )
     require(options.data or not options.cue_conflict, "--cue-conflict needs --data")
+    require(options.device != "mps", "--device mps has no float64, give cpu")
     # can we write there? better to know before hours of measuring
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text("")

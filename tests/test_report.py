@@ -288,7 +288,7 @@ def test_a_fault_costs_one_figure(runs, tmp_path, monkeypatch):
 
 BAD_FLAGS = """\
     --out FOLDER/file/out, --only everything, --nonsense, --images 5, --heads 2 3,
-    --from FOLDER/file, FOLDER/missing.pt, FOLDER/file, --data FOLDER/empty,
+    --from FOLDER/file, FOLDER/no.pt, FOLDER/file, --data FOLDER/empty, --device mps,
     --data FOLDER/nowhere, --device abacus, --workers -1, --images -20, --labels -1,
     --epochs 0, --cue-conflict FOLDER, --data FOLDER --cue-conflict FOLDER/nowhere"""
 
@@ -299,7 +299,8 @@ def test_what_would_fail_late_fails_first(flags, runs, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "empty").mkdir()
     words = flags.replace("FOLDER", str(tmp_path)).split()
-    fails("--alone", "--out", tmp_path / "out", runs["moco"], *words)
+    line = fails("--alone", "--out", tmp_path / "out", runs["moco"], *words)
+    assert ("no float64" in line) == ("mps" in words)
 
 
 # ==== Images ========================================================================
@@ -433,8 +434,7 @@ def test_cue_conflict_images(runs, tmp_path, no_drawing):
     results, _ = analysed(tmp_path, [runs["moco"]], *flags)
     assert results["networks"][0]["values"]["cues"][0] == [[0.4, 0.4]]
     (cues / "dog4-dog1.png").touch()
-    others, _ = analysed(tmp_path, [runs["moco"]], *flags)
-    assert others["data"] != results["data"]  # for --from A B
+    assert analysed(tmp_path, [runs["moco"]], *flags)[0]["data"] != results["data"]
     assert "needs --data" in fails(runs["moco"], *flags[2:], "--out", tmp_path / "new")
     for name in ("cat1.png", "cat1-dog1-cat2.png", "cat1-cow1.png"):
         (cues / name).touch()
