@@ -8,7 +8,7 @@
 #
 # CUE_CONFLICT: images of CIFAR-10's classes from https://github.com/rgeirhos/texture-vs-shape, scaled to 32 px.
 # JOBS=2 trainings run side by side, one thread each; runs/done.txt lists what is finished, runs/*.txt are the logs.
-# On two cores rates take two hours, stimuli some eight, photographs some eight.
+# On two cores with bf16 units rates take two hours, stimuli some eight, photographs some eight; without, two to three times.
 #
 # ---- The protocol: written before the first of these networks was trained; what was added later says when ----
 # Seeds 9 and up; 0 to 8 were exploration.
@@ -46,7 +46,9 @@
 # Fine-tuning: rate from 3e-4, 1e-3, 3e-3 and layer decay from 0.75, 1 by validation for a network's first seed, then shared.
 # Photographs: all 10,000 test images; probes and fine-tuning learn from 10,000 labels (7,500 and a quarter to choose by):
 #   written before the first of them was analysed. Their learning rate is the recipe's, 4e-3: none was chosen for them.
-#   So far seed 10 alone is trained, as of the stimuli's tiny (not analysed) and λ = 0.05.
+#   So far seed 10 alone is trained. Of the stimuli tiny is missing.
+# Trained and analysed in bf16, which is what --dtype auto takes on a CPU with units for it; λ = 0.05 of seeds 11 and 12 in
+#   fp32, on a CPU without.
 #   Equal images, claims 1 and 12: CL and MIM of seed 10 once more with the hybrid's 15 epochs. Written on 30 November 2026,
 #   after equal work had been seen and before these two were trained.
 # A hybrid with one view (the masked view is also MoCo's query, its key is the other view: 4 passes) was to stay if its five

@@ -138,15 +138,15 @@ def test_the_table_says_what_results_json_says():
 
 
 def beside_the_protocol():
-    """Differences in README that no part reads: (difference, reach)."""
+    """Differences in README that no part reads; `fine`: without the coarsest ring."""
     detail = analyze.of(lambda x: analyze.late(x[2::2]), analyze.above_lowest)
-    # without the coarsest of the four rings that are low
     fine = analyze.of(lambda x: np.mean(x[-4:]) - np.mean(x[1:4]), analyze.noise_drop)
-    reads = [("stimuli", detail, "CL", "MIM"), ("photographs", fine, "MIM", "CL")]
+    reads = [("photographs", fine, "MIM", "CL")]
+    reads += [(folder, detail, "CL", "MIM") for folder in ("stimuli", "photographs")]
     for labels in (analyze.shapes, analyze.textures):
         read = analyze.of(labels, "linear probe")
         reads.append(("more/sweep", read, analyze.HYBRID, "CL"))
-    for lam in (0.5, 0.8):
+    for lam in (0.05, 0.1, 0.5, 0.8):
         reads.append(("more/sweep", analyze.mean_probe, f"hybrid, λ = {lam}", "CL"))
     for folder, read, *roles in reads:
         _, networks = analyze.read_results([ROOT / f"figures/{folder}/results.json"])
