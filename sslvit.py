@@ -1877,8 +1877,9 @@ def draw_reconstruction(cfg, model, source):
     picture.save(Path(cfg.out, "masked.png"))
 
 
-# Loading processes share the list of images, and a signal reaches no server of theirs.
-if sys.platform == "linux":  # whose Python forked before 3.14
+# Loading processes are forked, as they were before Python 3.14: so they share the list
+# of images, and have no server that a signal to all processes would end.
+if sys.platform == "linux":
     torch.multiprocessing.set_start_method("fork", force=True)
 
 # Stops glibc from returning freed memory: 20 % of the time of a CPU step.
