@@ -1154,7 +1154,10 @@ def learn_bias(study):
 
 
 def find_cues(options, vit):
-    """Geirhos' images, cat1-elephant2.png, with the classes of shape and texture."""
+    """Geirhos' images, cat1-elephant2.png, with the classes of shape and texture.
+
+    UserError if a name is not of two classes of the data.
+    """
     require(options.cue_conflict, "shape bias needs the stimuli or --cue-conflict")
     images = sslvit.ImageFolder(options.cue_conflict)
     # of the test set

@@ -46,11 +46,11 @@
 # Fine-tuning: rate from 3e-4, 1e-3, 3e-3 and layer decay from 0.75, 1 by validation for a network's first seed, then shared.
 # Photographs: all 10,000 test images; probes and fine-tuning learn from 10,000 labels (7,500 and a quarter to choose by):
 #   written before the first of them was analysed. Their learning rate is the recipe's, 4e-3: none was chosen for them.
-#   So far seed 10 alone is trained. Of the stimuli tiny is missing.
-# Trained and analysed in bf16, which is what --dtype auto takes on a CPU with units for it; λ = 0.05 of seeds 11 and 12 in
-#   fp32, on a CPU without.
+#   So far seed 10 alone is trained; of the stimuli, tiny is missing.
 #   Equal images, claims 1 and 12: CL and MIM of seed 10 once more with the hybrid's 15 epochs. Written on 30 November 2026,
 #   after equal work had been seen and before these two were trained.
+# Trained and analysed in bf16, which is what --dtype auto takes on a CPU with units for it; λ = 0.05 of seeds 11 and 12 in
+#   fp32, on a CPU without.
 # A hybrid with one view (the masked view is also MoCo's query, its key is the other view: 4 passes) was to stay if its five
 #   networks' probe were above both pure networks' at equal work, by an interval, on stimuli or photographs; else to leave.
 #   It left. Seeds 10 to 14 on stimuli, mean of shape and texture: probe 0.855, minus CL 0.030 [-0.002, 0.062], minus MIM
