@@ -29,9 +29,10 @@ It checks the twelve claims of [P] Park et al., What Do Self-Supervised Vision
 Transformers Learn?, ICLR 2023, arXiv 2305.00729. The file is one section per figure: a
 lesson, the metric, how it is measured and drawn, and an entry of the table FIGURES with
 the sentences of the claim that can be tested. To add a figure, add a section: help
-text, results, verdicts and report follow from the table. Behind the figures: the engine
-(images and one pass, verdicts, networks, results), the command line, the report, and
-checkpoints of other people.
+text, results, verdicts and report follow from the table (what is no mean over images
+also stands in NOT_AVERAGED). Behind the figures: the engine (images and one pass,
+verdicts, networks, results), the command line, the report, and checkpoints of other
+people.
 
 Glossary: B batch, N patch tokens (1+N with CLS), D width, H heads, d = D/H, L layers,
 F frequencies, n images, A[q,k] attention of query q to key k; CL contrastive learning,
@@ -106,7 +107,7 @@ class Figure:
     # whole(rows of test images) -> {key: ...}: what is no mean over images
     whole: tuple = ()
     # picture(Batch of three test images) -> {key: array}, for draw()
-    picture: Callable | None = None
+    picture: tuple = ()
 
 
 FIGURES = {}
@@ -177,7 +178,7 @@ def style_of(network, turn=0):
     return {"color": colour, "ls": LINES[turn % 4]}
 
 
-def canvas(columns, rows=1, height=4.6, **axis):
+def canvas(columns, rows=1, height=5.0, **axis):
     """A figure 1,600 px wide, at 150 dots an inch, and its axes (rows, columns)."""
     return plt.subplots(
         rows, columns, figsize=(32 / 3, height * rows), squeeze=False, subplot_kw=axis
@@ -305,10 +306,10 @@ def draw_maps(networks):
 FIGURES["maps"] = Figure(
     "2",
     4,
-    "Attention of two queries (crosses) in two images, one network each",
+    "Attention of two queries (white +) in two images, one network each",
     maps_lesson,
     draw_maps,
-    picture=picture_maps,
+    picture=(picture_maps,),
 )
 
 
@@ -316,7 +317,7 @@ FIGURES["maps"] = Figure(
 
 distance_lesson = """\
 The map as one number: the mean distance between a token and what it looks at, d =
-mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. A token that attends everywhere alike has the
+mean_q Σ_k A[q,k]·‖x_q - x_k‖, in pixels. Tokens that attend everywhere alike have the
 mean distance of all pairs of grid points, the dotted line. The paper saw CL far above
 MIM, most in later layers, which is why CL would see shapes and MIM textures.
 
@@ -559,7 +560,7 @@ FIGURES["plane"] = Figure(
     "Tokens of three images before (hollow) and after the last attention",
     plane_lesson,
     draw_plane,
-    picture=picture_plane,
+    picture=(picture_plane,),
 )
 
 
@@ -584,7 +585,8 @@ def singular_spectrum(x):
 
     x (..., n, D), centred over n here -> (..., min(n, D)), largest first. Equal values:
     all directions alike; a steep fall: few. From the Gram matrix in float64: as exact
-    as an SVD in float32 and faster; the floor, 1e-8 of the largest, is rounding.
+    as an SVD in float32 and faster; what lies near the floor, 1e-8 of the largest, is
+    rounding.
     """
     x = (x - x.mean(dim=-2, keepdim=True)).double()
     if x.shape[-2] > x.shape[-1]:
@@ -715,7 +717,7 @@ def plot_high_frequencies(axis, networks):
 def draw_fourier(networks):
     fig, [axes] = canvas(3)
     plot_high_frequencies(axes[0], networks)
-    curves(axes[1], networks, above_lowest, "log amplitude, π - lowest")
+    curves(axes[1], networks, above_lowest, "beside the claim: π - lowest")
     last_state = of(itemgetter(-1), "fourier")
     curves(axes[2], networks, last_state, "Δ, last layer", "frequency (π per patch)")
     return fig
@@ -933,7 +935,7 @@ def tune(study, key, settings, is_dense=False, is_frozen=False):
     def accuracy(setting):
         model = fit(make(), train, max(1, epochs // 3), **setting)
         share = np.mean(np.equal(*predict(model, val)))
-        sslvit.say(f"  {key}: {setting}: {share:.4f} on validation")
+        print(f"  {key}: {setting}: {share:.4f} on validation")
         return share
 
     choices = study.vit.facts.choices
@@ -1010,7 +1012,7 @@ def draw_scaling(networks):
         lines[network.role].append(network)
     fig, [[axis]] = canvas(1)
     for role, group in lines.items():
-        line = points(axis, group, mean_tuned, "fine-tuned", "embed_dim")
+        line = points(axis, group, mean_tuned, "fine-tuning accuracy", "embed_dim")
         axis.plot(*line, label=role, **style_of(group[0]))
     axis.set_xlabel("width of the tokens")
     return fig
@@ -1123,7 +1125,7 @@ def shape_bias(cues):
 
     Geirhos et al. 2019; [P] figure 9 left. cues (pairings, 2): the share of decisions
     that match shape, texture -> scalar in [0, 1], mean over the pairings. 1: always the
-    shape, 0: always the texture; nan if no decision matches.
+    shape, 0: always the texture; nan if in one pairing no decision matches.
     """
     shape, texture = torch.as_tensor(cues).T
     return (shape / (shape + texture)).mean().item()
@@ -1252,7 +1254,7 @@ def plot_noise(axis, networks):
         networks,
         noise_drop,
         "relative accuracy drop",
-        "ring of noise (0: to 0.1 π per px, 1: from 0.9 π); compared: 4 last - 4 first",
+        "ring of noise (0: 0 … 0.1 π per px, 1: 0.9 … 1 π); compared: 4 last - 4 first",
     )
 
 
@@ -1275,8 +1277,8 @@ layers_lesson = """\
 A linear probe of every layer: where in the network does a class become a direction? The
 paper saw MIM ahead in early layers and best in the middle, its last layers a decoder of
 pixels, while CL rises to the last. So a probe should say which layer and which token it
-reads: here the mean patch token after each MLP; of stimuli, the mean over shape and
-texture.
+reads: here the mean patch token after each MLP, before the last norm; of stimuli, the
+mean over shape and texture.
 
 What to look at: does MIM fall from its middle third to the last layer, and more than
 random layers (grey)? Do the curves cross?"""
@@ -1376,15 +1378,15 @@ def draw_sweep(networks):
     """Accuracy against λ; NMI and high frequencies are in figures 4 and 8."""
     roles = sizes_of(networks)[""]
     require(HYBRID in roles, f"needs a {HYBRID}")
-    new = roles.pop("untrained")
-    for other in (DECODED, "MIM as deep", "other"):
+    new = roles["untrained"]
+    for other in ("untrained", DECODED, "MIM as deep", "other"):
         roles.pop(other, None)
     swept = sorted(sum(roles.values(), []), key=attrgetter("lam"))
     fig, [axes] = canvas(2)
     for axis, key in zip(axes, ("linear probe", "fine-tuned")):
         read = of(np.mean, key)
         axis.axhline(numbers(read, new)[0].mean(), label="untrained", color=GREY)
-        line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
+        line = points(axis, swept, read, f"{key}, accuracy", "lam")
         axis.plot(*line, color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     return fig
@@ -1401,9 +1403,10 @@ FIGURES["sweep"] = Figure(
         Part("linear probe, hybrid - MIM", HYBRID, "MIM", mean_probe),
         Part("fine-tuning, hybrid - CL", HYBRID, "CL", mean_tuned),
         Part("fine-tuning, hybrid - MIM", HYBRID, "MIM", mean_tuned),
+        # drawn in figures 4 and 8
         Part("NMI of hybrid, middle - last", HYBRID, "", of(end_fall, "nmi")),
-        Part("Δ at π, early", HYBRID, "CL", of(early, after_mlp)),
-        Part("Δ at π, late", "MIM", HYBRID, of(late, after_mlp)),
+        Part("Δ at π, early, hybrid - CL", HYBRID, "CL", of(early, after_mlp)),
+        Part("Δ at π, late, MIM - hybrid", "MIM", HYBRID, of(late, after_mlp)),
     ),
     measure=(measure_nmi, measure_fourier),
     learn=(learn_probe, learn_tuned),
@@ -1463,7 +1466,8 @@ def normalise(pixels, vit):
 
 
 # What happens to images inside a network. attn: of all layers, among patches, rows
-# renormalised to sum 1 (B, L, H, N, N); heads: A_h·V_h of patches (B, L, H, N, d);
+# renormalised to sum 1 (B, L, H, N, N); heads: A_h·V_h of patches, with what they read
+# from CLS (B, L, H, N, d);
 # states: of CLS and patches (B, 1+2L, 1+N, D).
 Batch = namedtuple("Batch", "vit attn heads states")
 
@@ -1569,7 +1573,7 @@ def look_at_three(vit, test, figures):
     images = replace(
         test, indices=test.indices[:3], masks=isinstance(test.source, sslvit.Stimuli)
     )
-    pictures = one_pass(vit, images, [f.picture for f in figures if f.picture])
+    pictures = one_pass(vit, images, unique(figures, "picture"))
     [(pixels, _)] = images.batches(3)
     pictures["photographs"] = F.interpolate(pixels, 64).permute(0, 2, 3, 1)
     return pictures
@@ -1607,8 +1611,6 @@ def leave_out(rows, whole=()):
 
 def numbers(read, networks):
     """What is read of every row of the networks' values -> (21, networks, ...)."""
-    if not networks:
-        raise KeyError("untrained networks")
     columns = []
     for network in networks:
         rows = [{key: x[i] for key, x in network.values.items()} for i in range(21)]
@@ -1693,8 +1695,8 @@ def judge_part(part, sizes, networks):
     except KeyError as error:  # no such size, role or value
         return row | {"outcome": f"needs {error.args[0]}"}
     means["untrained"] = untrained[0][0].mean()
-    # with 0, if the part names no other role
-    difference, reach = interval(*[*values, 0 * values[0]][:2])
+    values.append(0 * values[0])  # for a part that names no other role
+    difference, reach = interval(*values[:2])
     row |= {
         "values": means,
         "gains": gains,
@@ -1787,7 +1789,11 @@ def words_of(row):
 
 
 def between(difference, reach):
-    return f"{difference:+.3f} [{difference - reach:+.3f}, {difference + reach:+.3f}]"
+    # a space at which no line breaks
+    return (
+        f"{difference:+.3f}\xa0"
+        f"[{difference - reach:+.3f},\xa0{difference + reach:+.3f}]"
+    )
 
 
 # ==== The engine: networks ==========================================================
@@ -1815,7 +1821,7 @@ class Network:
     depth: int
     num_heads: int
     seed: int | None = None
-    images: int | None = None  # that it was trained on
+    images: int | None = None  # seen in training, with repeats
     look: str = ""  # what its untrained twin shares beside the shape
     config: dict = field(default_factory=dict)  # of a run of sslvit.py
     given: str = ""  # NAME of NAME=FILE
@@ -1881,7 +1887,8 @@ def give_names(networks):
             network.name = network.given
         if len(like) > 1 and not network.path:
             network.name += f", as {like[network.look]}"
-    for seeds in by_name(networks):
+    # an error tells of trained networks first
+    for seeds in by_name(reversed(networks)):
         check_seeds(seeds)
 
 
@@ -1953,7 +1960,6 @@ def read_results(paths):
                 first.choices |= network.choices
                 first.pictures |= network.pictures
         networks = list(runs.values())
-        require(networks, "no networks")
         give_names(networks)
     except Exception as error:  # a file that was cut or edited can raise anything
         raise UserError(f"--from {paths}: {error!r}") from error
@@ -1980,6 +1986,9 @@ def title_of(name, claims):
 def draw_figures(networks, names, claims, out):
     """Every figure that the networks allow -> {name: file}."""
     pictures = {}
+    # what two pictures of one figure may differ in
+    kind = "stimuli" if "texture" in networks[0].label_names else "photographs"
+    counts = sorted({n.images or 0 for n in networks})
     for name in names:
         figure = FIGURES[name]
         file = Path(out, f"fig{figure.number.replace(' ', '_')}_{name}.png")
@@ -1991,7 +2000,8 @@ def draw_figures(networks, names, claims, out):
                     handles, labels = axis.get_legend_handles_labels()
                     lines |= zip(labels, handles)
                 fig.legend(lines.values(), lines, loc="outside lower center", ncols=3)
-                fig.suptitle(title_of(name, claims))
+                fig.suptitle(f"{title_of(name, claims)}\n{kind}; images seen: {counts}")
+                fig.draw_without_rendering()  # tick labels, for which layout makes room
                 fig.savefig(file, dpi=150)
             pictures[name] = file
         except Exception as error:  # costs this figure, not the others
@@ -2048,8 +2058,10 @@ def check(options):
         options.out = str(folder if options.results else folder / "figures")
     path = Path(options.out, "results.json")
     # one analysis may be drawn again where it is
-    is_free = options.results == [str(path)] or not path.exists() or options.overwrite
-    require(is_free, f"{options.out} holds an analysis: give --out or --overwrite")
+    require(
+        options.results == [str(path)] or not path.exists() or options.overwrite,
+        f"{options.out} holds an analysis: give --out or --overwrite",
+    )
     require(
         min(options.images, options.labels, options.workers, options.epochs - 1) >= 0,
         "--images, --labels, --workers: from 0 on; --epochs: from 1 on",
@@ -2202,7 +2214,10 @@ class Inert:
 
 
 def read_checkpoint(path):
-    """What is in a file. Objects other than tensors, dicts and lists become Inert."""
+    """What is in a file. Objects other than tensors, dicts and lists become Inert.
+
+    Not in files from before torch 1.6, where such objects are refused.
+    """
     with open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{":  # a header behind its length
@@ -2257,8 +2272,9 @@ def find_prefix(tensors):
     patches = [key for key in tensors if key.endswith(PATCHES)]
     require(patches, f"no {PATCHES} among {len(tensors)} tensors: {list(tensors)[:3]}")
     # False comes before True, and of equals the shortest
-    best = min(patches, key=lambda key: (bool(re.search(SECOND_CHOICE, key)), len(key)))
-    return best.removesuffix(PATCHES)
+    return min(
+        patches, key=lambda key: (bool(re.search(SECOND_CHOICE, key)), len(key))
+    ).removesuffix(PATCHES)
 
 
 def take_encoder(tensors, prefix):
@@ -2305,31 +2321,28 @@ def join_biases(weights):
 # ---- What no tensor tells ----
 
 
-def find_side(weights):
-    """Patches in a row of the square grid."""
+def find_positions(weights):
+    """-> patches in a row of the square grid; the axis that fixed sines begin with.
+
+    That is x in MAE and here, y in MoCo v3; "" for learned positions and none.
+    """
     if "pos_embed" in weights:
-        count = weights["pos_embed"].shape[1]
+        _, count, embed_dim = weights["pos_embed"].shape
         side = math.isqrt(count - 1)
         # 169 may be 13 × 13 patches, or 14 × 12 and CLS
         require(
             count == 1 + side**2, f"{count} positions: no square of patches and CLS"
         )
-        return side
-    if TABLE in weights:  # (2·side - 1)² offsets, and three places for CLS
-        return (math.isqrt(len(weights[TABLE]) - 3) + 1) // 2
-    return 1  # build() refuses it
-
-
-def which_sines(weights, side):
-    """Fixed sines begin with x in MAE and here, with y in MoCo v3. Learned ones: ""."""
-    if "pos_embed" in weights:
-        embed_dim = weights["pos_embed"].shape[-1]
         sines = sincos_positions(embed_dim, side, side)
         for first in "xy":
-            if sines.allclose(weights["pos_embed"], atol=1e-3):
-                return first
+            # bf16, in which a file may be, rounds by 2e-3
+            if sines.allclose(weights["pos_embed"], atol=5e-3):
+                return side, first
             sines = sines.roll(embed_dim // 2, dims=-1)
-    return ""
+        return side, ""
+    if TABLE in weights:  # (2·side - 1)² offsets, and three places for CLS
+        return (math.isqrt(len(weights[TABLE]) - 3) + 1) // 2, ""
+    return 1, ""  # build() refuses it
 
 
 def recognise(tensors, sines):
@@ -2401,8 +2414,7 @@ def load_encoder(path, heads=None, pixels=None):
         prefix = find_prefix(tensors)
         config = find_config(content)
         weights, skipped = take_encoder(tensors, prefix)
-        side = find_side(weights)
-        sines = which_sines(weights, side)
+        side, sines = find_positions(weights)
         form, lam, form_pixels = recognise(tensors, sines)
         pixels = pixels or form_pixels
         if TABLE in weights:
@@ -2424,7 +2436,9 @@ def load_encoder(path, heads=None, pixels=None):
             )
         raise UserError(f"{path}: {in_one_line(reason)}") from error
     usual = "half" if form.startswith("BEiT") else "imagenet"
-    facts = vit.facts = Network(str(path), lam, pixels or usual, *sizes, **run)
+    facts = vit.facts = Network(
+        os.path.abspath(path), lam, pixels or usual, *sizes, **run
+    )
     facts.look = f"{facts.num_heads} heads, {facts.pixels} pixels, {vit.design}"
     answers = {
         "--heads": heads,
@@ -2475,7 +2489,10 @@ def untrained_like(vit):
 
 
 def load_networks(options):
-    """-> ViTs: given, shipped beside them, untrained ones."""
+    """-> ViTs: untrained ones, given ones, shipped ones beside them.
+
+    Untrained first: what an interrupted analysis has measured can then be judged.
+    """
     files = options.checkpoints
     answers = options.heads, options.pixels
     for values in answers:
@@ -2485,7 +2502,8 @@ def load_networks(options):
         given, path = name_and_path(text)
         vit = load_encoder(path, *answer)
         vit.facts.given = given
-        vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
+        if not vit.facts.config:  # which knows better
+            vit.facts.lam = GIVEN.get(given.lower(), vit.facts.lam)
         vits.append(vit)
     if vits[0].facts.config and not options.alone:
         add_companions(vits)
@@ -2493,7 +2511,7 @@ def load_networks(options):
     vits.sort(key=lambda vit: vit.facts.seed or 0)
     twin = attrgetter("facts.architecture", "facts.seed")
     twins = {twin(vit): vit for vit in vits}
-    return [*vits, *map(untrained_like, twins.values())]
+    return [*map(untrained_like, twins.values()), *vits]
 
 
 if __name__ == "__main__":

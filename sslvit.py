@@ -58,6 +58,12 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 
+# On a GPU fp32 is fp32, which cuDNN's convolutions would round to three digits (TF32).
+# And attention is not cuDNN's, whose backward pass can give NaN, for CLS alone as query
+# (NVIDIA/cudnn-frontend, issue 1072) and in other cases: flash takes its place.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # torchrun starts a process for each GPU and gives it a number
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -1130,8 +1136,10 @@ def parse(argv):
     if "steps" in given:
         recipe += " --epochs 0"
     cfg = Config(**(vars(parser.parse_args(recipe.split())) | given))
-    text = "--lam is for the hybrid: moco is λ = 1, simmim λ = 0"
-    require(objective == "hybrid" or "lam" not in given, text)
+    require(
+        objective == "hybrid" or "lam" not in given,
+        "--lam is for the hybrid: moco is λ = 1, simmim λ = 0",
+    )
     if not cfg.out:
         cfg.out = f"runs/{preset}-{objective}"
         if "seed" in given:
@@ -1219,8 +1227,10 @@ def open_run_folder(cfg):
         # Windows, file systems without locks: two runs in one folder are not noticed
         pass
     is_empty = log.tell() == 0 and not (folder / "ckpt.pt").exists()
-    text = f"{folder} holds a run: give --resume or --overwrite"
-    require(is_empty or cfg.overwrite or cfg.resume, text)
+    require(
+        is_empty or cfg.overwrite or cfg.resume,
+        f"{folder} holds a run: give --resume or --overwrite",
+    )
     return log
 
 
@@ -1587,15 +1597,16 @@ def image_keys(cfg, length, steps):
 
 def make_loader(cfg, train_set, steps):
     """Iterates over this rank's micro-batches."""
-    loader = DataLoader(
-        TrainingViews(train_set, cfg),
-        batch_size=cfg.batch_size // WORLD_SIZE // cfg.accum,
-        sampler=image_keys(cfg, len(train_set), steps),
-        num_workers=cfg.workers,
-        worker_init_fn=ignore_signals,
-        pin_memory="cuda" in cfg.device,
+    return iter(
+        DataLoader(
+            TrainingViews(train_set, cfg),
+            batch_size=cfg.batch_size // WORLD_SIZE // cfg.accum,
+            sampler=image_keys(cfg, len(train_set), steps),
+            num_workers=cfg.workers,
+            worker_init_fn=ignore_signals,
+            pin_memory="cuda" in cfg.device,
+        )
     )
-    return iter(loader)
 
 
 # ---- k-NN: what do the features know, without training anything? ----

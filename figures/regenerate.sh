@@ -20,7 +20,10 @@
 # A part holds if its interval lies above 0, and is opposed if below. agrees: every part holds; partly: some hold, none is
 #   opposed; mixed: some hold, some are opposed; opposed: none holds, some are opposed; undecided: the rest; not testable:
 #   the input lacks what a part needs. One part in forty would be above 0 if nothing were true.
-# Early is the first third of the layers, late the last third, rounded up. Parts:
+# Early is the first third of the layers, late the last third, rounded up; the middle third is what lies between them, and
+#   the thirds of noise frequencies are of the same kind. On stimuli a part reads the mean accuracy over shape and texture
+#   where it does not name one, and what it computes of accuracies (claim 9) it computes of this mean. (As computed from the
+#   start; these words were added on 30 November 2026.) Parts:
 #  1 last-layer linear probe (CLS or pooled, by validation): CL > MIM; fine-tuning: MIM > CL; on stimuli shape and texture
 #    are parts of their own for both
 #  2 fine-tuning at the smallest size: CL > MIM; at the largest: MIM > CL; equal images; not testable where one of them is
@@ -159,7 +162,7 @@ PY
 }
 shrink() { # folders: their pictures with 64 colours, a quarter of the bytes; reports that show those; 32-px images as such
   python - "$@" <<'PY'
-import base64, json, sys
+import base64, json, os, sys
 from pathlib import Path
 from PIL import Image
 import analyze
@@ -170,9 +173,11 @@ for folder in map(Path, sys.argv[1:]):
         if file.exists():
             files[name] = file
             if name != "maps": # which have many colours
-                Image.open(file).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+                picture = Image.open(file).convert("RGB").quantize(64, kmeans=3, dither=Image.Dither.NONE)
+                picture.save(file, optimize=True)
     results = json.loads((folder / "results.json").read_text())
     for network in results["networks"]:
+        network["path"] = network["path"] and os.path.relpath(network["path"])
         for image in network["pictures"].get("photographs", []):
             if len(image) == 64: # analyze.py has doubled it
                 image[:] = [row[::2] for row in image[::2]]

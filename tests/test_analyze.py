@@ -269,9 +269,8 @@ def test_metrics_of_a_shipped_network_are_pinned(tmp_path, no_drawing):
     names = ["distance", "nmi", "similarity", "spectra", "fourier"]
     argv = [path, "--images", "20", "--alone", "--out", str(tmp_path), "--only", *names]
     assert analyze.main(argv) == 0
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    network = results["networks"][0]["values"]
-    values = {key: np.array(rows)[0] for key, rows in network.items()}
+    network = json.loads((tmp_path / "results.json").read_text())["networks"][1]
+    values = {key: np.array(rows)[0] for key, rows in network["values"].items()}
     last = [16.934581, 0.001698, 0.144345, 0.401792, 0.999698, -4.793513, -2.213766]
     keys = ["distance", "nmi", "heads", "depths", "tokens"]
     pinned = dict(zip([*keys, "token volume", "image volume"], last, strict=True))
@@ -693,7 +692,7 @@ def test_panels_show_what_their_labels_say():
     pair = [network(role, similarities(1, 1, 1) | {"nmi": [[1]] * 6}) for role in LAMS]
     title = analyze.title_of("similarity", judged(pair, "similarity", "nmi"))
     assert "heads, late: CL: 1" in title and "tokens, late undecided" in title
-    assert analyze.between(0.5, 0.25) == "+0.500 [+0.250, +0.750]"
+    assert analyze.between(0.5, 0.25) == "+0.500\xa0[+0.250,\xa0+0.750]"
 
 
 # ---- Which networks are compared ----

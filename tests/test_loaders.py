@@ -1,6 +1,5 @@
-"""Checkpoints of other people: each published format, with random weights, must give
-what the formulas of its paper give. What is damaged, hostile, no checkpoint or another
-network must give one line."""
+"""Checkpoints of other people: each published format, with random weights, gives what
+its paper's formulas give; what is damaged, hostile or another network, one line."""
 
 import argparse
 import math
@@ -231,6 +230,7 @@ def test_heads_and_pixels_can_be_given(tmp_path, capsys):
     assert "guessed: square grid" in capsys.readouterr().out.splitlines()[-2]
     beit = write(tmp_path, published()["BEiT"][0])
     assert analyze.load_encoder(beit, pixels="imagenet").facts.pixels == "imagenet"
+    assert analyze.load_networks(analyze.parse([f"cl={beit}"]))[1].facts.lam == 1
     # sines that begin with x are MAE's, or of a MoCo v3 that was written anew
     state["pos_embed"] = sslvit.sincos_positions(384, SIDE, SIDE)
     vit = check_same(write(tmp_path, state), state, 6)
@@ -367,6 +367,8 @@ def test_other_types_and_formats_of_files(dtype, tmp_path, monkeypatch):
     state = {name: value.to(dtype) for name, value in timm_state().items()}
     check_same(write(tmp_path, under("module._orig_mod.", state)), state)
     check_same(write(tmp_path, state, _use_new_zipfile_serialization=False), state)
+    sines = sslvit.sincos_positions(D, SIDE, SIDE).to(dtype).float()  # MAE's
+    assert analyze.find_positions({"pos_embed": sines}) == (SIDE, "x")
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from functools import partial
 from html import unescape
@@ -18,11 +19,9 @@ import torch
 from PIL import Image
 
 __all__ = ["no_drawing"]
-SIZES = {
-    "nano": {"embed_dim": 24, "depth": 3, "num_heads": 2},
-    "micro": {"embed_dim": 32, "depth": 3, "num_heads": 2},
-    "tiny": {"embed_dim": 24, "depth": 4, "num_heads": 2},
-}
+SHAPES = {"nano": (24, 3, 2), "micro": (32, 3, 2), "tiny": (24, 4, 2)}
+NAMES = "embed_dim", "depth", "num_heads"
+SIZES = {name: dict(zip(NAMES, shape)) for name, shape in SHAPES.items()}
 RUNS = {"moco": {"lam": 1.0}, "simmim": {"lam": 0.0}, "hybrid": {"lam": 0.2}}
 RUNS |= {"moco1": {"lam": 1.0, "seed": 1}, "strong": {"lam": 0.8}}
 RUNS |= {"other lr": {"lam": 1.0, "seed": 1, "lr": 0.1}}
@@ -154,18 +153,17 @@ def test_two_orders_of_files_give_one_table(runs, tmp_path, no_drawing):
         tables.append(printed[printed.index("\n 5 ") :])
     assert tables[0] == tables[1]
     # an untrained network for each seed, which is where these runs stand, too
-    assert roles_in(results) == ["CL", "MIM", "CL", "untrained", "untrained"]
+    assert roles_in(results) == ["untrained", "untrained", "CL", "MIM", "CL"]
     nmi = [entry["values"]["nmi"] for entry in results["networks"]]
-    assert nmi[0] in nmi[3:] and nmi[2] in nmi[3:] and nmi[3] != nmi[4]
+    assert nmi[2] in nmi[:2] and nmi[4] in nmi[:2] and nmi[0] != nmi[1]
 
 
 def test_each_architecture_has_its_untrained_networks(runs, tmp_path, no_drawing):
     results, _ = analysed(tmp_path, [runs["moco"], runs["relative"]], "--only", "nmi")
-    assert roles_in(results) == ["CL", "MIM", "untrained", "untrained"]
-    # where these runs stand, too
-    cl, mim, *untrained = [entry["values"]["nmi"] for entry in results["networks"]]
+    assert roles_in(results) == ["untrained", "untrained", "CL", "MIM"]
+    *untrained, cl, mim = [entry["values"]["nmi"] for entry in results["networks"]]
     assert cl != mim and cl in untrained and mim in untrained
-    names = ["CL", "MIM", "untrained, as CL", "untrained, as MIM"]
+    names = ["untrained, as CL", "untrained, as MIM", "CL", "MIM"]
     assert [entry["name"] for entry in results["networks"]] == names
 
 
@@ -182,10 +180,10 @@ def test_equal_names_are_seeds_of_one_network(runs, tmp_path, no_drawing):
 
 
 def test_a_hybrid_of_another_lambda_is_called_so(runs, tmp_path, no_drawing):
-    files = [runs["moco"], runs["simmim"], runs["strong"]]
+    files = [runs["moco"], f"cl={runs['simmim']}", f"hybrid={runs['strong']}"]
     results, printed = analysed(tmp_path, files, "--only", "nmi", "sweep")
-    name = results["networks"][2]["name"]
-    assert "λ = 0.8" in name and "0.2" not in name
+    name = results["networks"][-1]["name"]
+    assert "λ = 0.8" in name and "0.2" not in name and "MIM" in roles_in(results)
     assert {c["verdict"] for c in results["claims"][1:]} == {"not testable"}
     assert re.search("needs .*λ = 0.2", printed)
 
@@ -199,7 +197,7 @@ def test_shipped_networks_stand_beside_one_of_the_same_data(tmp_path, no_drawing
     content = torch.load(shipped)
     torch.save(content | {"data": "20 images (0123456789ab)"}, tmp_path / "other.pt")
     assert main(tmp_path / "other.pt", *flags)[0] == 0
-    assert roles_in(read(tmp_path)) == ["MIM", "untrained"]
+    assert roles_in(read(tmp_path)) == ["untrained", "MIM"]
 
 
 # ==== results.json ==================================================================
@@ -208,7 +206,7 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
     cl, mim, cl1 = runs["moco"], runs["simmim"], runs["moco1"]
     together, _ = analysed(tmp_path / "c", [cl, mim, cl1], *only)
     analysed(tmp_path / "a", [cl, mim], *only)
-    analysed(tmp_path / "b", [cl1, mim], *only)
+    analysed(tmp_path / "b", [cl1, os.path.relpath(mim)], *only)
     files = [tmp_path / name / "results.json" for name in "ab"]
     assert main("--from", *files, *only, "--out", tmp_path / "d")[0] == 0
     # the network that is in both counts once
@@ -218,18 +216,19 @@ def test_analyses_are_joined(runs, tmp_path, no_drawing):
     joined = ["--from", *files, *only, "--out", tmp_path / "d"]
     assert "--overwrite" in fails(*joined) and "--overwrite" in fails(*joined[:-2])
     assert main(*joined, "--overwrite")[0] == 0
-    first = read(tmp_path / "d")["networks"][0]
+    first = read(tmp_path / "d")["networks"][1]
     assert "nmi" in first["values"] and "maps" in first["pictures"]
     # a file that was trained again is not the same network; choices come along
+    new = network("untrained", {"nmi": [[0.5]] * 6})
     again = network("CL", {"nmi": [[0.5]] * 6}, config={"lr": 2})
     (tmp_path / "e").mkdir()
     data = {"data": read(tmp_path / "a")["data"]}
-    _, joined[1] = write_results(tmp_path / "e", [again], data)
+    _, joined[1] = write_results(tmp_path / "e", [new, again], data)
     for config, status in (({"lr": 2}, 0), ({"lr": 3}, 2)):
         chosen = network("CL", {}, config=config, choices={"a": 1})
         write_results(tmp_path / "b", [chosen], data)
         assert main(*joined, "--overwrite")[0] == status
-    assert read(tmp_path / "d")["networks"][0]["choices"] == {"a": 1}
+    assert read(tmp_path / "d")["networks"][1]["choices"] == {"a": 1}
     joined[1] = files[0]
     for flags in (["--images", 30], ["--labels", 50]):  # other images to test or learn
         analysed(tmp_path / "b", [cl1], *only, *flags)
@@ -246,17 +245,17 @@ def test_results_that_were_edited_are_one_line(tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured(runs, tmp_path, monkeypatch):
     [measure] = analyze.FIGURES["nmi"].measure
-    # one batch of each network: interrupted in the second
-    interrupted = Mock(wraps=measure, side_effect=[DEFAULT, KeyboardInterrupt])
+    # one batch of each network: interrupted in MIM's
+    interrupted = Mock(wraps=measure, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(analyze.FIGURES["nmi"], "measure", (interrupted,))
     argv = ["--alone", "--images", 20, "--only", "nmi", "--out", tmp_path]
     status, _, error = main(runs["moco"], runs["simmim"], *argv)
     assert status == 130 and error.count("\n") == 1
-    assert roles_in(read(tmp_path)) == ["CL"]
+    assert roles_in(read(tmp_path)) == ["untrained", "CL"]
     assert main("--from", f"{tmp_path}/./results.json", "--only", "nmi")[0] == 0
     assert (tmp_path / "fig4_nmi.png").exists()
     assert "--overwrite" in fails(runs["simmim"], *argv)
-    assert roles_in(read(tmp_path)) == ["CL"]
+    assert "gains" in read(tmp_path)["claims"][0]["parts"][1]  # what CL lost in depth
 
 
 def test_a_figure_is_one_section(runs, tmp_path, monkeypatch, capsys):
