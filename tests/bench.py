@@ -158,6 +158,7 @@ def plain_step(cfg, views):
 
 def our_steps(cfg, views, micro_batches):
     """-> functions of a step as in sslvit.train(): whole, and with views in parts."""
+    torch.compiler.reset()  # after eight versions of a function it compiles no more
     model = sslvit.SSL(cfg).to(cfg.device)
     optimizer = sslvit.make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(enabled=False)
@@ -203,6 +204,7 @@ def step_row(args, model, objective, product):
     whole, in_parts = our_steps(cfg, views, micro_batches)
     gib = float("nan")
     if on_gpu:
+        whole()  # the first step makes AdamW's averages
         torch.cuda.reset_peak_memory_stats()
         whole()
         gib = torch.cuda.max_memory_allocated() / 2**30

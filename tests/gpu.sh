@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What ten minutes on a GPU tell, in one call:   tests/gpu.sh
 #
-# First the CUDA tests, then `bench.py step` for ViT-B: hybrid, MoCo v3 and SimMIM, each
-# without and with --compile. Every line is printed as soon as it is known, so that a
-# limit loses only what comes after it. PYTHON is the interpreter, MINUTES the time there
-# is (9), MODEL and BATCH a size that goes through everything on a CPU (micro, 8).
+# First the CUDA tests, an analysis of the shipped networks, then `bench.py step` for
+# ViT-B: hybrid, MoCo v3 and SimMIM, each without and with --compile. Every line is
+# printed as soon as it is known, so that a limit loses only what comes after it. PYTHON
+# is the interpreter, MINUTES the time there is (9), MODEL and BATCH a size that goes
+# through everything on a CPU (micro, 8).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,10 +33,15 @@ if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ];
     within 60 "$python" -m torch.distributed.run --nproc_per_node 2 sslvit.py \
         --steps 50 --accum 2 --overwrite --out "$(mktemp -d)" # two ranks, over NCCL
 fi
+# what an analysis cannot measure it leaves out and says so: nothing may be
+within 90 "$python" analyze.py figures/checkpoints/micro-*.pt --images 100 --epochs 1 \
+    --out "$(mktemp -d)" | grep -E "left out|^skipped|tested|^status"
 for compile in "" --compile; do
+    limit=120
+    [ -n "$compile" ] && limit=240
     for objective in hybrid moco simmim; do
         # shellcheck disable=SC2086
-        within 120 "$python" -u tests/bench.py step --quick --model "${MODEL:-base}" \
-            --batch "${BATCH:-0}" --objective $objective $compile
+        within "$limit" "$python" -u tests/bench.py step --quick \
+            --model "${MODEL:-base}" --batch "${BATCH:-0}" --objective $objective $compile
     done
 done
