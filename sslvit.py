@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader
 
 # On a GPU fp32 is fp32, which cuDNN's convolutions would round to three digits (TF32).
 # And attention is not cuDNN's, whose backward pass can give NaN, for CLS alone as query
-# (NVIDIA/cudnn-frontend, issue 1072) and in other cases: flash takes its place.
+# (NVIDIA/cudnn-frontend, issue 1072) and in other cases: torch's own take its place.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -93,7 +93,7 @@ def contrastive_loss(q, k, temperature):
     reaches 0: with orthogonal negatives, B = 4,096 and τ = 0.2 it stays at 1.34. The
     factor 2τ keeps gradients comparable between temperatures τ.
     """
-    # bf16 has three digits, too few for this softmax
+    # bf16 has two digits, too few for this softmax
     with torch.autocast(q.device.type, enabled=False):
         precision = torch.promote_types(q.dtype, torch.float32)
         q = F.normalize(q.to(precision))
@@ -253,7 +253,7 @@ class Block(nn.Module):
 
 
 def sincos_positions(embed_dim, rows, cols):
-    """Fixed positions ([M] section 4, in MAE's order): sin x, cos x, sin y, cos y.
+    """Fixed positions ([M] section 5, in MAE's order): sin x, cos x, sin y, cos y.
 
     A quarter of the channels each, zeros for CLS -> (1, 1+N, D).
     """
@@ -391,7 +391,7 @@ class ViT(nn.Module):
 
 
 def mlp_head(*widths):
-    """Projector or predictor: Linear, BatchNorm, ReLU, ... ([M] section 4).
+    """Projector or predictor: Linear, BatchNorm, ReLU, ... ([M] section 5).
 
     BatchNorm spreads each channel over the batch, which counters collapse: the batch of
     all ranks, each view apart, as MoCo v3's SyncBatchNorm. The last one has no learned
@@ -481,7 +481,7 @@ class SSL(nn.Module):
     def update_average(self, momentum):
         """key ← m·key + (1 - m)·query, for the keys of the next step.
 
-        [M] does it at the start of that step, which is the same.
+        The authors' code does it at the start of that step, which is the same.
         """
         if not self.use_cl:
             return
@@ -510,7 +510,7 @@ def encode_views(encoder, view1, view2):
 
 
 def feature_std(features):
-    """Measures collapse of features (B, D): about 1 when spread, 0 when identical.
+    """Measures collapse of features (B, C): about 1 when spread, 0 when identical.
 
     Standard deviation of the unit-length features over the batch, times √D.
     """
@@ -794,7 +794,8 @@ def train(cfg, state, log):
             row |= knn_scores(model.encoder, data, cfg)
         rows.append(row)
         print(json.dumps(row), file=log)
-        say(*(f"{name} {value:.4g}" for name, value in row.items()))
+        # four digits, but steps in full
+        say(*(f"{k} {x:{'d' if k == 'step' else '.4g'}}" for k, x in row.items()))
 
         # save
         if is_saved and RANK == 0:
@@ -844,10 +845,9 @@ def backward_in_parts(model, parts, cfg, scaler):
             if part >= cfg.keep:
                 with autocast(cfg):
                     query_cls[part] = encode_views(model.encoder, *views[:2])
-            # a sum whose gradient at the outputs is the one that was collected, which
-            # the scaler has scaled
+            # with the gradient that was collected, which the scaler has scaled
             at_outputs = gradient.chunk(len(parts), dim=1)[part]
-            (query_cls[part] * at_outputs).sum().backward()
+            query_cls[part].backward(at_outputs)
         if model.use_mim:
             with autocast(cfg):
                 # all images have equally many masked patches: a mean of means is exact
@@ -994,7 +994,7 @@ class Config:
     # τ of InfoNCE: the smaller, the harder it looks at the nearest negatives
     temperature: nonnegative = 0.2
     # of the key average, rises from here to 1; a faster average than [M]'s 0.99 for a
-    # thousand steps instead of 300,000
+    # thousand steps instead of 94,000
     momentum: fraction = 0.97
     proj_hidden: positive = 512  # hidden width of the heads; MoCo v3: 4096
     mask_patch_size: positive = 4  # px, side of what is masked at once
@@ -1086,8 +1086,8 @@ PRESETS = {
         --crop-min 0.08 --hue-shift 0.1 --blur 2.0 --mask-patch-size 32""",
     "imagenet-moco": "--clip 0",
     # SimMIM's ViT-B ([S] section 4): learning rate 1e-4 for a batch of 512. Published
-    # are 800 epochs, with rates that fall in steps; here 100, as its ablations (of
-    # Swin-B, at twice this rate), falling to 0
+    # are 800 epochs, with a rate that falls in a step, and stochastic depth; here 100,
+    # as its ablations (of Swin-B, at twice this rate), falling to 0
     "imagenet-simmim": """
         --epochs 100 --batch-size 2048 --lr 0.5e-4 --weight-decay 0.05
         --warmup 0.1 --positions relative""",
@@ -1258,7 +1258,10 @@ def run(argv):
 
 def main(argv=None, run=run, program="sslvit.py"):
     """Runs a command line -> exit status: run's; 2 after an error that the user can
-    fix, in one line; 128 and its number after a signal."""
+    fix, in one line; 128 and its number after a signal.
+
+    If you change this file: run(argv) itself raises errors with their traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console has a λ
@@ -1277,9 +1280,9 @@ def main(argv=None, run=run, program="sslvit.py"):
         # a loading process sends its traceback, whose last line is the message
         line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
         print(f"{program}: {line}", file=sys.stderr)
-        for process in torch.multiprocessing.active_children():
-            process.kill()  # loading processes, which ignore softer signals
         status = 2
+    for process in torch.multiprocessing.active_children():
+        process.kill()  # loading processes, which ignore softer signals
     if dist.is_initialized():
         # NCCL's end in order would wait for ranks that wait for this one
         os._exit(status)
@@ -1316,7 +1319,7 @@ def shape_level(shape, x, y):
 
 
 def texture_wave(texture, u, v):
-    """Brightness in about [-1, 1] at (u, v) in radians.
+    """Brightness at (u, v) in radians; what is outside [-1, 1] will be cut.
 
     Regular, so that what a mask hides follows from its surroundings.
     """
@@ -1452,6 +1455,7 @@ class ImageFolder(list):
         numbers = {name: number for number, name in enumerate(names)}
         for top, path in images:
             self.append((path, [numbers.get(top, 0)]))
+        say(f"{root}: {len(self)} images, {len(self.classes and names)} class folders")
 
     def identity(self):
         """How many images, and a fingerprint of their names and order."""
@@ -1712,7 +1716,8 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch's, if the disk is full
         beside.unlink(missing_ok=True)
         raise UserError(
-            f"{path} was not written; --resume goes on from the one before"
+            f"{path} was not written; --resume goes on from the one before "
+            f"({error!r:.99})"
         ) from error
 
 
@@ -1725,7 +1730,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(
-            f"{path}: no such file, or not a whole checkpoint of this program"
+            f"{path}: no such file, or not a whole checkpoint of this program "
+            f"({type(error).__name__})"
         ) from error
 
 

@@ -1102,7 +1102,7 @@ def test_no_accuracy_where_the_classes_of_train_and_val_differ(tmp_path, capfd, 
     assert run(f"--data {tmp_path} --steps 2", tmp_path / "run") == 0
     out = capfd.readouterr().out
     assert "knn" not in out
-    assert out.count("classes differ") == 1
+    assert out.count("classes differ") == 1 and "/train: 40 images, 2 class" in out
     assert out.splitlines()[-1].endswith(f"/run/ckpt.pt --data {tmp_path}")
 
 
