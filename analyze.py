@@ -1988,7 +1988,7 @@ def draw_figures(networks, names, claims, out):
     pictures = {}
     # what two pictures of one figure may differ in
     kind = "stimuli" if "texture" in networks[0].label_names else "photographs"
-    counts = sorted({n.images or 0 for n in networks})
+    counts = {n.images for n in networks if n.images} or "unknown"
     for name in names:
         figure = FIGURES[name]
         file = Path(out, f"fig{figure.number.replace(' ', '_')}_{name}.png")
@@ -2031,8 +2031,9 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, figure in FIGURES.items():
-        line = f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
-        parser.description += line
+        parser.description += (
+            f"  {name:11} {figure.claim:2}  {figure.text} ({figure.number})\n"
+        )
     parser.error = partial(require, False)  # in one line, as all errors
     files = parser.add_mutually_exclusive_group(required=True)
     files.add_argument("checkpoints", nargs="*", default=[])

@@ -20,8 +20,7 @@ from PIL import Image
 
 __all__ = ["no_drawing"]
 SHAPES = {"nano": (24, 3, 2), "micro": (32, 3, 2), "tiny": (24, 4, 2)}
-NAMES = "embed_dim", "depth", "num_heads"
-SIZES = {name: dict(zip(NAMES, shape)) for name, shape in SHAPES.items()}
+SIZES = {k: dict(zip(sslvit.SIZES["micro"], v)) for k, v in SHAPES.items()}
 RUNS = {"moco": {"lam": 1.0}, "simmim": {"lam": 0.0}, "hybrid": {"lam": 0.2}}
 RUNS |= {"moco1": {"lam": 1.0, "seed": 1}, "strong": {"lam": 0.8}}
 RUNS |= {"other lr": {"lam": 1.0, "seed": 1, "lr": 0.1}}
@@ -113,12 +112,14 @@ def test_every_value_of_every_figure(runs, whole, no_drawing):
 
 
 @pytest.mark.parametrize("name", analyze.FIGURES)
-def test_every_figure_is_drawn_from_results(name, whole, tmp_path):
+def test_every_figure_is_drawn_from_results(name, whole, tmp_path, monkeypatch):
+    title = Mock()
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", title)
     argv = ["--from", whole / "results.json", "--only", name, "--out", tmp_path]
     status, printed, _ = main(*argv)
     assert status == 0 and "skipped" not in printed
-    [file] = tmp_path.glob("*.png")
-    assert Image.open(file).width == 1600
+    assert title.call_args.args[0].endswith("\nstimuli; images seen: {640}")
+    assert [Image.open(file).width for file in tmp_path.glob("*.png")] == [1600]
     claims = {claim["claim"] for claim in read(tmp_path)["claims"]}
     assert claims <= {analyze.FIGURES[name].claim}
 

@@ -633,8 +633,7 @@ def test_cuda(tmp_path, method, words, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         assert run(words, tmp_path) == 143
-    resume = f"--resume --device cuda --workers 2 --out {tmp_path}"
-    assert sslvit.main(resume.split()) == 0
+    assert run(words.replace("--dtype auto", "--resume"), tmp_path) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
