@@ -5,7 +5,8 @@
   python analyze.py cl=mocov3.pth mim=simmim.pth --data /imagenet        photographs
   python analyze.py --from FOLDER/results.json         judges and draws again
 
-  NAME=FILE             one NAME for all seeds; cl=, mim=, hybrid= say the role
+  NAME=FILE             one NAME for all seeds; cl=, mim=, hybrid= say the role of other
+                        people's networks (runs of sslvit.py tell theirs)
   --only NAME ...       figures, see the table below
   --from FILE ...       results.json of one analysis or several, joined
   --alone               without the shipped networks

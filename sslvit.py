@@ -512,7 +512,7 @@ def encode_views(encoder, view1, view2):
 def feature_std(features):
     """Measures collapse of features (B, C): about 1 when spread, 0 when identical.
 
-    Standard deviation of the unit-length features over the batch, times √D.
+    Standard deviation of the unit-length features over the batch, times √C.
     """
     unit = F.normalize(features.detach().float())
     return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
