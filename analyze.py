@@ -1387,7 +1387,7 @@ def draw_sweep(networks):
     for axis, key in zip(axes, ("linear probe", "fine-tuned")):
         read = of(np.mean, key)
         axis.axhline(numbers(read, new)[0].mean(), label="untrained", color=GREY)
-        line = points(axis, swept, read, f"{key}, accuracy", "lam")
+        line = points(axis, swept, read, f"{key} (mean of labels)", "lam")
         axis.plot(*line, color="black")
         axis.set_xlabel("λ (0: MIM, 1: CL)")
     return fig
